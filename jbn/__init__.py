@@ -1,0 +1,38 @@
+"""jbn: Batch Normalization for JAX (Ioffe & Szegedy 2015, arXiv 1502.03167).
+
+The pure functions, in the direction of the data::
+
+    x --moments--> Moments --(sync)--> normalize --> y
+                      |
+    RunningStats -----+---- update ----> RunningStats
+
+Flax modules live in `jbn.linen` and `jbn.nnx`, which this package does not import:
+``import jbn`` costs jax alone.
+"""
+
+from jbn._batch_norm import batch_norm, batch_norm_inference
+from jbn._moments import Moments, merge, moments
+from jbn._normalize import Params, init_params, normalize
+from jbn._running import RunningStats, UpdateRule, cumulative, ema, init_stats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # Parameters and state
+    "Params",
+    "init_params",
+    "RunningStats",
+    "init_stats",
+    # x -> Moments -> y
+    "Moments",
+    "moments",
+    "merge",
+    "normalize",
+    # RunningStats, Moments -> RunningStats
+    "UpdateRule",
+    "ema",
+    "cumulative",
+    # The composition: training and inference
+    "batch_norm",
+    "batch_norm_inference",
+]

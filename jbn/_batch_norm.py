@@ -1,0 +1,136 @@
+"""The composition: batch_norm for training, batch_norm_inference for use."""
+
+from collections.abc import Sequence
+
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from jbn import _check
+from jbn._axes import resolve
+from jbn._moments import accumulator
+from jbn._normalize import Params, affine, apply, normalize
+from jbn._running import RunningStats, UpdateRule, absorb, ema
+from jbn._sync import AxisName
+
+
+def batch_norm(
+    x: ArrayLike,
+    params: Params,
+    stats: RunningStats,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float = 1e-5,
+    update: UpdateRule = ema(0.99),
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Array, RunningStats]:
+    """Batch Normalization in training: by the batch's own statistics (Alg. 1).
+
+        y     = scale * (x - mean) / sqrt(var + epsilon) + bias,   mean, var of this batch
+        stats = update(stats, Moments(count, mean, var))
+
+    Before a nonlinearity, as in section 3.2: `y = jax.nn.relu(batch_norm(conv(x), ...)[0])`, with
+    no bias in the convolution.
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> y, stats = batch_norm(x, init_params(2), init_stats(2), update=ema(0.5))
+    >>> print(y.round(3))
+    [[-1. -1.]
+     [ 1.  1.]]
+    >>> print(stats.mean, stats.var)
+    [ 1. 10.] [ 1.  50.5]
+
+    Args:
+      x: [N, ..., C], floating point. Half precision is reduced in float32.
+      params: scale and bias, [C] each.
+      stats: the running statistics so far, [C] each.
+      axis: the feature axis or axes, C; statistics are taken over all others, so for images
+        [N, H, W, C] over examples and locations (section 3.2).
+      epsilon: is added to the variance, inside the root.
+      update: how the batch enters the running statistics: `ema`, `cumulative`, or any function
+        (RunningStats, Moments) -> RunningStats.
+      mask: bool, of x's rank, broadcasts against x. False: the value takes no part, neither in
+        the statistics nor in any derivative, and may be NaN.
+      weights: real and not negative, broadcasts like `mask`. Zero is the same as masked.
+      axis_name: share statistics over these named axes (of vmap, pmap, shard_map). Under `jit`
+        with sharded arrays leave it out: x is the global array there.
+      axis_index_groups: as in `jax.lax.psum`.
+      dtype: of y; by default x's.
+
+    Returns:
+      y, of x's shape, and the updated statistics, of the types of `stats`. Statistics carry no
+      gradient. A feature in which the batch has no data, or a NaN or infinity, keeps its
+      statistics as they were (y shows the NaN).
+
+    Raises:
+      TypeError: x is not floating point, or mask is not bool.
+      ValueError: axis, params, stats, mask or weights do not fit x's shape; epsilon < 0; or x has
+        one value per feature.
+
+    PyTorch's `momentum` is 1 - decay, and its running variance is the unbiased one:
+    `update=jbn.ema(0.9, unbiased=True)` is its default. Flax's default is `update=jbn.ema(0.99)`.
+    """
+    x = _check.floating(x)
+    axes = resolve(x.shape, axis)
+    stats = _check.stats(stats, axes, x.dtype)
+    if axis_name is None:
+        _check.several_values(axes)
+    y, m = normalize(
+        x,
+        *_check.params(params),
+        axis=axis,
+        epsilon=epsilon,
+        mask=mask,
+        weights=weights,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        dtype=dtype,
+    )
+    return y, absorb(update, stats, m)
+
+
+def batch_norm_inference(
+    x: ArrayLike,
+    params: Params,
+    stats: RunningStats,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float = 1e-5,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """Batch Normalization at inference: by the running statistics (Alg. 2, line 11).
+
+        y = scale * (x - stats.mean) / sqrt(stats.var + epsilon) + bias
+
+    >>> import jax.numpy as jnp
+    >>> stats = RunningStats(mean=jnp.array([1.0]), var=jnp.array([4.0]), count=jnp.array([1.0]))
+    >>> batch_norm_inference(jnp.array([[5.0]]), init_params(1), stats, epsilon=0)
+    Array([[2.]], dtype=float32)
+
+    Args:
+      x: [..., C], floating point. A single example is fine.
+      params: scale and bias, [C] each.
+      stats: the running statistics, [C] each.
+      axis: the feature axis or axes, C.
+      epsilon: as in training.
+      dtype: of y; by default x's.
+
+    Returns:
+      y, of x's shape: one affine map per feature, differentiable in x, params and stats.
+
+    Raises:
+      TypeError: x is not floating point.
+      ValueError: axis, params or stats do not fit x's shape, or epsilon < 0.
+    """
+    x = _check.floating(x)
+    axes = resolve(x.shape, axis)
+    stats = _check.stats(stats, axes, x.dtype)
+    z = x.astype(accumulator(x.dtype))
+    scale, bias = affine(*_check.params(params), axes, z.dtype)
+    mean, var = axes.expand(stats.mean), axes.expand(stats.var)
+    y = apply(z, mean, var, scale, bias, _check.epsilon(epsilon))
+    return y.astype(x.dtype if dtype is None else dtype)

@@ -1,0 +1,155 @@
+"""What a user can get wrong, said once and clearly, while tracing."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jbn._axes import Axes
+
+
+def floating(x: ArrayLike) -> Array:
+    """x as an array, of floating point (complex included)."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(
+            f"x must be floating point; got {x.dtype}, of shape {x.shape}. Convert it first: "
+            f"x.astype(jnp.float32)."
+        )
+    return x
+
+
+def epsilon(value: float) -> float:
+    """Epsilon as a Python number >= 0."""
+    if not _is_number(value) or not 0 <= value < math.inf:
+        raise ValueError(
+            f"epsilon must be a number >= 0 that is added to the variance, such as 1e-5; "
+            f"got {value!r}."
+        )
+    return float(value)
+
+
+def decay(value: float, debias: bool) -> float:
+    """Decay as a Python number in [0, 1]; 1 never takes in anything, so it has no debiased form."""
+    if not _is_number(value) or not 0 <= value <= 1:
+        raise ValueError(
+            f"decay is the weight of the old value and must lie between 0 and 1, such as 0.99; "
+            f"got {value!r}."
+        )
+    if debias and value == 1:
+        raise ValueError("decay=1 cannot be debiased; for equal weights write jbn.cumulative().")
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return not isinstance(value, str) and not math.isnan(float(value))
+    except TypeError:
+        return False
+
+
+def features(name: str, values: ArrayLike, axes: Axes) -> Array:
+    """`values` as an array, of exactly the feature shape."""
+    values = jnp.asarray(values)
+    if values.shape != axes.feature_shape:
+        raise ValueError(
+            f"{name} has shape {values.shape}, but x, of shape {axes.shape} with feature axis "
+            f"{_plain(axes.features)}, needs {axes.feature_shape}. Pass axis= if the features lie "
+            f"elsewhere, or make it for {_plain(axes.feature_shape)} features."
+        )
+    return values
+
+
+def params(values: Any) -> tuple[Any, Any]:
+    """(scale, bias) of a Params, or of any other pair."""
+    try:
+        scale, bias = values
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"params must be jbn.Params(scale, bias), such as jbn.init_params(C); "
+            f"got {type(values).__name__}."
+        ) from None
+    return scale, bias
+
+
+def stats(values: Any, axes: Axes, dtype: Any) -> Any:
+    """A RunningStats whose mean, var and count have the feature shape."""
+    fields = ("mean", "var", "count")
+    if tuple(getattr(values, "_fields", ())) != fields:
+        raise TypeError(
+            f"stats must be jbn.RunningStats(mean, var, count), such as jbn.init_stats(C); "
+            f"got {type(values).__name__}."
+        )
+    values = type(values)(*(features(f"stats.{f}", getattr(values, f), axes) for f in fields))
+    if jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.iscomplexobj(values.mean):
+        raise TypeError(
+            f"x is {dtype} but stats.mean is {values.mean.dtype}, which cannot hold its mean. "
+            f"Write jbn.init_stats(C, dtype={dtype})."
+        )
+    return values
+
+
+def several_values(axes: Axes) -> None:
+    """Refuses to take the variance of a single value."""
+    if axes.size == 1:
+        raise ValueError(
+            f"one value per channel: x of shape {axes.shape} with feature axis "
+            f"{_plain(axes.features)} has a single value of each feature, so its variance is 0 and "
+            f"y is just the bias. Use a larger batch, share statistics through axis_name=, "
+            f"normalise with running statistics (jbn.batch_norm_inference), or drop the last "
+            f"batch of an epoch if it is this small."
+        )
+
+
+def participation(axes: Axes, mask: ArrayLike | None, weights: ArrayLike | None) -> Array | None:
+    """Mask and weights as one array of x's rank: None, bool, or real and >= 0."""
+    taking_part = None if mask is None else _mask(axes, jnp.asarray(mask))
+    if weights is None:
+        return taking_part
+    weights = _weights(axes, jnp.asarray(weights))
+    if taking_part is None:
+        return weights
+    return jnp.where(taking_part, weights, jnp.zeros_like(weights))
+
+
+def _mask(axes: Axes, mask: Array) -> Array:
+    if mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"mask must be bool; got {mask.dtype}. Write mask != 0, or pass real numbers as "
+            f"weights=."
+        )
+    return _broadcastable("mask", mask, axes)
+
+
+def _weights(axes: Axes, weights: Array) -> Array:
+    if not jnp.issubdtype(weights.dtype, jnp.floating):
+        raise TypeError(
+            f"weights must be floating point; got {weights.dtype}. Pass a bool array as mask=, "
+            f"and convert others: weights.astype(jnp.float32)."
+        )
+    weights = lax.stop_gradient(_broadcastable("weights", weights, axes))
+    # A negative or NaN weight counts as none.
+    return jnp.where(weights > 0, weights, jnp.zeros_like(weights))
+
+
+def _broadcastable(name: str, values: Array, axes: Axes) -> Array:
+    shape, ndim = axes.shape, len(axes.shape)
+    if values.ndim == ndim and all(n in (1, m) for n, m in zip(values.shape, shape, strict=True)):
+        return values
+    message = f"{name} of shape {values.shape} does not fit x of shape {shape}"
+    if values.ndim < ndim:
+        message += (
+            f": it needs x's rank, {ndim}, to say which axes it runs along (right-aligned, its "
+            f"last axis would choose features, not examples)"
+        )
+    raise ValueError(
+        f"{message}. Each axis must have x's size or 1, such as {axes.per_position} for one value "
+        f"per position; from one value per example, write "
+        f"{name}.reshape({(-1, *(1,) * (ndim - 1))})."
+    )
+
+
+def _plain(values: tuple[int, ...]) -> int | tuple[int, ...]:
+    return values[0] if len(values) == 1 else values

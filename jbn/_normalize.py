@@ -1,0 +1,188 @@
+"""(x, scale, bias) -> (y, Moments): the transform, and the one derivative rule of the library.
+
+With xhat = (x - mean) rstd, rstd = 1/sqrt(var + epsilon), a = scale rstd and E the mean over the
+batch, the differential of y = scale xhat + bias is
+
+    dy = a dx + (dbias - a E[dx]) + xhat (dscale - a E[xhat dx])
+
+and those of the moments are dmean = E[dx], dvar = 2 E[(x - mean) dx]. JAX transposes this linear
+map into the backward pass: the two reductions sum(ybar) and sum(xhat ybar), and one elementwise
+pass. Derivatives of any order follow, because the rule is itself differentiable.
+
+The map is wrapped in `jax.checkpoint`, so what a backward pass keeps is what the map was given:
+x in its own dtype and vectors with one number per feature. Without it, autodiff would keep xhat,
+which is float32 even where x is bfloat16.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jbn import _check
+from jbn._axes import Axes, resolve
+from jbn._moments import Moments, average, dot, reference, restore, shifted, shifted_moments
+from jbn._sync import AxisName, Scope, scope
+
+
+class Params(NamedTuple):
+    """The learned affine map of Batch Normalization, y = scale * xhat + bias (Alg. 1).
+
+    Attributes:
+      scale: [C], the paper's gamma; None for 1.
+      bias: [C], the paper's beta; None for 0.
+    """
+
+    scale: Array | None
+    bias: Array | None
+
+
+def init_params(features: int | Sequence[int], dtype: DTypeLike = jnp.float32) -> Params:
+    """Scale 1 and bias 0 for `features` features (a tuple if there are several feature axes).
+
+    >>> init_params(2)
+    Params(scale=Array([1., 1.], dtype=float32), bias=Array([0., 0.], dtype=float32))
+    """
+    return Params(jnp.ones(features, dtype), jnp.zeros(features, dtype))
+
+
+def normalize(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float = 1e-5,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Array, Moments]:
+    """Normalises every feature of x by the moments of x itself (Alg. 1).
+
+        mean = E[x],  var = E[(x - mean)^2],  y = scale (x - mean) / sqrt(var + epsilon) + bias
+
+    >>> import jax.numpy as jnp
+    >>> y, m = normalize(jnp.array([[1.0], [3.0]]))
+    >>> print(y.round(3), m.mean)
+    [[-1.]
+     [ 1.]] [2.]
+
+    Args:
+      x: [N, ..., C], floating point.
+      scale: [C], or None for 1.
+      bias: [C], or None for 0.
+      axis: the feature axis or axes, C.
+      epsilon: is added to the variance, inside the root.
+      mask: bool, of x's rank, broadcasts against x. False: the value takes no part, neither in
+        the moments nor in any derivative, and may be NaN.
+      weights: real and not negative, broadcasts like `mask`. Zero is the same as masked.
+      axis_name: take the moments over these named axes (of vmap, pmap, shard_map) as well.
+      axis_index_groups: as in `jax.lax.psum`.
+      dtype: of y; by default x's.
+
+    Returns:
+      y, of x's shape, and the moments. Both are differentiable in x, scale and bias to any order.
+      A masked position shows x normalised by the others' moments, as a constant: what it holds
+      touches no other value and its gradient is 0. A feature without any data gives its bias.
+
+    Raises:
+      TypeError: x is not floating point, or mask is not bool.
+      ValueError: axis, scale, bias, mask or weights do not fit x's shape, or epsilon < 0.
+    """
+    x = _check.floating(x)
+    axes = resolve(x.shape, axis)
+    over = scope(axis_name, axis_index_groups)
+    rule = _Rule(axes, over, _check.epsilon(epsilon), np.dtype(x.dtype if dtype is None else dtype))
+    weights = _check.participation(axes, mask, weights)
+    shift = reference(x, weights, axes, over)
+    scale, bias = affine(scale, bias, axes, shift.dtype)
+    y, m = _normalize(rule, x, scale, bias, weights, shift)
+    return y, restore(m, shift, axes)
+
+
+def affine(scale, bias, axes: Axes, dtype: DTypeLike) -> tuple[Array, Array]:
+    """Scale and bias, checked and broadcast against x; 1 and 0 where None."""
+    real = jnp.finfo(dtype).dtype
+    scale = jnp.ones(axes.feature_shape, real) if scale is None else scale
+    bias = jnp.zeros(axes.feature_shape, real) if bias is None else bias
+    return (
+        axes.expand(_check.features("scale", scale, axes)),
+        axes.expand(_check.features("bias", bias, axes)),
+    )
+
+
+def apply(z: Array, mean: Array, var: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+    """scale (z - mean) / sqrt(var + epsilon) + bias, in z's dtype (Alg. 1, lines 3 and 4)."""
+    a = scale.astype(z.dtype) * reciprocal_std(var, epsilon).astype(z.dtype)
+    return (z - mean.astype(z.dtype)) * a + bias.astype(z.dtype)
+
+
+def reciprocal_std(var: Array, epsilon: float) -> Array:
+    """1 / sqrt(var + epsilon); 0 where that is 1 / 0, so that a constant gives the bias."""
+    var = var + jnp.asarray(epsilon, var.dtype)
+    positive = var > 0
+    inverse = lax.rsqrt(jnp.where(positive, var, jnp.ones_like(var)))
+    return jnp.where(positive, inverse, jnp.zeros_like(var))
+
+
+class _Rule(NamedTuple):
+    """What is static in the derivative rule."""
+
+    axes: Axes
+    over: Scope
+    epsilon: float
+    dtype: np.dtype  # of y
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _normalize(rule: _Rule, x, scale, bias, weights, shift) -> tuple[Array, Moments]:
+    """y, and the moments of z = x - shift. Per-feature values have the shape (1, ..., C)."""
+    m = shifted_moments(x, shift, weights, rule.axes, rule.over)
+    y = apply(x.astype(shift.dtype) - shift, m.mean, m.var, scale, bias, rule.epsilon)
+    return y.astype(rule.dtype), m
+
+
+@_normalize.defjvp
+def _normalize_jvp(rule: _Rule, primals, tangents):
+    x, scale, bias, weights, shift = primals
+    dx, dscale, dbias, _, _ = tangents  # weights and shift are constants
+    y, m = _normalize(rule, x, scale, bias, weights, shift)
+    rstd = reciprocal_std(m.var, rule.epsilon)
+    dy, dmean, dvar = _differential(rule)(
+        (x, weights, shift), (m.count, m.mean, rstd, scale), (dx, dscale, dbias)
+    )
+    return (y, m), (dy, Moments(jnp.zeros_like(m.count), dmean, dvar))
+
+
+@functools.lru_cache(maxsize=1024)
+def _differential(rule: _Rule):
+    """The linear map (dx, dscale, dbias) -> (dy, dmean, dvar) that the module's docstring gives.
+
+    Cached, so that layers of one shape are traced once.
+    """
+
+    def differential(data, constants, tangents):
+        x, weights, shift = data
+        count, mean, rstd, scale = constants
+        dx, dscale, dbias = (t.astype(shift.dtype) for t in tangents)
+        if weights is not None:
+            dx = jnp.where(weights > 0, dx, jnp.zeros_like(dx))
+        centred = shifted(x, shift, weights) - mean
+        dmean, half_dvar = average((dx, dot(centred, dx)), count, weights, rule.axes, rule.over)
+        rstd = rstd.astype(shift.dtype)
+        a = scale.astype(shift.dtype) * rstd
+        xhat = centred * rstd
+        dy = a * dx + (dbias - a * dmean) + xhat * (dscale - a * rstd * half_dvar)
+        if weights is not None:
+            dy = jnp.where(weights > 0, dy, jnp.zeros_like(dy))
+        return dy.astype(rule.dtype), dmean, 2 * half_dvar
+
+    # prevent_cse=False: the compiler may keep what it wants; only autodiff must not.
+    return jax.checkpoint(differential, prevent_cse=False)

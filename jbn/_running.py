@@ -1,0 +1,164 @@
+"""RunningStats: what inference normalises with, and the rules by which batches enter it.
+
+A rule is any function (RunningStats, Moments) -> RunningStats. The built-in ones move the old
+statistics towards the batch's by a rate,
+
+    ema(d)                  rate = 1 - d
+    ema(d, debias=True)     rate = (1 - d) / (1 - d^t)      the t-th batch
+    cumulative()            rate = 1 / t
+
+The debiased average is stored ready to use: its first rate is 1, so the initial value never shows,
+and it equals Adam's division of a zero-initialised average by 1 - d^t.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from jbn import _check
+from jbn._moments import Moments
+
+
+class RunningStats(NamedTuple):
+    """The statistics of the batches seen so far (the moving averages of Alg. 2 and section 3.1).
+
+    Attributes:
+      mean: [C], float32 or float64.
+      var: [C], like mean.
+      count: [C], like mean: how many batches have entered, for each feature, as a batch without
+        data or with NaN in a feature does not count there.
+    """
+
+    mean: Array
+    var: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (of tuple.count)
+
+
+UpdateRule = Callable[[RunningStats, Moments], RunningStats]
+
+
+def init_stats(features: int | Sequence[int], dtype: DTypeLike = jnp.float32) -> RunningStats:
+    """Mean 0 and variance 1 from no batch, for `features` features (a tuple for several axes).
+
+    >>> stats = init_stats(2)
+    >>> print(stats.mean, stats.var, stats.count)
+    [0. 0.] [1. 1.] [0. 0.]
+    """
+    real = jnp.finfo(dtype).dtype
+    return RunningStats(
+        jnp.zeros(features, dtype), jnp.ones(features, real), jnp.zeros(features, real)
+    )
+
+
+def ema(decay: float = 0.99, *, debias: bool = False, unbiased: bool = False) -> UpdateRule:
+    """Exponential moving average: new = decay * old + (1 - decay) * batch.
+
+    `decay` is the weight of the old value: Flax's `momentum`, 1 minus PyTorch's.
+
+    >>> import jax.numpy as jnp
+    >>> batch = Moments(count=jnp.float32(4), mean=jnp.array([1.0]), var=jnp.array([3.0]))
+    >>> ema(0.9)(init_stats(1), batch).var  # 0.9 * 1 + 0.1 * 3
+    Array([1.2], dtype=float32)
+    >>> ema(0.9, debias=True)(init_stats(1), batch).var
+    Array([3.], dtype=float32)
+
+    Args:
+      decay: in [0, 1].
+      debias: divide out the weight of the initial value, as Adam and Haiku do: constant batches
+        give exactly their statistics from the first step on.
+      unbiased: average var * count / (count - 1) (Alg. 2, line 10), as PyTorch does. A batch with
+        count <= 1 has no such estimate and is left out.
+
+    Returns:
+      A rule: hashable, and equal to another made with the same arguments.
+
+    Raises:
+      ValueError: decay is not in [0, 1], or is 1 with debias.
+    """
+    return _Ema(_check.decay(decay, debias), bool(debias), bool(unbiased))
+
+
+def cumulative(*, unbiased: bool = False) -> UpdateRule:
+    """The plain average over all batches, each with equal weight (PyTorch's `momentum=None`).
+
+    >>> import jax.numpy as jnp
+    >>> stats = init_stats(1)
+    >>> for mean in 1.0, 2.0, 6.0:
+    ...     stats = cumulative()(stats, Moments(jnp.float32(4), jnp.array([mean]), jnp.ones(1)))
+    >>> stats.mean
+    Array([3.], dtype=float32)
+
+    Args:
+      unbiased: as for `ema`.
+
+    Returns:
+      A rule: hashable, and equal to another made with the same arguments.
+    """
+    return _Cumulative(bool(unbiased))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ema:
+    decay: float
+    debias: bool
+    unbiased: bool
+
+    def __call__(self, stats: RunningStats, moments: Moments) -> RunningStats:
+        rate = jnp.full_like(stats.count, 1 - self.decay)
+        if self.debias:
+            # 1 - d^t as -expm1(t log d), which keeps its digits for d close to 1.
+            log_decay = math.log(self.decay) if self.decay > 0 else -math.inf
+            t = stats.count + 1
+            rate = jnp.where(t > 1, rate / -jnp.expm1(t * log_decay), jnp.ones_like(t))
+        return _move(stats, moments, rate, self.unbiased)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cumulative:
+    unbiased: bool
+
+    def __call__(self, stats: RunningStats, moments: Moments) -> RunningStats:
+        return _move(stats, moments, 1 / (stats.count + 1), self.unbiased)
+
+
+def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningStats:
+    """`rule`, made safe: no gradient, no change of type, no empty or non-finite batch."""
+    stats, moments = lax.stop_gradient((stats, moments))
+    new = rule(stats, moments)
+    return new if isinstance(rule, _Ema | _Cumulative) else _keep_sound(stats, moments, new)
+
+
+def _move(stats: RunningStats, moments: Moments, rate: Array, unbiased: bool) -> RunningStats:
+    """A step of size `rate` from the old statistics to the batch's."""
+
+    def step(old: Array, new: Array) -> Array:
+        new = new.astype(old.dtype)
+        # At rate 1 exactly the new value: old + (new - old) would round.
+        return jnp.where(rate == 1, new, old + rate.astype(old.dtype) * (new - old))
+
+    var = unbiased_var(moments) if unbiased else moments.var
+    new = RunningStats(step(stats.mean, moments.mean), step(stats.var, var), stats.count + 1)
+    return _keep_sound(stats, moments, new)
+
+
+def unbiased_var(moments: Moments) -> Array:
+    """Bessel's correction, var * count / (count - 1); infinite where count <= 1."""
+    n = moments.count
+    several = n > 1
+    bessel = n / jnp.where(several, n - 1, jnp.ones_like(n))
+    return jnp.where(several, moments.var * bessel, jnp.inf)
+
+
+def _keep_sound(old: RunningStats, moments: Moments, new: RunningStats) -> RunningStats:
+    """`new` where the batch has data and all is finite, else `old`, feature by feature."""
+    sound = moments.count > 0
+    for values in (moments.mean, moments.var, new.mean, new.var):
+        sound &= jnp.isfinite(values)
+    return RunningStats(
+        *(jnp.where(sound, n.astype(o.dtype), o) for n, o in zip(new, old, strict=True))
+    )
