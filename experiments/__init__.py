@@ -1,0 +1,1 @@
+"""Questions about Batch Normalization, one file each: ``python -m experiments.NAME``."""

@@ -1,0 +1,52 @@
+"""JSON lines: one measurement a line, the first line says what was run with what."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jbn
+
+
+class Records:
+    """A file of JSON lines, written through at every line; use it as a context manager."""
+
+    def __init__(self, path: Path, **header: Any):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8")
+        self.write("header", **header, **environment())
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """One line: what kind of measurement, and its values."""
+        row = {k: rounded(v) if isinstance(v, float) else v for k, v in fields.items()}
+        self._file.write(json.dumps({"kind": kind, **row}) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def rounded(value: float) -> float | None:
+    """Six significant digits. JSON has no infinity or NaN: a diverged loss becomes null."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware that a number depends on."""
+    return {
+        "jbn": jbn.__version__,
+        **{name: metadata.version(name) for name in ("jax", "optax", "numpy")},
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "cpu_cores": os.cpu_count(),
+    }
