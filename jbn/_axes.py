@@ -5,6 +5,7 @@ import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from jax import Array
 
 
@@ -49,13 +50,15 @@ def resolve(shape: tuple[int, ...], axis: int | Sequence[int]) -> Axes:
 
     Raises:
       TypeError: `axis` is not an integer or a sequence of integers.
-      ValueError: an axis is out of range for `shape`, or stands twice.
+      numpy.exceptions.AxisError: an axis is out of range for `shape`; it is a ValueError and an
+        IndexError.
+      ValueError: an axis stands twice, or there is none.
     """
     ndim = len(shape)
     features = []
     for a in _as_tuple(axis):
         if not -ndim <= a < ndim:
-            raise ValueError(
+            raise np.exceptions.AxisError(
                 f"axis={axis} is out of range for x of shape {shape}: the feature axis must lie "
                 f"between {-ndim} and {ndim - 1}."
             )

@@ -1,0 +1,80 @@
+"""What the two Flax skins share: Flax's leniency around the core's functions.
+
+Where the core refuses (integer x, one value per feature, a mask of lower rank than x), Flax
+computes, and so does a module that replaces Flax's.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from jbn import _check
+from jbn._axes import resolve
+from jbn._batch_norm import batch_norm_inference
+from jbn._normalize import Params, normalize
+from jbn._running import RunningStats, UpdateRule, absorb
+from jbn._sync import AxisName
+
+
+def training(
+    x: ArrayLike,
+    params: Params,
+    stats: RunningStats,
+    update: UpdateRule,
+    *,
+    axis: int | Sequence[int],
+    epsilon: float,
+    mask: ArrayLike | None,
+    weights: ArrayLike | None,
+    axis_name: AxisName | None,
+    axis_index_groups: Sequence[Sequence[int]] | None,
+    dtype: DTypeLike,
+) -> tuple[Array, RunningStats]:
+    """`jbn.batch_norm` with y of `dtype`, for all that Flax accepts."""
+    x = _as_float(x, dtype)
+    if jnp.iscomplexobj(x):
+        stats = stats._replace(mean=stats.mean.astype(x.dtype))
+    stats = _check.stats(stats, resolve(x.shape, axis), x.dtype)
+    y, moments = normalize(
+        x,
+        *params,
+        axis=axis,
+        epsilon=epsilon,
+        mask=_of_rank(mask, x.ndim),
+        weights=_of_rank(weights, x.ndim),
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        dtype=dtype,
+    )
+    return y, absorb(update, stats, moments)
+
+
+def inference(
+    x: ArrayLike,
+    params: Params,
+    stats: RunningStats,
+    *,
+    axis: int | Sequence[int],
+    epsilon: float,
+    dtype: DTypeLike,
+) -> Array:
+    """`jbn.batch_norm_inference` with y of `dtype`, for all that Flax accepts."""
+    x = _as_float(x, dtype)
+    return batch_norm_inference(x, params, stats, axis=axis, epsilon=epsilon, dtype=dtype)
+
+
+def _as_float(x: ArrayLike, dtype: DTypeLike) -> Array:
+    """x in a dtype fit for computing a y of `dtype`: half precision stays as it is."""
+    x = jnp.asarray(x)
+    wide = jnp.finfo(dtype).bits > 32 or not jnp.issubdtype(x.dtype, jnp.inexact)
+    return x.astype(jnp.promote_types(x.dtype, dtype)) if wide else x
+
+
+def _of_rank(values: ArrayLike | None, ndim: int) -> Array | None:
+    """Aligned to the right, as NumPy broadcasts: a mask (C,) chooses features."""
+    if values is None:
+        return None
+    values = jnp.asarray(values)
+    return values.reshape((1,) * (ndim - values.ndim) + values.shape)

@@ -1,0 +1,127 @@
+"""`jbn.linen.BatchNorm`: Flax linen's BatchNorm with jbn's statistics and derivatives.
+
+Change one import, `from jbn.linen import BatchNorm`; models and checkpoints stay as they are.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+from jax import Array
+
+from jbn import _flax
+from jbn._axes import resolve
+from jbn._normalize import Params
+from jbn._running import RunningStats, UpdateRule, ema
+
+
+class BatchNorm(nn.BatchNorm):
+    """Batch Normalization: `flax.linen.BatchNorm` over `jbn.batch_norm`.
+
+    All of Flax's arguments, variables and dtype rules; a subclass of Flax's class. Its differences
+    (exact variance at any offset, masks, batches with NaN) are listed in the page "Semantics" of
+    the documentation.
+
+    >>> import jax, jax.numpy as jnp
+    >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> layer = BatchNorm(momentum=0.5)
+    >>> variables = layer.init(jax.random.key(0), x, use_running_average=False)
+    >>> y, new = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+    >>> print(new["batch_stats"]["mean"])
+    [ 1. 10.]
+
+    Attributes:
+      use_running_average: if True, normalise with the statistics in `batch_stats`. To be given
+        here or in the call.
+      axis: the feature axis or axes of x.
+      momentum: weight of the old value in the running statistics; the core's `decay`.
+      epsilon: is added to the variance, inside the root.
+      dtype: of y; by default that of x, scale and bias promoted.
+      param_dtype: of scale and bias.
+      use_bias: whether to add a learned bias.
+      use_scale: whether to multiply by a learned scale.
+      bias_init: initialiser of the bias.
+      scale_init: initialiser of the scale.
+      axis_name: share statistics over this named axis of `vmap`, `pmap` or `shard_map`.
+      axis_index_groups: as in `jax.lax.psum`.
+      use_fast_variance: accepted and without effect: jbn's variance is fast and exact.
+      force_float32_reductions: if False, the statistics are stored in `param_dtype`. They are
+        computed in float32 all the same.
+      update: how a batch enters the running statistics, such as `jbn.ema(0.9, debias=True)` or
+        `jbn.cumulative()`; it takes momentum's place, and adds `count` to `batch_stats`. By
+        default `jbn.ema(momentum)`.
+    """
+
+    update: UpdateRule | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
+        weights: Array | None = None,
+    ) -> Array:
+        """Normalises x; in training also updates `batch_stats`.
+
+        Args:
+          x: [N, ..., C].
+          use_running_average: if True, normalise with the statistics in `batch_stats`.
+          mask: bool, broadcasts against x. False: the value takes no part.
+          weights: real and not negative, broadcasts against x: how much each value counts.
+
+        Returns:
+          y, of x's shape. `init` does not update the statistics, and ignores `axis_name`.
+        """
+        inference = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        shape = resolve(jnp.shape(x), self.axis).feature_shape
+        variables = self._statistics(shape)
+        params = self._params(shape)
+        dtype = canonicalize_dtype(x, *params, dtype=self.dtype)
+        mean, var, *count = (v.value for v in variables)
+        stats = RunningStats(mean, var, *(count or [jnp.zeros_like(var)]))
+        if inference:
+            return _flax.inference(
+                x, params, stats, axis=self.axis, epsilon=self.epsilon, dtype=dtype
+            )
+        y, stats = _flax.training(
+            x,
+            params,
+            stats,
+            ema(self.momentum) if self.update is None else self.update,
+            axis=self.axis,
+            epsilon=self.epsilon,
+            mask=None if mask is None else jnp.asarray(mask, bool),
+            weights=weights,
+            axis_name=None if self.is_initializing() else self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            dtype=dtype,
+        )
+        if not self.is_initializing():
+            for variable, value in zip(variables, stats, strict=False):
+                variable.value = value
+        return y
+
+    def _statistics(self, shape: tuple[int, ...]) -> list[nn.Variable[Array]]:
+        """The variables mean, var and, with an update rule of the user's, count."""
+        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        initial = {"mean": jnp.zeros, "var": jnp.ones}
+        if self.update is not None:
+            initial["count"] = jnp.zeros
+        return [
+            self.variable("batch_stats", name, init, shape, dtype) for name, init in initial.items()
+        ]
+
+    def _params(self, shape: tuple[int, ...]) -> Params:
+        """The parameters scale and bias, drawn in this order as in Flax."""
+
+        def param(name: str, used: bool, init: jax.nn.initializers.Initializer) -> Array | None:
+            return self.param(name, init, shape, self.param_dtype) if used else None
+
+        return Params(
+            param("scale", self.use_scale, self.scale_init),
+            param("bias", self.use_bias, self.bias_init),
+        )

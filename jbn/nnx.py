@@ -1,0 +1,173 @@
+"""`jbn.nnx.BatchNorm`: Flax nnx's BatchNorm with jbn's statistics and derivatives.
+
+Change one import, `from jbn.nnx import BatchNorm`; models and checkpoints stay as they are.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.module import first_from
+from flax.nnx.nn import dtypes
+from flax.typing import Dtype, Initializer, PromoteDtypeFn
+from jax import Array
+
+from jbn import _flax
+from jbn._normalize import Params
+from jbn._running import RunningStats, UpdateRule, ema
+from jbn._sync import AxisName
+
+_NO_METADATA: Mapping[str, Any] = MappingProxyType({})
+
+
+class BatchNorm(nnx.BatchNorm):
+    """Batch Normalization: `flax.nnx.BatchNorm` over `jbn.batch_norm`.
+
+    All of Flax's arguments, variables and dtype rules; a subclass of Flax's class. Its differences
+    (exact variance at any offset, masks, batches with NaN) are listed in the page "Semantics" of
+    the documentation.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> layer = BatchNorm(2, momentum=0.5, rngs=nnx.Rngs(0))
+    >>> y = layer(jnp.array([[1.0, 10.0], [3.0, 30.0]]))
+    >>> print(layer.mean[...])
+    [ 1. 10.]
+
+    Args:
+      num_features: C, the size of x's feature axis.
+      use_running_average: if True, normalise with the stored statistics; `train()` and `eval()`
+        switch it.
+      axis: the feature axis of x.
+      momentum: weight of the old value in the running statistics; the core's `decay`.
+      epsilon: is added to the variance, inside the root.
+      dtype: of y; by default that of x, scale and bias promoted.
+      param_dtype: of scale and bias.
+      use_bias: whether to add a learned bias.
+      use_scale: whether to multiply by a learned scale.
+      bias_init: initialiser of the bias.
+      scale_init: initialiser of the scale.
+      axis_name: share statistics over this named axis of `vmap`, `pmap` or `shard_map`.
+      axis_index_groups: as in `jax.lax.psum`.
+      use_fast_variance: accepted and without effect: jbn's variance is fast and exact.
+      promote_dtype: promotes `(x, mean, var, scale, bias)`, given `dtype=`. The statistics keep
+        their own dtype all the same: in half precision they would shift every output.
+      rngs: draws one key for the scale, then one for the bias.
+      bias_metadata: of the bias's `nnx.Param`.
+      scale_metadata: of the scale's `nnx.Param`.
+      update: how a batch enters the running statistics, such as `jbn.ema(0.9, debias=True)` or
+        `jbn.cumulative()`; it takes momentum's place, and adds a `count` to the module's
+        `nnx.BatchStat`s. By default `jbn.ema(momentum)`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = nnx.initializers.zeros_init(),
+        scale_init: Initializer = nnx.initializers.ones_init(),
+        axis_name: AxisName | None = None,
+        axis_index_groups: Sequence[Sequence[int]] | None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = _NO_METADATA,
+        scale_metadata: Mapping[str, Any] = _NO_METADATA,
+        update: UpdateRule | None = None,
+    ):
+        super().__init__(
+            num_features,
+            use_running_average=use_running_average,
+            axis=axis,
+            momentum=momentum,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=scale_init,
+            axis_name=axis_name,  # pyright: ignore[reportArgumentType]  (Flax says str, takes more)
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+            bias_metadata=bias_metadata,
+            scale_metadata=scale_metadata,
+        )
+        self.update = update
+        if update is not None:
+            self.count = nnx.BatchStat(jnp.zeros(num_features, jnp.float32))
+
+    def __call__(
+        self,
+        x: Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
+        weights: Array | None = None,
+    ) -> Array:
+        """Normalises x; in training also updates the stored statistics.
+
+        Args:
+          x: [N, ..., C].
+          use_running_average: if True, normalise with the stored statistics; goes before the
+            constructor's.
+          mask: bool, broadcasts against x. False: the value takes no part.
+          weights: real and not negative, broadcasts against x: how much each value counts.
+
+        Returns:
+          y, of x's shape.
+        """
+        inference = first_from(
+            use_running_average,
+            self.use_running_average,
+            error_msg="BatchNorm needs use_running_average=True or False, in the constructor or in "
+            "the call; or call model.train() or model.eval() first, or nnx.view(model, ...).",
+        )
+        variables = [self.mean, self.var] + ([] if self.update is None else [self.count])
+        mean, var, *count = (v[...] for v in variables)
+        stats = RunningStats(mean, var, *(count or [jnp.zeros_like(var)]))
+        scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
+        x, _, _, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
+        params = Params(scale, bias)
+        dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
+        if inference:
+            return _flax.inference(
+                x, params, stats, axis=self.axis, epsilon=self.epsilon, dtype=dtype
+            )
+        if mask is not None and jnp.asarray(mask).dtype != jnp.bool_:
+            raise ValueError(f"mask must be bool; got {jnp.asarray(mask).dtype}.")
+        y, stats = _flax.training(
+            x,
+            params,
+            stats,
+            ema(self.momentum) if self.update is None else self.update,
+            axis=self.axis,
+            epsilon=self.epsilon,
+            mask=mask,
+            weights=weights,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            dtype=dtype,
+        )
+        for variable, value in zip(variables, stats, strict=False):
+            _store(variable, value)
+        return y
+
+
+def _store(variable: nnx.BatchStat, value: Array) -> None:
+    if variable.dtype == value.dtype:
+        variable[...] = value
+    else:  # the mean of the first complex batch
+        variable.set_value(value)
