@@ -1,0 +1,29 @@
+"""The Python in README and in the guides runs as it stands, each page from top to bottom."""
+
+import pathlib
+import re
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text())]
+
+
+def test_the_pages_with_code_are_found():
+    names = {page.name for page in WITH_CODE}
+    assert {"README.md", "core.md", "linen.md", "nnx.md"} <= names
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_runs(page):
+    text = page.read_text()
+    namespace = {"__name__": page.stem}
+    # JAX as a reader has it, not as strict as the other tests.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in BLOCK.finditer(text):
+            # The empty lines give tracebacks the page's line numbers.
+            above = "\n" * text[: block.start(1)].count("\n")
+            exec(compile(above + block[1], page, "exec"), namespace)
