@@ -72,10 +72,11 @@ def resolve(shape: tuple[int, ...], axis: int | Sequence[int]) -> Axes:
 
 
 def _as_tuple(axis: int | Sequence[int]) -> tuple[int, ...]:
+    axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
     try:
-        if isinstance(axis, Sequence):
-            return tuple(operator.index(a) for a in axis)
-        return (operator.index(axis),)
+        if any(isinstance(a, bool) for a in axes):
+            raise TypeError
+        return tuple(operator.index(a) for a in axes)
     except TypeError:
         raise TypeError(
             f"axis must be an integer or a tuple of integers, such as axis=-1 or axis=(1, 3); "

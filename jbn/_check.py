@@ -91,6 +91,16 @@ def stats(values: Any, axes: Axes, dtype: Any) -> Any:
     return values
 
 
+def batch(axes: Axes, axis_name: Any) -> None:
+    """Refuses x in which every axis is a feature axis, unless a named axis holds the examples."""
+    if not axes.reduction and axis_name is None:
+        raise ValueError(
+            f"x of shape {axes.shape} with feature axis {_plain(axes.features)} has no axis to "
+            f"take statistics over. Pass a batch, such as [N, ..., C] with axis=-1, or name the axis of "
+            f"examples of a surrounding vmap, pmap or shard_map: axis_name=."
+        )
+
+
 def several_values(axes: Axes) -> None:
     """Refuses to take the variance of a single value."""
     if axes.size == 1:

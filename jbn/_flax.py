@@ -34,13 +34,16 @@ def training(
 ) -> tuple[Array, RunningStats]:
     """`jbn.batch_norm` with y of `dtype`, for all that Flax accepts."""
     x = _as_float(x, dtype)
+    shape, axes = x.shape, resolve(x.shape, axis)
+    if not axes.reduction and axis_name is None:  # a single example is a batch of one
+        x, axes = x[None], resolve((1, *x.shape), tuple(i + 1 for i in axes.features))
     if jnp.iscomplexobj(x):
         stats = stats._replace(mean=stats.mean.astype(x.dtype))
-    stats = _check.stats(stats, resolve(x.shape, axis), x.dtype)
+    stats = _check.stats(stats, axes, x.dtype)
     y, moments = normalize(
         x,
         *params,
-        axis=axis,
+        axis=axes.features,
         epsilon=epsilon,
         mask=_of_rank(mask, x.ndim),
         weights=_of_rank(weights, x.ndim),
@@ -48,7 +51,7 @@ def training(
         axis_index_groups=axis_index_groups,
         dtype=dtype,
     )
-    return y, absorb(update, stats, moments)
+    return y.reshape(shape), absorb(update, stats, moments)
 
 
 def inference(

@@ -26,7 +26,16 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check
 from jbn._axes import Axes, resolve
-from jbn._moments import Moments, average, dot, reference, restore, shifted, shifted_moments
+from jbn._moments import (
+    Moments,
+    average,
+    dot,
+    only_active,
+    reference,
+    restore,
+    shifted,
+    shifted_moments,
+)
 from jbn._sync import AxisName, Scope, scope
 
 
@@ -98,6 +107,7 @@ def normalize(
     """
     x = _check.floating(x)
     axes = resolve(x.shape, axis)
+    _check.batch(axes, axis_name)
     over = scope(axis_name, axis_index_groups)
     rule = _Rule(axes, over, _check.epsilon(epsilon), np.dtype(x.dtype if dtype is None else dtype))
     weights = _check.participation(axes, mask, weights)
@@ -145,6 +155,8 @@ class _Rule(NamedTuple):
 def _normalize(rule: _Rule, x, scale, bias, weights, shift) -> tuple[Array, Moments]:
     """y, and the moments of z = x - shift. Per-feature values have the shape (1, ..., C)."""
     m = shifted_moments(x, shift, weights, rule.axes, rule.over)
+    if weights is not None:
+        scale = jnp.where(m.count > 0, scale, jnp.zeros_like(scale))  # no data: the bias
     y = apply(x.astype(shift.dtype) - shift, m.mean, m.var, scale, bias, rule.epsilon)
     return y.astype(rule.dtype), m
 
@@ -172,16 +184,14 @@ def _differential(rule: _Rule):
         x, weights, shift = data
         count, mean, rstd, scale = constants
         dx, dscale, dbias = (t.astype(shift.dtype) for t in tangents)
-        if weights is not None:
-            dx = jnp.where(weights > 0, dx, jnp.zeros_like(dx))
+        dx = only_active(dx, weights)
         centred = shifted(x, shift, weights) - mean
         dmean, half_dvar = average((dx, dot(centred, dx)), count, weights, rule.axes, rule.over)
         rstd = rstd.astype(shift.dtype)
         a = scale.astype(shift.dtype) * rstd
         xhat = centred * rstd
         dy = a * dx + (dbias - a * dmean) + xhat * (dscale - a * rstd * half_dvar)
-        if weights is not None:
-            dy = jnp.where(weights > 0, dy, jnp.zeros_like(dy))
+        dy = only_active(dy, weights)
         return dy.astype(rule.dtype), dmean, 2 * half_dvar
 
     # prevent_cse=False: the compiler may keep what it wants; only autodiff must not.
