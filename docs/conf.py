@@ -27,17 +27,22 @@ napoleon_numpy_docstring = False
 default_role = "literal"  # docstrings write `code` as Markdown does
 
 
-def indented_paragraphs_are_literal(app, what, name, obj, options, lines: list[str]) -> None:
-    """Shows the equations of a docstring, an indented paragraph each, as they are typed."""
+def plain_text_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
+    """Docstrings are plain text: indented paragraphs are equations, and |x| is a magnitude."""
     result: list[str] = []
+    equation = False
     for line in lines:
-        starts = line.startswith("    ") and len(result) > 1 and not result[-1]
-        if starts and result[-2] and not result[-2].startswith(" "):
+        after_blank = len(result) > 1 and not result[-1]
+        if line.startswith("    ") and after_blank and result[-2] and result[-2][0] != " ":
+            equation = True
             result += ["::", ""]
-        result.append(line)
+        elif line and line[0] != " ":
+            equation = False
+        code = equation or "`" in line or line.lstrip().startswith((">>>", "..."))
+        result.append(line if code else line.replace("|", r"\|"))
     lines[:] = result
 
 
 def setup(app) -> None:
     """Before napoleon (priority 500), which would see the equations as prose."""
-    app.connect("autodoc-process-docstring", indented_paragraphs_are_literal, priority=400)
+    app.connect("autodoc-process-docstring", plain_text_to_rst, priority=400)

@@ -37,32 +37,31 @@ Trained = tuple[Array, Callable[[Array], Array]]
 
 
 # --- one function a library: trains a fresh layer on batches [N, C] ------------------------------
-# `old` is the weight of the old running value (None: the library's default), `mask` is [N, 1] bool.
+# `old` is the weight of the old running value (None: the library's default); `masks` is None or one
+# array [N, 1] bool a batch.
 
 
-def run_jbn(batches, *, old=None, mask=None) -> Trained:
+def run_jbn(batches, *, old=None, masks=None) -> Trained:
     params, stats = jbn.init_params(CHANNELS), jbn.init_stats(CHANNELS)
     update = jbn.ema() if old is None else jbn.ema(old)
-    for x in batches:
+    for x, mask in zip(batches, masks or [None] * len(batches), strict=True):
         y, stats = jbn.batch_norm(jnp.asarray(x), params, stats, update=update, mask=mask)
     return y, lambda x: jbn.batch_norm_inference(jnp.asarray(x), params, stats)
 
 
-def run_linen(batches, *, old=None, mask=None) -> Trained:
+def run_linen(batches, *, old=None, masks=None) -> Trained:
     layer = nn.BatchNorm(**({} if old is None else {"momentum": old}))
     variables = layer.init(jax.random.key(0), jnp.ones((2, CHANNELS)), use_running_average=False)
-    for x in batches:
-        y, new = layer.apply(
-            variables, jnp.asarray(x), False, mask=mask, mutable=["batch_stats"]
-        )
+    for x, mask in zip(batches, masks or [None] * len(batches), strict=True):
+        y, new = layer.apply(variables, jnp.asarray(x), False, mask=mask, mutable=["batch_stats"])
         variables = {**variables, **new}
     return y, lambda x: layer.apply(variables, jnp.asarray(x), True)
 
 
-def run_nnx(batches, *, old=None, mask=None) -> Trained:
+def run_nnx(batches, *, old=None, masks=None) -> Trained:
     kwargs = {} if old is None else {"momentum": old}
     layer = nnx.BatchNorm(CHANNELS, rngs=nnx.Rngs(0), **kwargs)
-    for x in batches:
+    for x, mask in zip(batches, masks or [None] * len(batches), strict=True):
         y = layer(jnp.asarray(x), use_running_average=False, mask=mask)
     return y, lambda x: layer(jnp.asarray(x), use_running_average=True)
 
@@ -104,11 +103,11 @@ def run_torch(batches, *, old=None) -> Trained:
     return y, lambda x: layer.eval()(to_torch(x)).detach().numpy()
 
 
-def run_keras(batches, *, old=None, mask=None) -> Trained:
+def run_keras(batches, *, old=None, masks=None) -> Trained:
     layer = keras.layers.BatchNormalization(**({} if old is None else {"momentum": old}))
     layer.build((None, CHANNELS))
-    mask = None if mask is None else mask[:, 0]
-    for x in batches:
+    for x, mask in zip(batches, masks or [None] * len(batches), strict=True):
+        mask = None if mask is None else mask[:, 0]
         y = layer(jnp.asarray(x), training=True, mask=mask)
     return y, lambda x: layer(jnp.asarray(x), training=False)
 
@@ -205,7 +204,7 @@ def masked(value):
         x[48:] = value
         exact = x[:48].astype(np.float64)
         y = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + float(epsilon(name)))
-        got = RUN[name]([x], mask=jnp.asarray(mask))[0]
+        got = RUN[name]([x], masks=[jnp.asarray(mask)])[0]
         return number(np.abs(np.asarray(got, np.float64)[:48] - y).max())
 
     return row
@@ -233,33 +232,33 @@ def masked_gradient(name) -> str:
         elif name == "Flax nnx":
             y = nnx.BatchNorm(CHANNELS, rngs=nnx.Rngs(0))(x, mask=mask)
         else:
-            y = RUN[name]([x], mask=mask)[0]
+            y = RUN[name]([x], masks=[mask])[0]
         return jnp.sum(jnp.where(mask, y * cotangent, 0))
 
     bad = np.isnan(np.asarray(jax.grad(loss)(x))).mean()
     return "finite" if bad == 0 else f"NaN in {bad:.0%}"
 
 
-def inference_after(make, mask=None):
-    """The mean that inference uses after a good batch and then the batch `make()`."""
+def inference_after(bad: np.ndarray, all_masked: bool = False):
+    """The mean that inference uses after a good batch and then the batch `bad`."""
 
     def row(name) -> str:
+        if all_masked and name not in HAS_MASK:
+            return "no mask"
         good = batch() + 1
+        masks = [jnp.ones((len(good), 1), bool), jnp.zeros((len(bad), 1), bool)]
         before = inference_moments(RUN[name]([good])[1])[0]
-        if mask is not None:
-            if name not in HAS_MASK:
-                return "no mask"
-            after = inference_moments(RUN[name]([make()], mask=jnp.asarray(mask()))[1])[0]
-            return "untouched" if after == 0 else number(after)
-        after = inference_moments(RUN[name]([good, make()])[1])[0]
-        return "untouched" if after == before else number(after)
+        kwargs = {"masks": masks} if all_masked else {}
+        after = inference_moments(RUN[name]([good, bad], **kwargs)[1])[0]
+        if after == before:
+            return "untouched"
+        return "NaN" if np.isnan(after) else f"moved by {after / before - 1:+.0%}"
 
     return row
 
 
 def one_value(name) -> str:
-    """y for one value per channel, and what it leaves in inference."""
-    y, evaluate = RUN[name]([np.full((1, CHANNELS), 5.0, np.float32)], old=0.0)
+    y, _ = RUN[name]([np.full((1, CHANNELS), 5.0, np.float32)], old=0.0)
     return f"y = {number(float(np.asarray(y)[0, 0]))}"
 
 
@@ -307,8 +306,7 @@ def uneven_sync(name) -> str:
     return number(np.abs(got[np.broadcast_to(mask, x.shape)].reshape(-1, CHANNELS) - y).max())
 
 
-def nan_batch():
-    x = batch()
+def with_nan(x):
     x[0, 0] = np.nan
     return x
 
@@ -329,11 +327,9 @@ ROWS: dict[str, Callable[[str], str]] = {
     "... with NaN at masked positions": masked(np.nan),
     "dx with NaN at masked positions": masked_gradient,
     "error of y, synchronised, masks of 48 and 8 examples": uneven_sync,
-    "inference mean after an all-masked batch": inference_after(
-        lambda: batch(4), mask=lambda: np.zeros((4, 1), bool)
-    ),
-    "... after an empty batch": inference_after(lambda: batch(0)),
-    "... after a batch with a NaN": inference_after(nan_batch),
+    "inference mean after a good and an all-masked batch": inference_after(batch(4), True),
+    "... after a good and an empty batch": inference_after(batch(0)),
+    "... after a good batch and one with a NaN": inference_after(with_nan(batch())),
     "one value per channel": one_value,
 }
 
