@@ -1,0 +1,179 @@
+"""One table of inputs; every law in the tests runs over the rows that it speaks about."""
+
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+
+from tests import oracle, tolerance
+
+
+class Case(NamedTuple):
+    """One input: its shape and types, where its data lie, and which positions count how much."""
+
+    shape: tuple[int, ...]
+    axis: int | tuple[int, ...] = -1
+    dtype: str = "float32"
+    offset: float = 0.0
+    std: float = 1.0
+    mask: str = "none"  # examples | positions | features | channel (one has no position at all)
+    weights: str = "none"  # examples | features (about a fifth of them zero)
+
+    def __str__(self):
+        """The id of the test."""
+        axis = "_".join(map(str, np.atleast_1d(self.axis)))
+        parts = ["x".join(map(str, self.shape)), f"axis{axis}", self.dtype]
+        if self.offset or self.std != 1.0:
+            parts.append(f"{self.offset:g}±{self.std:g}")
+        parts += [f"mask-{self.mask}"] * (self.mask != "none")
+        parts += [f"weights-{self.weights}"] * (self.weights != "none")
+        return "-".join(parts)
+
+    @property
+    def ratio(self):
+        """|mean| / std, what the tolerance has to know."""
+        return abs(self.offset) / self.std
+
+    @property
+    def kwargs(self):
+        """The keyword arguments of the oracle and of the library that are the same for both."""
+        return {"axis": self.axis}
+
+
+class Data(NamedTuple):
+    """Arrays of a case, in NumPy: x and dy in its dtype, the rest in float32 or float64."""
+
+    x: np.ndarray
+    scale: np.ndarray
+    bias: np.ndarray
+    mask: np.ndarray | None
+    weights: np.ndarray | None
+    dy: np.ndarray
+    dmean: np.ndarray
+    dvar: np.ndarray
+
+    @property
+    def support(self):
+        """Mask and weights as keyword arguments."""
+        return {"mask": self.mask, "weights": self.weights}
+
+    @property
+    def valid(self):
+        """[x.shape] bool: the positions that take part."""
+        return oracle.position_weights(self.x, self.mask, self.weights) > 0
+
+
+AXES = (
+    Case((64, 5)),
+    Case((5, 64), axis=0),
+    Case((4, 6, 16), axis=1),
+    Case((4, 6, 16), axis=-2),
+    Case((3, 5, 6, 4), axis=-1),
+    Case((3, 4, 5, 6), axis=1),
+    Case((2, 3, 4, 3, 2), axis=-4),
+    Case((3, 4, 5, 6), axis=(1, 3)),
+    Case((3, 4, 5, 6), axis=(-1, 1)),
+    Case((7, 2, 3), axis=(-2, -1)),
+    Case((2, 3, 7), axis=(0, 1)),
+    Case((2, 4)),
+)
+
+OFFSETS = (
+    Case((64, 5), offset=1e3),
+    Case((64, 5), offset=1e4),
+    Case((64, 5), offset=-1e4),
+    Case((4096, 3), offset=1e3),
+    Case((8, 24, 24, 3), offset=1e4),
+    Case((8, 3, 24, 24), axis=1, offset=1e4),
+    Case((65536, 2), offset=1e4),
+    Case((512, 3), offset=1e1, std=1e-2),
+    Case((512, 3), std=1e-3),  # the variance is a tenth of epsilon
+    Case((512, 3), offset=1e8, std=1e5),
+)
+
+DTYPES = (
+    Case((64, 5), dtype="bfloat16"),
+    Case((64, 5), dtype="float16"),
+    Case((4, 6, 16), axis=1, dtype="bfloat16"),
+    Case((4096, 3), dtype="bfloat16", offset=8.0),
+    Case((4096, 3), dtype="float16", offset=100.0),
+    Case((512, 3), dtype="float16", offset=3e4, std=4e3),  # the sum of three overflows float16
+)
+
+MASKS = (
+    Case((32, 5), mask="examples"),
+    Case((4, 6, 16), axis=1, mask="examples"),
+    Case((4, 6, 16), axis=1, mask="positions"),
+    Case((3, 5, 6, 4), mask="positions"),
+    Case((32, 5), mask="features"),
+    Case((3, 4, 5, 6), axis=(1, 3), mask="features"),
+    Case((32, 5), mask="channel"),
+    Case((4, 5, 16), axis=1, mask="channel"),
+    Case((32, 5), mask="positions", offset=1e4),
+    Case((64, 5), mask="examples", dtype="bfloat16"),
+    Case((64, 5), mask="features", dtype="float16"),
+    Case((32, 5), weights="examples"),
+    Case((4, 6, 16), axis=1, weights="features"),
+    Case((32, 5), weights="examples", offset=1e4),
+    Case((32, 5), mask="examples", weights="features"),
+    Case((64, 5), weights="examples", dtype="bfloat16"),
+)
+
+ALL = AXES + OFFSETS + DTYPES + MASKS
+
+
+def make(case: Case, masked: float = 7.0) -> Data:
+    """The data of a case, the same on every call.
+
+    Masked positions hold offset + `masked` * std. 7 is far enough from the rest to be seen if it
+    enters the statistics; NaN and inf are for the laws about them.
+    """
+    rng = np.random.default_rng(zlib.crc32(str(case).encode()))
+    shape, wide = case.shape, tolerance.accumulator(case.dtype)
+    features, reduced = oracle.axes(len(shape), case.axis)
+    sizes = tuple(shape[a] for a in features)
+    spread = case.std * np.expand_dims(rng.uniform(0.5, 2.0, sizes), reduced)
+    x = case.offset + spread * rng.normal(size=shape)
+    mask, weights = _mask(rng, case, features, reduced), _weights(rng, case, reduced)
+    valid = oracle.position_weights(x, mask, weights) > 0
+    return Data(
+        np.where(valid, x, case.offset + case.std * masked).astype(case.dtype),
+        rng.uniform(0.5, 2.0, sizes).astype(wide),
+        rng.normal(size=sizes).astype(wide),
+        mask,
+        None if weights is None else weights.astype(wide),
+        rng.normal(size=shape).astype(case.dtype),
+        rng.normal(size=sizes).astype(wide),
+        rng.normal(size=sizes).astype(wide),
+    )
+
+
+def _mask(rng, case, features, reduced):
+    if case.mask == "none":
+        return None
+    shape = tuple(
+        size
+        if case.mask in ("features", "channel")
+        or (case.mask == "positions" and a in reduced)
+        or (case.mask == "examples" and a == reduced[0])
+        else 1
+        for a, size in enumerate(case.shape)
+    )
+    mask = rng.uniform(size=shape) < 0.7
+    # The first row is masked: a shift that is taken from it has to look whether it is there.
+    mask[(0,) * len(shape)] = False
+    if case.mask == "channel":
+        mask[tuple(1 if a in features else slice(None) for a in range(len(shape)))] = False
+    return mask
+
+
+def _weights(rng, case, reduced):
+    if case.weights == "none":
+        return None
+    shape = tuple(
+        size if case.weights == "features" or a == reduced[0] else 1
+        for a, size in enumerate(case.shape)
+    )
+    weights = rng.uniform(0.1, 3.0, size=shape) * (rng.uniform(size=shape) < 0.8)
+    weights[(0,) * len(shape)] = 0.0
+    return weights

@@ -1,0 +1,150 @@
+"""Batch Normalization in NumPy float64, from the equations of the paper (arXiv 1502.03167).
+
+Nothing here is fast or clever, and nothing is shared with the library: two passes over the data,
+the backward pass of section 3 with the weights carried along, and the running averages as plain
+sums. `test_oracle.py` holds the backward pass against finite differences of the forward pass.
+
+Shapes: everything per channel has the sizes of the feature axes, in the order of the array. A
+position with weight 0 is masked: it takes no part, and a cotangent that arrives there is dropped.
+"""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Moments(NamedTuple):
+    """The weighted count, mean and biased variance of every channel."""
+
+    count: np.ndarray
+    mean: np.ndarray
+    var: np.ndarray
+
+
+class Running(NamedTuple):
+    """Running statistics: mean and variance, and the number of batches in them."""
+
+    mean: np.ndarray
+    var: np.ndarray
+    count: np.ndarray
+
+
+def axes(ndim: int, axis: int | tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(feature axes, reduced axes), both ascending."""
+    given = (axis,) if isinstance(axis, int) else axis
+    features = tuple(sorted(a % ndim for a in given))
+    return features, tuple(a for a in range(ndim) if a not in features)
+
+
+def _wide(reduced, values):
+    """Values per channel, so that they broadcast against x."""
+    return np.expand_dims(np.asarray(values, np.float64), reduced)
+
+
+def position_weights(x, mask=None, weights=None):
+    """The weight of every position of x; 0 is masked."""
+    w = np.ones(x.shape)
+    if mask is not None:
+        w = w * np.asarray(mask, np.float64)
+    if weights is not None:
+        w = w * np.asarray(weights, np.float64)
+    return w
+
+
+def moments(x, axis=-1, mask=None, weights=None) -> Moments:
+    """Algorithm 1, lines 1 and 2, with p = w / sum(w) for 1/m: sum(p x) and sum(p (x - mean)^2)."""
+    w = position_weights(x, mask, weights)
+    x = np.where(w > 0, np.asarray(x, np.float64), 0.0)
+    reduced = axes(x.ndim, axis)[1]
+    count = w.sum(reduced)
+    some = np.where(count > 0, count, 1.0)
+    mean = (w * x).sum(reduced) / some
+    var = (w * (x - np.expand_dims(mean, reduced)) ** 2).sum(reduced) / some
+    return Moments(count, mean, var)
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """The moments of two batches together, from their sums of x and of x^2."""
+    count = a.count + b.count
+    some = np.where(count > 0, count, 1.0)
+    mean = (a.count * a.mean + b.count * b.mean) / some
+    square = (a.count * (a.var + a.mean**2) + b.count * (b.var + b.mean**2)) / some
+    return Moments(count, mean, square - mean**2)
+
+
+def affine(x, mean, var, scale=None, bias=None, axis=-1, epsilon=1e-5):
+    """Algorithm 1, lines 3 and 4; with population statistics, line 11 of algorithm 2."""
+    reduced = axes(np.ndim(x), axis)[1]
+    wide = functools.partial(_wide, reduced)
+    xhat = (np.asarray(x, np.float64) - wide(mean)) / np.sqrt(wide(var) + epsilon)
+    y = xhat if scale is None else wide(scale) * xhat
+    return y if bias is None else y + wide(bias)
+
+
+def normalize(x, scale=None, bias=None, axis=-1, epsilon=1e-5, mask=None, weights=None):
+    """(y, moments) of algorithm 1; a masked position is normalised with the others' statistics.
+
+    A channel in which nothing takes part has none, and shows its bias.
+    """
+    m = moments(x, axis, mask, weights)
+    scale = np.where(m.count > 0, 1.0 if scale is None else scale, 0.0)
+    return affine(x, m.mean, m.var, scale, bias, axis, epsilon), m
+
+
+def vjp(x, scale, bias, dy, dmean, dvar, axis=-1, epsilon=1e-5, mask=None, weights=None):
+    """(dx, dscale, dbias) of the loss sum(dy y) + sum(dmean mean) + sum(dvar var).
+
+    The paper's chain of section 3, with p = w / sum(w) for 1/m and cotangents of the moments:
+
+        dxhat = dy scale
+        dvar  = sum(dxhat (x - mean)) (-1/2) (var + eps)^(-3/2)  + dvar given
+        dmean = sum(dxhat) (-1) (var + eps)^(-1/2)               + dmean given
+        dx    = dxhat (var + eps)^(-1/2) + dvar 2 (x - mean) p + dmean p
+    """
+    w = position_weights(x, mask, weights)
+    m = moments(x, axis, mask, weights)
+    reduced = axes(x.ndim, axis)[1]
+    wide = functools.partial(_wide, reduced)
+    valid = w > 0
+    p = w / wide(np.where(m.count > 0, m.count, 1.0))
+    centred = np.where(valid, np.asarray(x, np.float64), wide(m.mean)) - wide(m.mean)
+    std = np.sqrt(m.var + epsilon)
+    dy = np.where(valid, np.asarray(dy, np.float64), 0.0)
+    dxhat = dy * (1.0 if scale is None else wide(scale))
+    dvar = dvar - 0.5 * (dxhat * centred).sum(reduced) / std**3
+    dmean = dmean - dxhat.sum(reduced) / std
+    dx = dxhat / wide(std) + wide(dvar) * 2 * centred * p + wide(dmean) * p
+    return dx, (dy * centred).sum(reduced) / std, dy.sum(reduced)
+
+
+def running(batches, decay=None, debias=False, unbiased=False) -> Running:
+    """The running statistics after `batches` (a list of Moments), as one weighted sum of them.
+
+    `decay=None` is the plain average. With a decay d the k-th of t absorbed batches has the weight
+    (1 - d) d^(t-k); what is left, d^t, stays with the initial mean 0 and variance 1, or, debiased,
+    the weights are divided by their sum. A batch enters a channel if the channel has a count (more
+    than 1 for the unbiased variance) and finite moments.
+    """
+    shape = np.shape(batches[0].mean)
+    mean, var, absorbed = np.zeros(shape), np.ones(shape), np.zeros(shape, np.int32)
+    for channel in np.ndindex(shape):
+        kept = []
+        for batch in batches:
+            n, mu, v = (np.broadcast_to(value, shape)[channel] for value in batch)
+            if n > (1 if unbiased else 0) and np.isfinite(mu) and np.isfinite(v):
+                kept.append((mu, v * n / (n - 1) if unbiased else v))
+        t = absorbed[channel] = len(kept)
+        if t == 0:
+            continue
+        if decay is None:
+            weight = np.full(t, 1 / t)
+        else:
+            weight = np.array([(1 - decay) * decay ** (t - 1 - k) for k in range(t)])
+        if debias:
+            weight = weight / weight.sum()
+        rest = 1 - weight.sum()
+        means, variances = np.array(kept).T
+        mean[channel] = rest * 0.0 + weight @ means
+        var[channel] = rest * 1.0 + weight @ variances
+    return Running(mean, var, absorbed)
