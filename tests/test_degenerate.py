@@ -1,0 +1,202 @@
+"""Input that leaves nothing to normalise stays finite, forward and backward."""
+
+import chex
+import numpy as np
+import pytest
+
+import jbn
+from tests import cases, compiled, oracle, tolerance
+
+
+def parts(shape, seed=0):
+    """scale, bias and dy for x of this shape."""
+    rng = np.random.default_rng(seed)
+    sizes = [shape[-1], shape[-1], shape]
+    return [rng.normal(size=size).astype(np.float32) for size in sizes]
+
+
+def assert_constant(x, channels, support=None):
+    """In `channels` x is constant where it counts: y is the bias there, the variance exactly 0."""
+    support = support or {}
+    scale, bias, dy = parts(x.shape)
+    y, m, gradient = compiled.vjp(x, scale, bias, dy, **support)
+    valid = oracle.position_weights(x, **support) > 0
+    for c in channels:
+        np.testing.assert_array_equal(np.asarray(y)[..., c][valid[..., c]], bias[c])
+        assert m.var[c] == 0
+        assert gradient[1][c] == 0  # dscale: xhat is 0
+    chex.assert_tree_all_finite(gradient)
+    none = np.zeros_like(scale)
+    expected = oracle.vjp(x, scale, bias, dy, none, none, **support)
+    n = x.size // x.shape[-1]
+    tolerance.assert_close(gradient[0], expected[0], "float32", n)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.1, -33333.3, 1e-20, 1e8, 3e38])
+@pytest.mark.parametrize("rows", [2, 3, 75, 4096])
+def test_a_constant_channel_gives_the_bias_exactly(offset, rows):
+    # A mean by sum and division is not the constant: at -33333.3 over 75 rows it is an ulp off,
+    # which 1/sqrt(epsilon) = 316 makes visible.
+    x = np.random.default_rng(0).normal(size=(rows, 3)).astype(np.float32)
+    x[:, 1] = offset
+    assert_constant(x, [1])
+
+
+@pytest.mark.parametrize("offset", [0.1, -33333.3, 1e8])
+@pytest.mark.parametrize("kind", ["examples", "positions", "features", "weights"])
+def test_a_channel_that_is_constant_where_it_counts(offset, kind):
+    case = cases.Case(
+        (15, 5, 3), **({"weights": "features"} if kind == "weights" else {"mask": kind})
+    )
+    data = cases.make(case)
+    x = np.where(data.valid, np.float32(offset), np.float32(7.0))
+    assert_constant(x, range(3), data.support)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_constant_channel_in_half_precision(dtype):
+    x = np.full((75, 2), 333.3).astype(dtype)
+    scale, bias, _ = parts(x.shape)
+    y, m = compiled.normalize(x, scale, bias)
+    np.testing.assert_array_equal(y, np.broadcast_to(bias.astype(dtype), x.shape))
+    np.testing.assert_array_equal(m.mean, np.float32(x[0]))
+
+
+@pytest.mark.parametrize("axis", [-1, (-2, -1)], ids=str)
+def test_one_row_gives_the_bias(axis):
+    x = (
+        np.random.default_rng(0)
+        .normal(size=(1, 4, 3))
+        .astype(np.float32)[:, : 1 if axis == -1 else 4]
+    )
+    sizes = (3,) if axis == -1 else (4, 3)
+    rng = np.random.default_rng(1)
+    scale, bias = (rng.normal(size=sizes).astype(np.float32) for _ in range(2))
+    dy = rng.normal(size=x.shape).astype(np.float32)
+    y, m, (dx, dscale, dbias) = compiled.vjp(x, scale, bias, dy, axis=axis)
+    np.testing.assert_array_equal(y, np.broadcast_to(bias, x.shape))
+    np.testing.assert_array_equal(m.mean, x.reshape(sizes))
+    np.testing.assert_array_equal(m.var, 0)
+    np.testing.assert_array_equal(dx, 0)
+    np.testing.assert_array_equal(dscale, 0)
+    np.testing.assert_array_equal(dbias, dy.reshape(sizes))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3), (0, 4, 4, 3)], ids=str)
+def test_an_empty_batch(shape):
+    x = np.zeros(shape, np.float32)
+    scale, bias, dy = parts(shape)
+    y, m, gradient = compiled.vjp(x, scale, bias, dy)
+    chex.assert_shape([y, gradient[0]], shape)
+    for value in (*m, *gradient[1:]):
+        np.testing.assert_array_equal(value, 0)
+    same = compiled.moments(x)
+    chex.assert_trees_all_equal(same, m)
+    stats = jbn.init_stats(3)
+    y, new = compiled.batch_norm(x, jbn.Params(scale, bias), stats)
+    chex.assert_shape(y, shape)
+    chex.assert_trees_all_equal(new, stats)
+    chex.assert_shape(compiled.batch_norm_inference(x, jbn.Params(scale, bias), stats), shape)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_empty_batch_in_half_precision(dtype):
+    y, m = compiled.normalize(np.zeros((0, 3), dtype))
+    chex.assert_type([y, m.mean, m.var, m.count], [dtype] + [np.float32] * 3)
+
+
+def test_no_features():
+    y, stats = compiled.batch_norm(
+        np.zeros((4, 0), np.float32), jbn.init_params(0), jbn.init_stats(0)
+    )
+    chex.assert_shape([y, stats.mean], [(4, 0), (0,)])
+
+
+@pytest.mark.parametrize("junk", [7.0, np.nan, np.inf])
+@pytest.mark.parametrize("by", ["mask", "weights"])
+def test_everything_masked(junk, by):
+    x = np.full((6, 4, 3), junk, np.float32)
+    x[0] = 1.0
+    scale, bias, dy = parts(x.shape)
+    support = {by: np.zeros((6, 1, 1), bool if by == "mask" else np.float32)}
+    y, m, gradient = compiled.vjp(x, scale, bias, dy, **support)
+    for value in (*m, *gradient):
+        np.testing.assert_array_equal(value, 0)
+    assert np.all(np.isfinite(y[0]))
+
+
+@pytest.mark.parametrize("size", [1e25, 1e37, 3e38])
+@pytest.mark.parametrize("support", ["none", "mask"])
+def test_squares_that_overflow(size, support):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 3)).astype(np.float32)
+    x[:, 1] = size * rng.uniform(-1, 1, size=64)
+    scale, bias, dy = parts(x.shape)
+    given = {"mask": np.arange(64)[:, None] > 0} if support == "mask" else {}
+    y, _, gradient = compiled.vjp(x, scale, bias, dy, **given)
+    chex.assert_tree_all_finite((y, gradient))
+    # And the other channels do not notice.
+    none = np.zeros_like(scale)
+    expected = oracle.normalize(x, scale, bias, **given)[0]
+    backward = oracle.vjp(x, scale, bias, dy, none, none, **given)
+    for c in (0, 2):
+        tolerance.assert_close(y[:, c], expected[:, c], "float32", 64)
+        tolerance.assert_close(gradient[0][:, c], backward[0][:, c], "float32", 64)
+    _, stats = compiled.batch_norm(x, jbn.Params(scale, bias), jbn.init_stats(3), **given)
+    chex.assert_tree_all_finite(stats)
+
+
+def test_squares_that_overflow_only_around_zero():
+    # 1e20 squared is no float32, but the variance, 1e34, is one.
+    case = cases.Case((64, 3), offset=1e20, std=1e17)
+    data = cases.make(case)
+    y, _ = compiled.normalize(data.x, data.scale, data.bias)
+    expected, _ = oracle.normalize(data.x, data.scale, data.bias)
+    tolerance.assert_close(y, expected, "float32", 64, ratio=case.ratio)
+
+
+def test_float16_at_its_limits():
+    # Neither the sum of 4096 values of 60000 nor a square is a float16.
+    x = np.where(np.random.default_rng(0).uniform(size=(4096, 2)) < 0.5, -6e4, 6e4).astype(
+        np.float16
+    )
+    y, m = compiled.normalize(x)
+    expected, moments = oracle.normalize(x)
+    tolerance.assert_close(y, expected, "float16", 4096)
+    tolerance.assert_close(m.var, moments.var, "float32", 4096)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("row", [0, 5])
+def test_one_bad_sample_spoils_its_channel_alone(bad, row):
+    data = cases.make(cases.Case((16, 4)))
+    clean = data.x[:, [0, 2, 3]]
+    data.x[row, 1] = bad
+    y, m, gradient = compiled.vjp(data.x, data.scale, data.bias, data.dy)
+    others = [0, 2, 3]
+    part = data.scale[others], data.bias[others], data.dy[:, others]
+    expected, moments = oracle.normalize(clean, *part[:2])
+    backward = oracle.vjp(clean, *part, np.zeros(3), np.zeros(3))
+    assert np.isnan(y[row, 1])  # it shows
+    tolerance.assert_close(y[:, others], expected, "float32", 16)
+    tolerance.assert_close(m.mean[np.array(others)], moments.mean, "float32", 16, magnitude=2)
+    tolerance.assert_close(gradient[0][:, others], backward[0], "float32", 16)
+    for k in (1, 2):
+        tolerance.assert_close(
+            gradient[k][np.array(others)], backward[k], "float32", 16, magnitude=16
+        )
+    stats = jbn.init_stats(4)
+    _, new = compiled.batch_norm(data.x, jbn.Params(data.scale, data.bias), stats)
+    chex.assert_tree_all_finite(new)
+    np.testing.assert_array_equal(new.count, [1, 0, 1, 1])
+    np.testing.assert_array_equal([new.mean[1], new.var[1]], [0, 1])
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-5])
+def test_epsilon_zero_is_finite_for_a_constant(epsilon):
+    x = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
+    x[:, 1] = 4.0
+    scale, bias, dy = parts(x.shape)
+    y, _, gradient = compiled.vjp(x, scale, bias, dy, epsilon=epsilon)
+    chex.assert_tree_all_finite((y, gradient))
+    np.testing.assert_array_equal(y[:, 1], np.broadcast_to(bias[1], 8))

@@ -1,0 +1,233 @@
+"""Every derivative is that of the formula: all orders, in x, scale and bias, through masks.
+
+First order in the table's dtypes against the oracle's closed form; every order in float64 against
+JAX's derivatives of the formula as the paper writes it. Cotangents are random: sum(y) is constant
+in x, so its gradient is zero whatever the code does.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import jbn
+from tests import cases, compiled, oracle, tolerance
+
+
+def gradients(case, data):
+    """(dx, dscale, dbias) of sum(dy y) + sum(dmean mean) + sum(dvar var)."""
+    at = data.x, data.scale, data.bias, data.dy, data.dmean, data.dvar
+    return compiled.vjp(*at, **case.kwargs, **data.support)[2]
+
+
+@pytest.mark.parametrize("case", cases.ALL, ids=str)
+def test_gradient_against_the_oracle(case):
+    data = cases.make(case)
+    dx, dscale, dbias = gradients(case, data)
+    at = data.x, data.scale, data.bias, data.dy, data.dmean, data.dvar
+    expected = oracle.vjp(*at, **case.kwargs, **data.support)
+    chex.assert_type([dx, dscale, dbias], [case.dtype, data.scale.dtype, data.bias.dtype])
+    n, wide = data.x.size // data.scale.size, tolerance.accumulator(case.dtype)
+    close = tolerance.assert_close
+    close(dx, expected[0], case.dtype, n, ratio=case.ratio)
+    # Sums of n cotangents of both signs: what is rounded are the terms, not the small result.
+    size = np.abs(np.asarray(data.dy, np.float64)).sum() / data.scale.size
+    close(dscale, expected[1], wide, n, magnitude=size, ratio=case.ratio)
+    close(dbias, expected[2], wide, n, magnitude=size)
+    np.testing.assert_array_equal(np.asarray(dx)[~data.valid], 0)
+
+
+@pytest.mark.parametrize("kind", ["examples", "positions", "features", "channel"])
+@pytest.mark.parametrize("junk", [np.nan, np.inf, 3e38])
+def test_what_lies_or_arrives_under_a_mask_touches_no_gradient(kind, junk):
+    case = cases.Case((6, 4, 5), mask=kind)
+    clean, dirty = cases.make(case), cases.make(case, masked=junk)
+    expected = gradients(case, clean)
+    chex.assert_tree_all_finite(expected)
+    chex.assert_trees_all_equal(gradients(case, dirty), expected)
+    # Nor does a cotangent there, as of a loss that is computed from the NaN in y.
+    late = dirty._replace(dy=np.where(dirty.valid, dirty.dy, np.float32(junk)))
+    chex.assert_trees_all_equal(gradients(case, late), expected)
+
+
+def test_tangents_under_a_mask_are_dropped():
+    case = cases.Case((6, 4, 5), mask="features")
+    data = cases.make(case, masked=np.nan)
+
+    @jax.jit
+    def push(dx):
+        f = lambda x: jbn.normalize(x, data.scale, data.bias, **data.support)  # noqa: E731
+        return jax.jvp(f, (data.x,), (dx,))[1]
+
+    dy, dm = push(data.dy)
+    chex.assert_tree_all_finite((dy, dm.mean, dm.var))
+    np.testing.assert_array_equal(np.asarray(dy)[~data.valid], 0)
+    junk = push(np.where(data.valid, data.dy, np.float32(np.nan)))
+    chex.assert_trees_all_equal((junk[0], *junk[1][1:]), (dy, *dm[1:]))
+
+
+def test_mask_weights_and_count_carry_no_gradient():
+    case = cases.Case((32, 5), weights="features")
+    data = cases.make(case)
+
+    def outputs(x, weights):
+        y, m = jbn.normalize(x, data.scale, data.bias, weights=weights)
+        return y, m.mean, m.var, m.count
+
+    cotangent = data.dy, data.dmean, data.dvar, data.dmean
+    dx, dweights = jax.jit(lambda x, w: jax.vjp(outputs, x, w)[1](cotangent))(data.x, data.weights)
+    np.testing.assert_array_equal(dweights, 0)
+    same, _, _ = gradients(case, data)  # has no cotangent of the count
+    tolerance.assert_close(dx, same, "float32", 32)
+    moments = lambda w: jbn.moments(data.x, weights=w)[1:]  # noqa: E731
+    (dweights,) = jax.jit(lambda w: jax.vjp(moments, w)[1](cotangent[1:3]))(data.weights)
+    np.testing.assert_array_equal(dweights, 0)
+
+
+# --- every order, in float64 -------------------------------------------------------------------
+
+
+def textbook(x, scale, bias, w, epsilon=1e-5):
+    """Algorithm 1 over the first axes of x: [..., C] as written; w: its weights.
+
+    `stop_gradient` at masked positions says that what happens there has no derivative.
+    """
+    first, (channels,) = tuple(range(x.ndim - 1)), scale.shape
+    wide = lambda v: jnp.broadcast_to(v.reshape((1,) * len(first) + (channels,)), x.shape)  # noqa: E731
+    x = jnp.where(w > 0, x, 0.0)
+    count = w.sum(first)
+    some = jnp.where(count > 0, count, 1.0)
+    mean = (w * x).sum(first) / some
+    var = (w * (x - wide(mean)) ** 2).sum(first) / some
+    y = wide(scale) * (x - wide(mean)) / jnp.sqrt(wide(var) + epsilon) + wide(bias)
+    return jnp.where(w > 0, y, jax.lax.stop_gradient(y)), mean, var
+
+
+def derivatives(f, at, directions, cotangents):
+    """Derivatives of f: at -> (y, mean, var), weighted with cotangents, in every nesting."""
+
+    def loss(*at):
+        return sum((c * v).sum() for c, v in zip(cotangents, f(*at), strict=True))
+
+    def forward(g, along):
+        return lambda *at: jax.jvp(g, at, along)[1]
+
+    def reverse(g, along):
+        def slope(*at):
+            gradient = jax.grad(g, argnums=(0, 1, 2))(*at)
+            return sum((d * v).sum() for d, v in zip(along, gradient, strict=True))
+
+        return slope
+
+    gradient = jax.grad(loss, argnums=(0, 1, 2))
+    u, v, _ = directions
+    return {
+        "jvp": jax.jvp(f, at, u)[1],
+        "grad": gradient(*at),
+        "jvp of grad": jax.jvp(gradient, at, u)[1],
+        "grad of jvp": jax.grad(forward(loss, u), argnums=(0, 1, 2))(*at),
+        "grad of grad": jax.grad(reverse(loss, u), argnums=(0, 1, 2))(*at),
+        "jvp of jvp": forward(forward(loss, u), v)(*at),
+        "jvp of jvp of grad": jax.jvp(lambda *at: jax.jvp(gradient, at, u)[1], at, v)[1],
+        "grad of grad of grad": jax.grad(reverse(reverse(loss, u), v), argnums=(0, 1, 2))(*at),
+        "grad of jvp of grad": jax.grad(forward(reverse(loss, u), v), argnums=(0, 1, 2))(*at),
+    }
+
+
+SUPPORTS = [
+    cases.Case((4, 3, 3), dtype="float64"),
+    cases.Case((4, 3, 3), dtype="float64", mask="channel"),
+    cases.Case((4, 3, 3), dtype="float64", weights="examples"),
+]
+
+
+@pytest.mark.parametrize("case", SUPPORTS, ids=str)
+def test_every_order_is_that_of_the_textbook_formula(case, x64):
+    data = cases.make(case)
+    rng = np.random.default_rng(0)
+    at = data.x, data.scale, data.bias
+    directions = [tuple(rng.normal(size=v.shape) for v in at) for _ in range(3)]
+    w = jnp.asarray(oracle.position_weights(data.x, data.mask, data.weights))
+    # A masked y is x normalised here and nothing there; its derivatives are 0 for both.
+    cotangents = np.where(data.valid, data.dy, 0.0), data.dmean, data.dvar
+
+    def ours(*at):
+        y, m = jbn.normalize(*at, **data.support)
+        return y, m.mean, m.var
+
+    run = jax.jit(derivatives, static_argnums=0)
+    actual = run(ours, at, directions, cotangents)
+    expected = run(lambda *at: textbook(*at, w), at, directions, cotangents)
+    # 1e-10: each order multiplies by 1/std, which is at most 1/sqrt(epsilon) = 300 in the channel
+    # without data, and eps(float64) 300^3 is 6e-9 of terms that are there exactly 0 otherwise.
+    chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["examples", "features"])
+def test_second_order_through_nan_under_a_mask(kind, x64):
+    case = cases.Case((4, 3, 3), dtype="float64", mask=kind)
+    clean, dirty = cases.make(case), cases.make(case, masked=np.nan)
+
+    @jax.jit
+    def hessian_vector(x):
+        def loss(x, scale, bias):
+            y, _ = jbn.normalize(x, scale, bias, **clean.support)
+            return (clean.dy * jnp.where(clean.valid, y, 0.0) ** 2).sum()
+
+        at, along = (x, clean.scale, clean.bias), (clean.dy, clean.dmean, clean.dvar)
+        return jax.jvp(jax.grad(loss, argnums=(0, 1, 2)), at, along)[1]
+
+    expected = hessian_vector(clean.x)
+    chex.assert_tree_all_finite(expected)
+    chex.assert_trees_all_equal(hessian_vector(dirty.x), expected)
+    np.testing.assert_array_equal(np.asarray(expected[0])[~clean.valid], 0)
+
+
+@pytest.mark.parametrize("modes", [["fwd"], ["rev"]], ids=str)
+def test_finite_differences(modes, x64):
+    data = cases.make(cases.Case((5, 3), dtype="float64", mask="features"))
+
+    @jax.jit
+    def outputs(x, scale, bias):
+        y, m = jbn.normalize(x, scale, bias, **data.support)
+        return jnp.where(data.valid, y, 0.0), m.mean, m.var
+
+    check_grads(outputs, (data.x, data.scale, data.bias), order=2, modes=modes, rtol=1e-5)
+
+
+@pytest.mark.parametrize("support", ["none", "weights"])
+def test_moments_are_differentiable_on_their_own(support, x64):
+    weights = "none" if support == "none" else "features"
+    data = cases.make(cases.Case((4, 3, 3), dtype="float64", weights=weights))
+    run = jax.jit(lambda x: jax.vjp(lambda x: jbn.moments(x, **data.support)[1:], x)[1])
+    (dx,) = run(data.x)((data.dmean, data.dvar))
+    none = np.zeros_like(data.dy)
+    at = data.x, data.scale, data.bias, none, data.dmean, data.dvar
+    tolerance.assert_close(dx, oracle.vjp(*at, **data.support)[0], "float64", 12)
+
+
+@pytest.mark.parametrize("absent", ["scale", "bias", "both"])
+def test_without_scale_or_bias(absent):
+    case = cases.Case((32, 5))
+    data = cases.make(case)
+    scale = None if absent in ("scale", "both") else data.scale
+    bias = None if absent in ("bias", "both") else data.bias
+    pull = jax.jit(lambda x: jax.vjp(lambda x: jbn.normalize(x, scale, bias)[0], x)[1](data.dy))
+    (dx,) = pull(data.x)
+    expected = oracle.vjp(data.x, scale, bias, data.dy, 0.0, 0.0)[0]
+    tolerance.assert_close(dx, expected, "float32", 32)
+
+
+def test_dropping_the_dependence_of_the_statistics_is_noticed():
+    # The backward pass removes the mean and the xhat component of dy, and dy = 1 + xhat is made of
+    # nothing else: what is left is the share of epsilon in the variance.
+    case = cases.Case((64, 3))
+    data = cases.make(case)
+    xhat, m = oracle.normalize(data.x)
+    none = np.zeros_like(data.dmean)
+    dy = (1 + xhat).astype(np.float32)
+    dx, _, _ = gradients(case, data._replace(dy=dy, dmean=none, dvar=none))
+    share = data.scale * 1e-5 / (m.var + 1e-5) / np.sqrt(m.var + 1e-5)
+    tolerance.assert_close(dx, share * xhat, "float32", 64, magnitude=np.max(np.abs(dy)))

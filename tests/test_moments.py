@@ -1,0 +1,132 @@
+"""`moments` gives the weighted count, mean and biased variance; `merge` puts two parts together."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jbn
+from tests import cases, compiled, oracle, tolerance
+
+
+def fields(m, shape):
+    """The three arrays in float64, the count with one value per channel."""
+    return [np.broadcast_to(np.asarray(v, np.float64), shape) for v in m]
+
+
+def assert_moments(actual, desired, dtype, n, std=1.0, ratio=0.0):
+    """The mean in units of std; the variance relative to itself: it never sees the offset."""
+    count, mean, var = fields(actual, np.shape(desired.mean))
+    wide = tolerance.accumulator(dtype)
+    tolerance.assert_close(count, desired.count, wide, n)
+    tolerance.assert_close(mean, desired.mean, wide, n, magnitude=2 * std, ratio=ratio)
+    tolerance.assert_close(var, desired.var, wide, n)
+
+
+@pytest.mark.parametrize("case", cases.ALL, ids=str)
+def test_against_the_oracle(case):
+    data = cases.make(case)
+    m = compiled.moments(data.x, **case.kwargs, **data.support)
+    expected = oracle.moments(data.x, **case.kwargs, **data.support)
+    chex.assert_type([m.mean, m.var, m.count], tolerance.accumulator(case.dtype))
+    chex.assert_shape([m.mean, m.var], expected.mean.shape)
+    assert m.count.shape in ((), expected.mean.shape)
+    assert_moments(m, expected, case.dtype, data.x.size, case.std, case.ratio)
+
+
+def test_float64(x64):
+    case = cases.Case((64, 5), dtype="float64", offset=1e4)
+    data = cases.make(case)
+    m = compiled.moments(data.x)
+    chex.assert_type([m.mean, m.var], jnp.float64)
+    assert_moments(m, oracle.moments(data.x), "float64", 64, ratio=1e4)
+
+
+def test_the_variance_is_biased():
+    m = compiled.moments(jnp.array([[1.0], [3.0]]))
+    chex.assert_trees_all_equal(m, jbn.Moments(jnp.float32(2), jnp.float32([2]), jnp.float32([1])))
+
+
+def test_the_count_is_a_sum_of_weights_and_bool():
+    x = jnp.zeros((4, 3))
+    mask, weights = np.array([[True], [True], [False], [True]]), np.float32([[0.5], [2], [9], [0]])
+    assert np.all(compiled.moments(x).count == 4)
+    assert np.all(compiled.moments(x, mask=mask).count == 3)
+    assert np.all(compiled.moments(x, weights=weights).count == 11.5)
+    assert np.all(compiled.moments(x, mask=mask, weights=weights).count == 2.5)
+
+
+def test_one_row_is_its_own_mean():
+    m = compiled.moments(jnp.array([[3.0, -4.0]]))
+    chex.assert_trees_all_equal(m.mean, jnp.array([3.0, -4.0]))
+    chex.assert_trees_all_equal(m.var, jnp.zeros(2))
+
+
+# --- merge -------------------------------------------------------------------------------------
+
+
+def parts(offset=0.0, sizes=(3, 7, 1), features=4):
+    rng = np.random.default_rng(1)
+    return [(offset + rng.normal(size=(n, features))).astype(np.float32) for n in sizes]
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_merge_of_the_parts_is_the_whole(offset):
+    a, b, c = parts(offset)
+    merge, moments = compiled.merge, compiled.moments
+    merged = merge(merge(moments(a), moments(b)), moments(c))
+    whole = oracle.moments(np.concatenate([a, b, c]))
+    # The parts' means are rounded at the offset: their differences carry it into the variance.
+    assert_moments(merged._replace(var=whole.var), whole, "float32", 11, ratio=offset)
+    tolerance.assert_close(merged.var, whole.var, "float32", 11, ratio=2 * offset)
+
+
+def test_merge_against_the_oracle_with_counts_per_feature():
+    rng = np.random.default_rng(2)
+    a, b = (
+        oracle.Moments(rng.uniform(0, 9, 4), rng.normal(size=4), rng.uniform(0.5, 2, size=4))
+        for _ in range(2)
+    )
+    single = [jbn.Moments(*(jnp.float32(v) for v in m)) for m in (a, b)]
+    assert_moments(compiled.merge(*single), oracle.merge(a, b), "float32", 2)
+
+
+def test_merge_commutes_and_associates():
+    a, b, c = map(compiled.moments, parts())
+    merge = compiled.merge
+    close = {"rtol": 4 * tolerance.eps("float32"), "atol": 4 * tolerance.eps("float32")}
+    chex.assert_trees_all_close(merge(a, b), merge(b, a), **close)
+    chex.assert_trees_all_close(merge(merge(a, b), c), merge(a, merge(b, c)), **close)
+
+
+@pytest.mark.parametrize("per_feature", [False, True])
+def test_empty_is_neutral(per_feature):
+    x = parts(1e3)[0]
+    m = compiled.moments(x, mask=np.ones(x.shape, bool) if per_feature else None)
+    empty = jbn.Moments(jnp.zeros_like(m.count), jnp.zeros(4), jnp.zeros(4))
+    chex.assert_trees_all_equal(compiled.merge(m, empty), m)
+    chex.assert_trees_all_equal(compiled.merge(empty, m), m)
+    chex.assert_trees_all_equal(compiled.merge(empty, empty), empty)
+
+
+def test_merge_keeps_types(x64):
+    a = compiled.moments(parts()[0])
+    chex.assert_trees_all_equal_shapes_and_dtypes(compiled.merge(a, a), a)
+
+
+def test_merge_is_differentiable_even_into_an_empty_part(x64):
+    empty = jbn.Moments(jnp.float64(0), jnp.zeros(3), jnp.zeros(3))
+
+    def merged(x):
+        a, b = compiled.moments(x[:2]), compiled.moments(x[2:])
+        m = compiled.merge(compiled.merge(a, empty), b)
+        return m.mean, m.var
+
+    def whole(x):
+        return x.mean(0), ((x - x.mean(0, keepdims=True)) ** 2).mean(0)
+
+    x = np.random.default_rng(0).normal(size=(7, 3))
+    direction = np.random.default_rng(1).normal(size=(2, 3))
+    actual, expected = (jax.vjp(f, x)[1](tuple(direction))[0] for f in (merged, whole))
+    tolerance.assert_close(actual, expected, "float64", 7)

@@ -1,0 +1,268 @@
+"""Running statistics: the built-in rules, rules of a user, and what never enters."""
+
+import dataclasses
+import pickle
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jbn
+from tests import compiled, oracle, tolerance
+
+STEPS, ROWS, CHANNELS = 6, 9, 4
+RULES = [
+    (kind, decay, debias, unbiased)
+    for kind, decay, debias in [
+        ("ema", 0.9, False),
+        ("ema", 0.9, True),
+        ("ema", 0.5, True),
+        ("ema", 0.999, True),
+        ("ema", 0.0, False),
+        ("cumulative", None, False),
+    ]
+    for unbiased in (False, True)
+]
+
+
+def rule_of(kind, decay, debias, unbiased):
+    if kind == "cumulative":
+        return jbn.cumulative(unbiased=unbiased)
+    return jbn.ema(decay, debias=debias, unbiased=unbiased)
+
+
+def batches(steps=STEPS, rows=ROWS, offset=2.0):
+    rng = np.random.default_rng(0)
+    shape = (rows, CHANNELS)
+    return [(offset + (1 + k) * rng.normal(size=shape)).astype(np.float32) for k in range(steps)]
+
+
+def run(rule, xs, supports=None, stats=None):
+    """The statistics after every batch, through batch_norm."""
+    stats = jbn.init_stats(CHANNELS) if stats is None else stats
+    params, history = jbn.init_params(CHANNELS), []
+    for x, support in zip(xs, supports or [{}] * len(xs), strict=True):
+        _, stats = compiled.batch_norm(x, params, stats, update=rule, **support)
+        history.append(stats)
+    return history
+
+
+def assert_stats(actual, expected, steps=STEPS, magnitude=None):
+    for a, e in zip(actual[:2], expected[:2], strict=True):
+        tolerance.assert_close(a, e, "float32", ROWS * steps, magnitude=magnitude)
+    np.testing.assert_array_equal(actual.count, expected.count)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_every_step_is_the_weighted_sum_of_the_batches(rule):
+    xs = batches()
+    history = run(rule_of(*rule), xs)
+    moments = [oracle.moments(x) for x in xs]
+    for t, stats in enumerate(history, 1):
+        assert_stats(stats, oracle.running(moments[:t], *rule[1:]))
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r[2] or r[1] in (None, 0.0)], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_equal_batches_give_exactly_their_statistics_after_every_step(rule, offset):
+    (x,) = batches(1, offset=offset)
+    unbiased = rule[-1]
+    history = run(rule_of(*rule), [x] * 5)
+    m = oracle.moments(x)
+    bessel = ROWS / (ROWS - 1) if unbiased else 1.0
+    tolerance.assert_close(history[0].mean, m.mean, "float32", ROWS, ratio=offset)
+    tolerance.assert_close(history[0].var, m.var * bessel, "float32", ROWS)
+    for stats in history[1:]:
+        chex.assert_trees_all_equal(stats[:2], history[0][:2])
+
+
+def test_debias_holds_for_many_steps_and_slow_decays():
+    # 1 - 0.9999^t computed as such loses half its digits in float32.
+    rule, stats = jbn.ema(0.9999, debias=True), jbn.init_stats(1)
+    m = [oracle.Moments(np.array(4.0), np.array([k % 3]), np.array([1.0])) for k in range(50)]
+    for moments in m:
+        stats = jax.jit(rule)(stats, jbn.Moments(*(jnp.float32(v) for v in moments)))
+    tolerance.assert_close(stats.mean, oracle.running(m, 0.9999, True).mean, "float32", 50)
+
+
+def test_the_initial_statistics_are_those_of_standard_data():
+    for features, shape in [(3, (3,)), ((2, 3), (2, 3)), ([4], (4,))]:
+        stats, params = jbn.init_stats(features), jbn.init_params(features)
+        expected = jbn.RunningStats(
+            jnp.zeros(shape), jnp.ones(shape), jnp.zeros(shape, stats.count.dtype)
+        )
+        chex.assert_trees_all_equal(stats, expected)
+        chex.assert_trees_all_equal(params, jbn.Params(jnp.ones(shape), jnp.zeros(shape)))
+        chex.assert_type([*stats[:2], *params], jnp.float32)
+
+
+def test_initial_dtypes(x64):
+    for dtype in (jnp.float32, jnp.float64):
+        chex.assert_type([*jbn.init_stats(3, dtype)[:2], *jbn.init_params(3, dtype)], dtype)
+
+
+def test_decay_is_the_weight_of_the_old_value():
+    moments = jbn.Moments(jnp.float32(4), jnp.array([10.0]), jnp.array([2.0]))
+    stats = jbn.ema(0.75)(jbn.init_stats(1), moments)
+    chex.assert_trees_all_close(stats[:2], (jnp.array([2.5]), jnp.array([1.25])))
+
+
+def test_the_unbiased_variance_knows_the_count_of_each_channel():
+    moments = jbn.Moments(jnp.array([2.0, 5.0, 1.0, 0.5]), jnp.arange(4.0), jnp.full(4, 8.0))
+    stats = jbn.cumulative(unbiased=True)(jbn.init_stats(4), moments)
+    # n/(n-1); with a count of at most 1 there is no such estimate, and the channel stays.
+    chex.assert_trees_all_close(stats.var, jnp.array([16.0, 10.0, 1.0, 1.0]))
+    chex.assert_trees_all_close(stats.mean, jnp.array([0.0, 1.0, 0.0, 0.0]))
+    np.testing.assert_array_equal(stats.count, [1, 1, 0, 0])
+
+
+# --- what never enters -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_channel_without_data_or_with_nan_stays_and_the_others_move(rule):
+    xs = batches()
+    xs[1][3, 0] = np.nan
+    xs[2][3, 1] = np.inf
+    xs[4][3, 0] = -np.inf
+    ones = np.ones((ROWS, CHANNELS), bool)
+    without_2 = ones.copy()
+    without_2[:, 2] = False
+    supports = [{"mask": m} for m in (ones, ones, ones, without_2, ones, ~ones)]
+    history = run(rule_of(*rule), xs, supports)
+    with np.errstate(invalid="ignore"):
+        moments = [oracle.moments(x, **s) for x, s in zip(xs, supports, strict=True)]
+    for t, stats in enumerate(history, 1):
+        chex.assert_tree_all_finite(stats)
+        assert_stats(stats, oracle.running(moments[:t], *rule[1:]))
+    np.testing.assert_array_equal(history[-1].count, [3, 4, 4, 5])
+    # Untouched is exact, and of every channel where the whole batch is masked.
+    chex.assert_trees_all_equal(history[-1], history[-2])
+
+
+@pytest.mark.parametrize("kind", ["empty", "masked", "weightless", "nan"])
+@pytest.mark.parametrize("rule", RULES[:4] + RULES[-2:], ids=str)
+def test_a_batch_without_information_leaves_everything(rule, kind):
+    before = run(rule_of(*rule), batches(2))[-1]
+    x, support = batches(1)[0], {}
+    if kind == "empty":
+        x = x[:0]
+    elif kind == "nan":
+        x = np.full_like(x, np.nan)
+    elif kind == "masked":
+        support["mask"] = np.zeros((ROWS, 1), bool)
+    else:
+        support["weights"] = np.zeros((ROWS, 1), np.float32)
+    (after,) = run(rule_of(*rule), [x], [support], stats=before)
+    chex.assert_trees_all_equal(after, before)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_weights_below_one_in_total_have_no_unbiased_variance(unbiased):
+    (x,) = batches(1)
+    light = {"weights": np.full((ROWS, 1), 0.1, np.float32)}  # 0.9 in all
+    (stats,) = run(jbn.ema(0.9, unbiased=unbiased), [x], [light])
+    np.testing.assert_array_equal(stats.count, 0 if unbiased else 1)
+
+
+# --- rules -------------------------------------------------------------------------------------
+
+
+def test_rules_are_values():
+    for make in (
+        lambda: jbn.ema(0.9),
+        lambda: jbn.ema(0.9, debias=True),
+        lambda: jbn.ema(0.9, unbiased=True),
+        lambda: jbn.cumulative(),
+        lambda: jbn.cumulative(unbiased=True),
+    ):
+        rule = make()
+        assert rule == make()
+        assert rule is not make()
+        assert hash(rule) == hash(make())
+        assert pickle.loads(pickle.dumps(rule)) == rule
+        assert dataclasses.is_dataclass(rule)
+    assert jbn.ema(0.9) != jbn.ema(0.99)
+    assert jbn.ema(0.9) != jbn.ema(0.9, debias=True)
+    assert jbn.ema(0.9) != jbn.ema(0.9, unbiased=True)
+    assert jbn.cumulative() != jbn.cumulative(unbiased=True)
+    assert "0.9" in repr(jbn.ema(0.9))
+    assert "debias=True" in repr(jbn.ema(0.9, debias=True))
+
+
+def test_the_default_is_ema_of_099():
+    assert jbn.ema() == jbn.ema(0.99)
+    (x,) = batches(1)
+    params, stats = jbn.init_params(CHANNELS), jbn.init_stats(CHANNELS)
+    default = jax.jit(jbn.batch_norm)(x, params, stats)
+    given = compiled.batch_norm(x, params, stats, update=jbn.ema(0.99))
+    chex.assert_trees_all_close(default, given)
+
+
+def largest_variance(stats, moments):
+    """A rule of a user, in the plainest form."""
+    return jbn.RunningStats(
+        moments.mean, jnp.maximum(stats.var, moments.var), stats.count + jnp.ones_like(stats.count)
+    )
+
+
+def test_a_rule_of_a_user():
+    xs = batches()
+    stats = run(largest_variance, xs)[-1]
+    moments = [oracle.moments(x) for x in xs]
+    tolerance.assert_close(stats.mean, moments[-1].mean, "float32", ROWS)
+    largest = np.max([[1.0] * CHANNELS, *(m.var for m in moments)], axis=0)
+    tolerance.assert_close(stats.var, largest, "float32", ROWS)
+
+
+@pytest.mark.parametrize("kind", ["masked", "nan"])
+def test_a_rule_of_a_user_is_guarded_too(kind):
+    (x,) = batches(1)
+    mask = np.ones((ROWS, CHANNELS), bool)
+    if kind == "nan":
+        x[2, 1] = np.nan
+    else:
+        mask[:, 1] = False
+    (stats,) = run(largest_variance, [x], [{"mask": mask}])
+    np.testing.assert_array_equal(stats.count, [1, 0, 1, 1])
+    assert stats.mean[1] == 0
+    assert stats.var[1] == 1
+
+
+def test_a_rule_of_a_user_keeps_the_types(x64):
+    # A rule that computes in float64 by accident must not change what the next step traces.
+    def careless(stats, moments):
+        return jbn.RunningStats(
+            *(jnp.asarray(v, jnp.float64) for v in largest_variance(stats, moments))
+        )
+
+    (x,) = batches(1)
+    stats = jbn.init_stats(CHANNELS)
+    _, new = compiled.batch_norm(x, jbn.init_params(CHANNELS), stats, update=careless)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, stats)
+
+
+@pytest.mark.parametrize(
+    "update",
+    [jbn.ema(0.9), jbn.cumulative(), largest_variance],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_the_statistics_carry_no_gradient(update):
+    (x,) = batches(1)
+    params = jbn.init_params(CHANNELS)
+    mean, var, count = jbn.init_stats(CHANNELS)
+
+    @jax.jit
+    def gradient(x, mean, var):
+        def total(x, mean, var):
+            stats = jbn.RunningStats(mean, var, count)
+            _, new = jbn.batch_norm(x, params, stats, update=update)
+            return (x[0] * new.mean).sum() + (x[1] * new.var).sum()
+
+        return jax.grad(total, argnums=(0, 1, 2))(x, mean, var)
+
+    dx, dmean, dvar = gradient(x, mean, var)
+    np.testing.assert_array_equal(dx[2:], 0)  # rows 0 and 1 are used outside
+    np.testing.assert_array_equal([dmean, dvar], 0)
