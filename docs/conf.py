@@ -21,6 +21,7 @@ myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # update=ema(0.99), as it is written
 autodoc_typehints = "none"  # the signatures have them, and the docstrings say shapes
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
