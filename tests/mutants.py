@@ -1,0 +1,547 @@
+"""Breaks the library on purpose, one law at a time, and sees the tests fail.
+
+    python -m tests.mutants            # all mutants, about ten minutes on two cores
+    python -m tests.mutants epsilon    # those whose law has the word
+
+Each mutant is one replacement of text in a temporary copy of the package, against which the named
+tests run. A mutant that survives is a law that no test holds; the exit status is then 1.
+"""
+
+import concurrent.futures
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    """`old`, which stands once in jbn/`file`, becomes `new`; `tests` must notice."""
+
+    law: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MOMENTS, NORMALIZE, RUNNING = "_moments.py", "_normalize.py", "_running.py"
+ACTIVE = "active(weights)"
+
+MUTANTS = [
+    # The axes.
+    Mutant(
+        "negative axes count from the end",
+        "_axes.py",
+        "features.append(a % ndim)",
+        "features.append(abs(a) % ndim)",
+        "test_axes.py",
+    ),
+    Mutant(
+        "features lie in the order of the array",
+        "_axes.py",
+        "tuple(sorted(features))",
+        "tuple(features)",
+        "test_axes.py",
+    ),
+    Mutant(
+        "an axis stands once",
+        "_axes.py",
+        "if len(set(features)) < len(features):",
+        "if False:",
+        "test_axes.py",
+    ),
+    # Moments.
+    Mutant(
+        "half precision is summed in float32",
+        MOMENTS,
+        "return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype",
+        "return dtype",
+        "test_moments.py",
+    ),
+    Mutant(
+        "float64 is summed in float64",
+        MOMENTS,
+        "return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype",
+        "return jnp.float32",
+        "test_moments.py",
+    ),
+    Mutant(
+        "sums are of x - K",
+        MOMENTS,
+        "return jnp.where(usable, shift, jnp.zeros_like(shift))",
+        "return jnp.zeros_like(shift)",
+        "test_normalize.py",
+    ),
+    Mutant(
+        "K is robust to one odd row",
+        MOMENTS,
+        "return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))",
+        "return jnp.minimum(jnp.minimum(a, b), c)",
+        "test_normalize.py",
+    ),
+    Mutant(
+        "K is the same on every instance",
+        MOMENTS,
+        "shift = over.max(shift.astype(accumulator(x.dtype)))",
+        "shift = shift.astype(accumulator(x.dtype))",
+        "test_sync.py",
+    ),
+    Mutant(
+        "K carries no gradient",
+        MOMENTS,
+        "x = lax.stop_gradient(x)\n    if axes.size == 0:",
+        "if axes.size == 0:",
+        "test_derivatives.py test_residuals.py test_sync.py",
+    ),
+    Mutant(
+        "K is taken where the mask is",
+        MOMENTS,
+        f"_active_row(x, {ACTIVE}, quarter, axes)",
+        "_row(x, quarter, axes)",
+        "test_degenerate.py test_normalize.py",
+    ),
+    Mutant(
+        "K is finite",
+        MOMENTS,
+        "return jnp.where(usable, shift, jnp.zeros_like(shift))",
+        "return shift",
+        "test_degenerate.py",
+    ),
+    Mutant(
+        "what is masked is not summed",
+        MOMENTS,
+        f"return jnp.where({ACTIVE}, values, jnp.zeros_like(values))",
+        "return values",
+        "test_moments.py",
+    ),
+    Mutant(
+        "a NaN under a mask is not multiplied",
+        MOMENTS,
+        f"return jnp.where({ACTIVE}, values, jnp.zeros_like(values))",
+        f"return values * {ACTIVE}.astype(values.dtype)",
+        "test_normalize.py",
+    ),
+    Mutant(
+        "the weights weigh",
+        MOMENTS,
+        "values = tuple(v * weights.astype(v.real.dtype) for v in values)",
+        "pass",
+        "test_moments.py",
+    ),
+    Mutant(
+        "the mask counts",
+        MOMENTS,
+        "return over.sum(own * jnp.asarray(repeats, dtype))",
+        "return jnp.zeros_like(own) + over.sum(axes.size)",
+        "test_moments.py",
+    ),
+    Mutant(
+        "a mask that broadcasts counts every position",
+        MOMENTS,
+        "return over.sum(own * jnp.asarray(repeats, dtype))",
+        "return over.sum(own)",
+        "test_moments.py",
+    ),
+    Mutant(
+        "counts are summed over the instances",
+        MOMENTS,
+        "return over.sum(own * jnp.asarray(repeats, dtype))",
+        "return own * jnp.asarray(repeats, dtype)",
+        "test_sync.py",
+    ),
+    Mutant(
+        "counts without a mask are summed over the instances",
+        MOMENTS,
+        "axes.size * over.sum(1)",
+        "axes.size",
+        "test_sync.py",
+    ),
+    Mutant(
+        "sums are summed over the instances",
+        MOMENTS,
+        "sums = over.sum(tuple(jnp.sum(v, axes.reduction, keepdims=True) for v in values))",
+        "sums = tuple(jnp.sum(v, axes.reduction, keepdims=True) for v in values)",
+        "test_sync.py",
+    ),
+    Mutant(
+        "a count of 0 divides nothing",
+        MOMENTS,
+        "count = jnp.where(count > 0, count, jnp.ones_like(count))\n    return tuple",
+        "return tuple",
+        "test_degenerate.py",
+    ),
+    Mutant(
+        "the variance is around the mean",
+        MOMENTS,
+        "mean_square - square(mean))",
+        "mean_square)",
+        "test_moments.py",
+    ),
+    Mutant(
+        "the variance is biased",
+        MOMENTS,
+        "return Moments(count, mean, jnp.maximum(var, jnp.zeros_like(var)))",
+        "var = var * count / jnp.maximum(count - 1, jnp.ones_like(count))\n"
+        "    return Moments(count, mean, jnp.maximum(var, jnp.zeros_like(var)))",
+        "test_moments.py",
+    ),
+    Mutant(
+        "squares that overflow are not inf - inf",
+        MOMENTS,
+        "var = jnp.where(jnp.isinf(mean_square), mean_square, mean_square - square(mean))",
+        "var = mean_square - square(mean)",
+        "test_degenerate.py",
+    ),
+    Mutant(
+        "K is put back",
+        MOMENTS,
+        "axes.squeeze(m.mean + shift)",
+        "axes.squeeze(m.mean)",
+        "test_moments.py",
+    ),
+    Mutant(
+        "merge weighs by count",
+        MOMENTS,
+        "share = b.count / jnp.where(count > 0, count, jnp.ones_like(count))",
+        "share = jnp.where(count > 0, 0.5 * jnp.ones_like(count), jnp.zeros_like(count))",
+        "test_moments.py",
+    ),
+    Mutant(
+        "merge knows that the means differ",
+        MOMENTS,
+        " + share * (1 - share) * square(delta)",
+        "",
+        "test_moments.py",
+    ),
+    Mutant(
+        "merge of nothing and nothing is nothing",
+        MOMENTS,
+        "share = b.count / jnp.where(count > 0, count, jnp.ones_like(count))",
+        "share = b.count / count",
+        "test_moments.py",
+    ),
+    # The transform.
+    Mutant(
+        "epsilon is inside the root",
+        NORMALIZE,
+        "    var = var + jnp.asarray(epsilon, var.dtype)\n",
+        "    var = (jnp.sqrt(var) + jnp.asarray(epsilon, var.dtype)) ** 2\n",
+        "test_normalize.py",
+    ),
+    Mutant(
+        "epsilon is added once",
+        NORMALIZE,
+        "    var = var + jnp.asarray(epsilon, var.dtype)\n",
+        "    var = var + jnp.asarray(2 * epsilon, var.dtype)\n",
+        "test_normalize.py",
+    ),
+    Mutant(
+        "a variance of 0 without epsilon gives the bias",
+        NORMALIZE,
+        "usable = (var > 0) & (var < jnp.inf) | jnp.isnan(var)",
+        "usable = (var < jnp.inf) | jnp.isnan(var)",
+        "test_degenerate.py",
+    ),
+    Mutant(
+        "an infinite variance gives the bias",
+        NORMALIZE,
+        "usable = (var > 0) & (var < jnp.inf) | jnp.isnan(var)",
+        "usable = (var > 0) | jnp.isnan(var)",
+        "test_degenerate.py",
+    ),
+    Mutant(
+        "a NaN shows",
+        NORMALIZE,
+        "usable = (var > 0) & (var < jnp.inf) | jnp.isnan(var)",
+        "usable = (var > 0) & (var < jnp.inf)",
+        "test_degenerate.py",
+    ),
+    Mutant(
+        "the bias is added",
+        NORMALIZE,
+        " * rstd) + bias.astype(z.dtype)",
+        " * rstd) - bias.astype(z.dtype)",
+        "test_normalize.py",
+    ),
+    Mutant(
+        "y has the dtype of x",
+        NORMALIZE,
+        "return y.astype(rule.dtype), m",
+        "return y, m",
+        "test_normalize.py",
+    ),
+    Mutant(
+        "a feature without data shows its bias",
+        NORMALIZE,
+        "scale = jnp.where(m.count > 0, scale, jnp.zeros_like(scale))",
+        "pass",
+        "test_normalize.py",
+    ),
+    # The derivative rule.
+    Mutant(
+        "the sign of the mean's derivative",
+        NORMALIZE,
+        "(dbias - a * mean_dx)",
+        "(dbias + a * mean_dx)",
+        "test_derivatives.py",
+    ),
+    Mutant(
+        "the derivative goes through the mean",
+        NORMALIZE,
+        "(dbias - a * mean_dx)",
+        "dbias",
+        "test_paper.py",
+    ),
+    Mutant(
+        "the derivative goes through the variance",
+        NORMALIZE,
+        "(dscale - a * mean_xhat_dx)",
+        "dscale",
+        "test_paper.py",
+    ),
+    Mutant(
+        "the sign of the variance's derivative",
+        NORMALIZE,
+        "(dscale - a * mean_xhat_dx)",
+        "(dscale + a * mean_xhat_dx)",
+        "test_derivatives.py",
+    ),
+    Mutant(
+        "the factor 2 of the variance's own tangent",
+        NORMALIZE,
+        "2 * std.real * mean_xhat_dx",
+        "std.real * mean_xhat_dx",
+        "test_derivatives.py",
+    ),
+    Mutant(
+        "dx counts where it is not masked",
+        NORMALIZE,
+        "        dx = only_active(dx, weights)\n",
+        "",
+        "test_derivatives.py",
+    ),
+    Mutant(
+        "dy is dropped where it is masked",
+        NORMALIZE,
+        "return only_active(dy, weights).astype",
+        "return dy.astype",
+        "test_derivatives.py",
+    ),
+    Mutant(
+        "second derivatives go through the first",
+        NORMALIZE,
+        "y, m = _normalize(rule, x, scale, bias, weights, shift)\n    mean, rstd",
+        "y, m = _normalize(rule, *map(lax.stop_gradient, (x, scale, bias)), weights, shift)\n"
+        "    mean, rstd",
+        "test_derivatives.py",
+    ),
+    Mutant(
+        "x is kept in its own dtype, and nothing else of its size",
+        NORMALIZE,
+        "return jax.checkpoint(differential, prevent_cse=False)",
+        "return differential",
+        "test_residuals.py",
+    ),
+    Mutant(
+        "what is kept is x, not x - K",
+        NORMALIZE,
+        "        (x, weights, shift), (m.count, mean, rstd, scale), (dx, dscale, dbias)\n",
+        "        (x.astype(shift.dtype) - shift, weights, 0 * shift),\n"
+        "        (m.count, mean, rstd, scale),\n"
+        "        (dx, dscale, dbias),\n",
+        "test_residuals.py",
+    ),
+    # Running statistics.
+    Mutant(
+        "decay is the weight of the old value",
+        RUNNING,
+        "rate = jnp.full_like(stats.count, 1 - self.decay)",
+        "rate = jnp.full_like(stats.count, self.decay)",
+        "test_running.py",
+    ),
+    Mutant(
+        "debias counts the batch that enters",
+        RUNNING,
+        "            t = stats.count + 1\n",
+        "            t = stats.count + 2\n",
+        "test_running.py",
+    ),
+    Mutant(
+        "the plain average counts the batch that enters",
+        RUNNING,
+        "1 / (stats.count + 1)",
+        "1 / (stats.count + 2)",
+        "test_running.py",
+    ),
+    Mutant(
+        "unbiased means unbiased",
+        RUNNING,
+        "var = unbiased_var(moments) if unbiased else moments.var",
+        "var = moments.var",
+        "test_running.py test_paper.py",
+    ),
+    Mutant(
+        "biased means biased",
+        RUNNING,
+        "var = unbiased_var(moments) if unbiased else moments.var",
+        "var = unbiased_var(moments)",
+        "test_running.py",
+    ),
+    Mutant(
+        "Bessel's factor is n / (n - 1)",
+        RUNNING,
+        "bessel = n / jnp.where(several, n - 1, jnp.ones_like(n))",
+        "bessel = (n + 1) / n",
+        "test_running.py",
+    ),
+    Mutant(
+        "one value has no unbiased variance",
+        RUNNING,
+        "return jnp.where(several, moments.var * bessel, jnp.inf)",
+        "return moments.var * bessel",
+        "test_running.py",
+    ),
+    Mutant(
+        "an empty batch does not enter",
+        RUNNING,
+        "sound = moments.count > 0",
+        "sound = moments.count >= 0",
+        "test_running.py",
+    ),
+    Mutant(
+        "a NaN or inf does not enter",
+        RUNNING,
+        "        sound &= jnp.isfinite(values)\n",
+        "        pass\n",
+        "test_running.py",
+    ),
+    Mutant(
+        "statistics carry no gradient",
+        RUNNING,
+        "stats, moments = lax.stop_gradient((stats, moments))",
+        "pass",
+        "test_running.py",
+    ),
+    Mutant(
+        "a rule of a user is guarded",
+        RUNNING,
+        "return new if isinstance(rule, _Ema | _Cumulative) else _keep_sound(stats, moments, new)",
+        "return new",
+        "test_running.py",
+    ),
+    Mutant(
+        "statistics keep their types",
+        RUNNING,
+        "*(jnp.where(sound, n.astype(o.dtype), o) for n, o in zip(new, old, strict=True))",
+        "*(jnp.where(sound, n, o.astype(n.dtype)) for n, o in zip(new, old, strict=True))",
+        "test_batch_norm.py test_running.py",
+    ),
+    Mutant(
+        "the first variance is 1",
+        RUNNING,
+        "jnp.ones(features, real)",
+        "jnp.zeros(features, real)",
+        "test_running.py",
+    ),
+    # The composition.
+    Mutant(
+        "training passes epsilon on",
+        "_batch_norm.py",
+        "        epsilon=epsilon,\n",
+        "",
+        "test_batch_norm.py",
+    ),
+    Mutant(
+        "training passes the weights on",
+        "_batch_norm.py",
+        "        weights=weights,\n",
+        "",
+        "test_batch_norm.py",
+    ),
+    Mutant(
+        "inference returns the dtype of x",
+        "_batch_norm.py",
+        "return y.astype(x.dtype if dtype is None else dtype)",
+        "return y",
+        "test_batch_norm.py",
+    ),
+    Mutant(
+        "one value per feature is refused",
+        "_batch_norm.py",
+        "        _check.several_values(axes)\n",
+        "        pass\n",
+        "test_errors.py",
+    ),
+    Mutant(
+        "a bare vector is no mask",
+        "_check.py",
+        "if values.ndim == ndim and all(",
+        "if values.ndim <= ndim and all(",
+        "test_errors.py",
+    ),
+    Mutant(
+        "a weight has no gradient",
+        "_check.py",
+        "weights = lax.stop_gradient(_broadcastable",
+        "weights = (_broadcastable",
+        "test_derivatives.py",
+    ),
+    Mutant(
+        "index groups reach the sum",
+        "_sync.py",
+        "return lax.psum(tree, self.axis_name, axis_index_groups=self.groups)",
+        "return lax.psum(tree, self.axis_name)",
+        "test_sync.py",
+    ),
+]
+
+
+def run(mutant: Mutant) -> tuple[Mutant, str]:
+    """The name of the test that noticed, or "survived", or why the mutant is none."""
+    with tempfile.TemporaryDirectory() as directory:
+        copy = pathlib.Path(directory)
+        for part in ("jbn", "tests"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        path = copy / "jbn" / mutant.file
+        text = path.read_text()
+        if text.count(mutant.old) != 1:
+            return mutant, f"not applied: its text stands {text.count(mutant.old)} times"
+        path.write_text(text.replace(mutant.old, mutant.new))
+        tests = [f"tests/{name}" for name in mutant.tests.split()]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-pno:cacheprovider", *tests]
+        done = subprocess.run(
+            command,
+            cwd=copy,
+            env=os.environ | {"PYTHONPATH": str(copy)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    failed = re.search(r"^FAILED tests/(\S+::\S+)", done.stdout, re.MULTILINE)
+    if done.returncode == 1 and failed:
+        return mutant, failed[1]
+    return mutant, "survived" if done.returncode == 0 else f"pytest: {done.stdout[-300:]}"
+
+
+def main(words: list[str]) -> int:
+    """Runs the mutants whose law has one of the words, all without words; prints a table."""
+    chosen = [m for m in MUTANTS if not words or any(w in m.law for w in words)]
+    survivors = 0
+    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
+        for mutant, verdict in pool.map(run, chosen):
+            killed = verdict.startswith("test_")
+            survivors += not killed
+            print(f"{'killed' if killed else 'ALIVE':7}| {mutant.law:60}| {verdict}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants killed")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
