@@ -181,14 +181,16 @@ def download_mnist(url: str = MIRROR, sha256: Mapping[str, str] = MNIST_SHA256) 
     try:
         paths = [Path(cache.fetch(name, progressbar=True)) for name in registry]
     except OSError as error:
+        reason = str(error).rstrip(".")
         raise OSError(
-            f"Could not fetch MNIST from {url}: {error}. Expected the files {', '.join(registry)} "
+            f"Could not fetch MNIST from {url}: {reason}. Expected the files {', '.join(registry)} "
             "there. Try again, name another mirror (--download URL), or give a folder that has "
             "the files with --data-dir."
         ) from error
-    except ValueError as error:  # pooch's word for a wrong checksum
+    except ValueError as error:  # what pooch raises for a wrong checksum
+        reason = str(error).rstrip(".")
         raise ValueError(
-            f"{url} does not serve the published MNIST: {error}. Name another mirror "
+            f"{url} does not serve the published MNIST: {reason}. Name another mirror "
             "(--download URL), or give a folder that has the files with --data-dir."
         ) from error
     return paths[0].parent

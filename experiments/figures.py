@@ -32,16 +32,17 @@ def figure1(path: Path, histories: Mapping[str, History], unit: int) -> None:
     for axes, letter, (net, history) in zip(inputs, "bc", histories.items(), strict=True):
         draw_percentiles(axes, history, unit, COLORS[net])
         axes.set_title(f"({letter}) inputs {TITLES[net]}", loc="left")
-    inputs[0].set_ylabel(f"input of sigmoid {unit} in layer 3")
+    inputs[0].set_ylabel(f"percentiles of sigmoid {unit}'s input")
     save(figure, path)
 
 
 def draw_accuracy(axes: Axes, histories: Mapping[str, History]) -> None:
     """Panel (a): one curve a network, with its last value in the legend."""
+    steps = np.zeros(1)
     for net, history in histories.items():
-        accuracy = 100 * history.test_accuracy
+        steps, accuracy = history.steps / 1000, 100 * history.test_accuracy
         axes.plot(
-            history.steps / 1000,
+            steps,
             accuracy,
             color=COLORS[net],
             linestyle=DASHES[net],
@@ -52,7 +53,7 @@ def draw_accuracy(axes: Axes, histories: Mapping[str, History]) -> None:
     axes.set_ylabel("test accuracy [%]")
     axes.set_ylim(0, 103)
     axes.legend(loc="lower right", fontsize=9)
-    label_steps(axes)
+    label_steps(axes, steps)
 
 
 def draw_percentiles(axes: Axes, history: History, unit: int, color: str) -> None:
@@ -61,24 +62,17 @@ def draw_percentiles(axes: Axes, history: History, unit: int, color: str) -> Non
     steps = history.steps / 1000
     axes.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
     axes.plot(steps, median, color=color, linewidth=1.4)
-    for line, name, above in ((high, "85th", 1), (median, "50th", 1), (low, "15th percentile", 0)):
+    for line, name in ((high, "85th"), (median, "50th"), (low, "15th")):
         axes.plot(steps, line, color=color, linewidth=0.7)
-        axes.annotate(
-            name,
-            (steps[-1], line[-1]),
-            xytext=(-2, 3 if above else -3),
-            textcoords="offset points",
-            ha="right",
-            va="bottom" if above else "top",
-            fontsize=7,
-        )
-    label_steps(axes)
+        at = steps[-1], line[-1]
+        axes.annotate(name, at, xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    label_steps(axes, steps)
 
 
-def label_steps(axes: Axes) -> None:
+def label_steps(axes: Axes, steps: np.ndarray) -> None:
     """What all panels over training time share."""
     axes.set_xlabel(STEPS)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, steps[-1])
     axes.grid(alpha=0.3)
 
 
@@ -112,4 +106,4 @@ def new_figure(width: float, height: float) -> Figure:
 def save(figure: Figure, path: Path) -> None:
     """Write the PNG; the folder is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    figure.savefig(path, dpi=140)
