@@ -96,7 +96,7 @@ def batch(axes: Axes, axis_name: Any) -> None:
     if not axes.reduction and axis_name is None:
         raise ValueError(
             f"x of shape {axes.shape} with feature axis {_plain(axes.features)} has no axis to "
-            f"take statistics over. Pass a batch, such as [N, ..., C] with axis=-1, or name the axis of "
+            f"take statistics over. Pass a batch, [N, ..., C] with axis=-1, or name the axis of "
             f"examples of a surrounding vmap, pmap or shard_map: axis_name=."
         )
 

@@ -48,7 +48,7 @@ def training(
         mask=_of_rank(mask, x.ndim),
         weights=_of_rank(weights, x.ndim),
         axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
+        axis_index_groups=None if axis_name is None else axis_index_groups,  # as in Flax
         dtype=dtype,
     )
     return y.reshape(shape), absorb(update, stats, moments)

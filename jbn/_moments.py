@@ -116,20 +116,29 @@ def dot(x: Array, y: Array) -> Array:
 
 
 def reference(x: Array, weights: Array | None, axes: Axes, over: Scope) -> Array:
-    """K: for each feature one finite value of x that takes part, the same throughout `over`.
+    """K: for each feature a value of x that takes part, the same throughout `over`.
 
     A value of x, and no average, so that a constant channel becomes exactly 0; 0 if there is none.
     The result of Batch Normalization does not depend on K, so K carries no gradient.
     """
     x = lax.stop_gradient(x)
     if axes.size == 0:
-        first = jnp.full(axes.per_feature, -jnp.inf, x.dtype)
+        shift = jnp.full(axes.per_feature, -jnp.inf, x.dtype)
     elif weights is None:
-        first = _median(*(_row(x, quarter, axes) for quarter in (1, 2, 3)))
+        shift = _median(*(_row(x, quarter, axes) for quarter in (1, 2, 3)))
     else:
-        first = _first(x, active(weights), axes)
-    shift = over.max(first.astype(accumulator(x.dtype)))
-    return jnp.where(jnp.isfinite(shift), shift, jnp.zeros_like(shift))
+        shift = _median(*(_active_row(x, active(weights), quarter, axes) for quarter in (1, 2, 3)))
+    shift = over.max(shift.astype(accumulator(x.dtype)))
+    # From here on (1e31 for float32) x - K could overflow, by half an ulp of the largest x.
+    info = jnp.finfo(shift.dtype)
+    usable = jnp.abs(shift) < info.max * info.eps / 4
+    return jnp.where(usable, shift, jnp.zeros_like(shift))
+
+
+def _median(a: Array, b: Array, c: Array) -> Array:
+    # So that one odd row, such as padding, does no harm: var has a relative error of about
+    # eps (1 + (K - mean)^2 / var).
+    return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
 
 
 def _row(x: Array, quarter: int, axes: Axes) -> Array:
@@ -142,14 +151,11 @@ def _row(x: Array, quarter: int, axes: Axes) -> Array:
     return x[tuple(at(n) if i in axes.reduction else slice(None) for i, n in enumerate(axes.shape))]
 
 
-def _median(a: Array, b: Array, c: Array) -> Array:
-    # So that one odd row, such as padding, does no harm: var has a relative error of about
-    # eps (1 + (K - mean)^2 / var).
-    return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
+def _active_row(x: Array, chosen: Array, quarter: int, axes: Axes) -> Array:
+    """For each feature the first value where `chosen`, from a quarter of the rows on.
 
-
-def _first(x: Array, chosen: Array, axes: Axes) -> Array:
-    """The first value of each feature where `chosen`; -inf where there is none."""
+    The search goes round the end; -inf where nothing is chosen.
+    """
 
     def rows(a: Array) -> Array:
         a = jnp.moveaxis(a, axes.reduction, range(len(axes.reduction)))
@@ -157,7 +163,9 @@ def _first(x: Array, chosen: Array, axes: Axes) -> Array:
 
     per_feature = any(chosen.shape[i] != 1 for i in axes.features)
     chosen = rows(jnp.broadcast_to(chosen, axes.shape if per_feature else axes.per_position))
-    index = jnp.argmax(chosen, axis=0, keepdims=True)
+    start = axes.size * quarter // 4
+    index = jnp.argmax(jnp.roll(chosen, -start, axis=0), axis=0, keepdims=True)
+    index = (index + start) % axes.size
     found = jnp.take_along_axis(chosen, index, axis=0, mode="clip")
     x = rows(x)
     first = jnp.take_along_axis(x, jnp.broadcast_to(index, (1, x.shape[1])), axis=0, mode="clip")
@@ -214,8 +222,8 @@ def shifted_moments(
     z = shifted(x, shift, weights)
     count = total_count(weights, axes, over, z.real.dtype)
     mean, mean_square = average((z, square(z)), count, weights, axes, over)
-    # Squares that overflow leave var = inf, not inf - inf: y is then finite (the bias), and the
-    # running statistics skip the channel.
+    # Squares that overflow leave var = inf, not inf - inf: y is then the bias, and the running
+    # statistics leave the feature out.
     var = jnp.where(jnp.isinf(mean_square), mean_square, mean_square - square(mean))
     return Moments(count, mean, jnp.maximum(var, jnp.zeros_like(var)))
 

@@ -130,16 +130,22 @@ def affine(scale, bias, axes: Axes, dtype: DTypeLike) -> tuple[Array, Array]:
 
 def apply(z: Array, mean: Array, var: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     """scale (z - mean) / sqrt(var + epsilon) + bias, in z's dtype (Alg. 1, lines 3 and 4)."""
-    a = scale.astype(z.dtype) * reciprocal_std(var, epsilon).astype(z.dtype)
-    return (z - mean.astype(z.dtype)) * a + bias.astype(z.dtype)
+    mean, rstd = location(mean.astype(z.dtype), var, epsilon)
+    return (z - mean) * (scale.astype(z.dtype) * rstd) + bias.astype(z.dtype)
 
 
-def reciprocal_std(var: Array, epsilon: float) -> Array:
-    """1 / sqrt(var + epsilon); 0 where that is 1 / 0, so that a constant gives the bias."""
+def location(mean: Array, var: Array, epsilon: float) -> tuple[Array, Array]:
+    """(mean, 1 / sqrt(var + epsilon)), in mean's dtype.
+
+    Both are 0 where there is nothing to divide by (var + epsilon = 0) or too much (var = inf, and
+    the mean perhaps as well), so that y is the bias.
+    """
     var = var + jnp.asarray(epsilon, var.dtype)
-    positive = var > 0
-    inverse = lax.rsqrt(jnp.where(positive, var, jnp.ones_like(var)))
-    return jnp.where(positive, inverse, jnp.zeros_like(var))
+    usable = (var > 0) & (var < jnp.inf) | jnp.isnan(var)
+    rstd = lax.rsqrt(jnp.where(usable, var, jnp.ones_like(var))).astype(mean.dtype)
+    return jnp.where(usable, mean, jnp.zeros_like(mean)), jnp.where(
+        usable, rstd, jnp.zeros_like(rstd)
+    )
 
 
 class _Rule(NamedTuple):
@@ -166,9 +172,9 @@ def _normalize_jvp(rule: _Rule, primals, tangents):
     x, scale, bias, weights, shift = primals
     dx, dscale, dbias, _, _ = tangents  # weights and shift are constants
     y, m = _normalize(rule, x, scale, bias, weights, shift)
-    rstd = reciprocal_std(m.var, rule.epsilon)
+    mean, rstd = location(m.mean, m.var, rule.epsilon)
     dy, dmean, dvar = _differential(rule)(
-        (x, weights, shift), (m.count, m.mean, rstd, scale), (dx, dscale, dbias)
+        (x, weights, shift), (m.count, mean, rstd, scale), (dx, dscale, dbias)
     )
     return (y, m), (dy, Moments(jnp.zeros_like(m.count), dmean, dvar))
 
@@ -185,14 +191,12 @@ def _differential(rule: _Rule):
         count, mean, rstd, scale = constants
         dx, dscale, dbias = (t.astype(shift.dtype) for t in tangents)
         dx = only_active(dx, weights)
-        centred = shifted(x, shift, weights) - mean
-        dmean, half_dvar = average((dx, dot(centred, dx)), count, weights, rule.axes, rule.over)
-        rstd = rstd.astype(shift.dtype)
+        xhat = (shifted(x, shift, weights) - mean) * rstd
+        mean_dx, mean_xhat_dx = average((dx, dot(xhat, dx)), count, weights, rule.axes, rule.over)
         a = scale.astype(shift.dtype) * rstd
-        xhat = centred * rstd
-        dy = a * dx + (dbias - a * dmean) + xhat * (dscale - a * rstd * half_dvar)
-        dy = only_active(dy, weights)
-        return dy.astype(rule.dtype), dmean, 2 * half_dvar
+        dy = a * dx + (dbias - a * mean_dx) + xhat * (dscale - a * mean_xhat_dx)
+        std = 1 / jnp.where(rstd == 0, jnp.ones_like(rstd), rstd)
+        return only_active(dy, weights).astype(rule.dtype), mean_dx, 2 * std.real * mean_xhat_dx
 
     # prevent_cse=False: the compiler may keep what it wants; only autodiff must not.
     return jax.checkpoint(differential, prevent_cse=False)

@@ -127,9 +127,23 @@ class _Cumulative:
 
 
 def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningStats:
-    """`rule`, made safe: no gradient, no change of type, no empty or non-finite batch."""
+    """`rule`, made safe: no gradient, no change of type, no empty or non-finite batch.
+
+    Raises:
+      TypeError: `rule` is not a function, or returns something else than RunningStats.
+    """
+    if not callable(rule):
+        raise TypeError(
+            f"update must be a rule (RunningStats, Moments) -> RunningStats, such as "
+            f"jbn.ema(0.99) or jbn.cumulative(); got {rule!r}."
+        )
     stats, moments = lax.stop_gradient((stats, moments))
     new = rule(stats, moments)
+    if not isinstance(new, RunningStats):
+        raise TypeError(
+            f"the update rule {rule!r} must return jbn.RunningStats(mean, var, count); "
+            f"got {type(new).__name__}."
+        )
     return new if isinstance(rule, _Ema | _Cumulative) else _keep_sound(stats, moments, new)
 
 

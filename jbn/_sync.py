@@ -35,6 +35,14 @@ class Scope(NamedTuple):
 def scope(
     axis_name: AxisName | None, axis_index_groups: Sequence[Sequence[int]] | None = None
 ) -> Scope:
-    """Makes the arguments of `jax.lax.psum` static and hashable."""
+    """Makes the arguments of `jax.lax.psum` static and hashable.
+
+    Raises:
+      ValueError: groups without the name of the axis that they group.
+    """
     groups = axis_index_groups
+    if groups is not None and axis_name is None:
+        raise ValueError(
+            f"axis_index_groups={groups} are groups of a named axis: pass axis_name= too."
+        )
     return Scope(axis_name, None if groups is None else tuple(tuple(g) for g in groups))
