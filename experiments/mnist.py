@@ -13,7 +13,7 @@ Command::
     python -m experiments.mnist --sweep    # which initial scales and learning rates train at all
     python -m experiments.mnist --smoke    # seconds: does everything run?
 
-Expected, on the 4,000 digits to train and 1,000 to test: with Batch Normalization 88 % test accuracy
+Expected on 4,000 digits to train and 1,000 to test: with Batch Normalization 88 % test accuracy
 after 250 steps and 93.5 % after 50,000; without it chance for 9,000 steps and 90.0 % after 50,000.
 On all of MNIST 97.4 % and 96.1 % after 50,000. 80 s on two CPU cores; the sweep takes 4 minutes.
 
