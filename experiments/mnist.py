@@ -15,7 +15,7 @@ Command::
 
 Expected on 4,000 digits to train and 1,000 to test: with Batch Normalization 88 % test accuracy
 after 250 steps and 93.5 % after 50,000; without it chance for 9,000 steps and 90.0 % after 50,000.
-On all of MNIST 97.4 % and 96.1 % after 50,000. 80 s on two CPU cores; the sweep takes 4 minutes.
+On all of MNIST 97.4 % and 96.1 % after 50,000. 80 s on two CPU cores; the sweep takes 5 minutes.
 
 Not in the paper, chosen here, and the same for both networks: plain SGD with a constant learning
 rate of 0.1, kernels from a Gaussian of standard deviation 0.03, epsilon 1e-5, debiased
