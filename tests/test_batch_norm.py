@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -284,3 +285,18 @@ def test_jit_and_eager_agree():
     eager = jbn.batch_norm(data.x, params, stats, **given)
     jitted = compiled.batch_norm(data.x, params, stats, **given)
     chex.assert_trees_all_close(eager, jitted, **tolerance.tol("float32", 64))
+
+
+def test_export_with_a_symbolic_batch():
+    # One artefact for every batch size, in training and at inference.
+    data, params, stats = layer()
+    (batch,) = jax.export.symbolic_shape("b")
+    x = jax.ShapeDtypeStruct((batch, 5), jnp.float32)
+    for run in (
+        lambda x: jbn.batch_norm(x, params, stats)[0],
+        lambda x: jbn.batch_norm_inference(x, params, stats),
+    ):
+        exported = jax.export.export(jax.jit(run))(x)
+        for rows in (2, 32):
+            y = exported.call(jnp.asarray(data.x[:rows]))
+            chex.assert_trees_all_close(y, run(data.x[:rows]), **tolerance.tol("float32", 32))

@@ -231,3 +231,35 @@ def test_dropping_the_dependence_of_the_statistics_is_noticed():
     dx, _, _ = gradients(case, data._replace(dy=dy, dmean=none, dvar=none))
     share = data.scale * 1e-5 / (m.var + 1e-5) / np.sqrt(m.var + 1e-5)
     tolerance.assert_close(dx, share * xhat, "float32", 64, magnitude=np.max(np.abs(dy)))
+
+
+def test_gradient_of_complex_numbers(x64):
+    rng = np.random.default_rng(0)
+    x, r = (rng.normal(size=(6, 3)) + 1j * rng.normal(size=(6, 3)) for _ in range(2))
+
+    def formula(x):
+        centred = x - x.mean(0, keepdims=True)
+        var = (centred.real**2 + centred.imag**2).mean(0, keepdims=True)
+        return centred * jax.lax.rsqrt(var + 1e-5)
+
+    def gradient(f):
+        return jax.jit(jax.grad(lambda x: (r * f(x)).real.sum()))(x)
+
+    actual, expected = gradient(lambda x: jbn.normalize(x)[0]), gradient(formula)
+    for part in (np.real, np.imag):
+        tolerance.assert_close(part(actual), part(expected), "float64", 6)
+
+
+@pytest.mark.parametrize("result", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_where_y_has_another_dtype(dtype, result):
+    data = cases.make(cases.Case((64, 5), dtype=dtype))
+    dy = data.dy.astype(result)
+    run = lambda *at: jbn.normalize(*at, dtype=result)[0]  # noqa: E731
+    pull = jax.jit(lambda dy, *at: jax.vjp(run, *at)[1](dy))
+    dx, dscale, _ = pull(dy, data.x, data.scale, data.bias)
+    none = np.zeros_like(data.scale)
+    expected = oracle.vjp(data.x, data.scale, data.bias, dy, none, none)
+    chex.assert_type([dx, dscale], [dtype, "float32"])
+    tolerance.assert_close(dx, expected[0], dtype, 64)
+    tolerance.assert_close(dscale, expected[1], "float32", 64, magnitude=64)

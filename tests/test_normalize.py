@@ -1,6 +1,9 @@
 """The forward laws: y = scale (x - mean) / sqrt(var + epsilon) + bias, and what a mask means."""
 
+import functools
+
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -192,3 +195,49 @@ def test_weights_may_have_another_dtype_than_x(dtype):
         expected, _ = oracle.normalize(data.x, data.scale, data.bias, weights=weights)
         chex.assert_type([y, m.count], [dtype, jnp.float32])
         tolerance.assert_close(y, expected, dtype, 64)
+
+
+def test_a_negative_or_nan_weight_counts_as_none():
+    data = cases.make(cases.Case((8, 5)))
+    weights = np.float32([1, -1, 2, np.nan, 0, 1, -np.inf, 3])[:, None]
+    clean = np.where(weights > 0, weights, np.float32(0))
+    got = compiled.normalize(data.x, data.scale, data.bias, weights=weights)
+    expected = compiled.normalize(data.x, data.scale, data.bias, weights=clean)
+    chex.assert_trees_all_equal(got, expected)
+
+
+# --- beyond the real numbers in x's dtype ------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("result", ["float32", "bfloat16", "float16"])
+def test_y_in_another_dtype_is_rounded_once(dtype, result):
+    data = cases.make(cases.Case((64, 5), dtype=dtype))
+    params, stats = jbn.Params(data.scale, data.bias), jbn.init_stats(5)
+    expected, _ = oracle.normalize(data.x, *params)
+    inferred = oracle.affine(data.x, stats.mean, stats.var, *params)
+    run = functools.partial(jax.jit, static_argnames="dtype")
+    y, _ = run(jbn.normalize)(data.x, *params, dtype=result)
+    same, _ = run(jbn.batch_norm)(data.x, params, stats, dtype=result)
+    z = run(jbn.batch_norm_inference)(data.x, params, stats, dtype=result)
+    chex.assert_type([y, same, z], result)
+    tolerance.assert_close(y, expected, result, 64)
+    tolerance.assert_close(same, expected, result, 64)
+    tolerance.assert_close(z, inferred, result, 1)
+
+
+def test_complex_numbers_are_scaled_by_their_modulus():
+    # var = E|x - mean|^2, as in Flax: y has mean 0 and mean squared modulus 1.
+    rng = np.random.default_rng(0)
+    parts = rng.normal(size=(2, 64, 5)) + np.float64(3)
+    x = (parts[0] + 1j * parts[1]).astype(np.complex64)
+    y, m = compiled.normalize(x)
+    wide = x.astype(np.complex128)
+    mean = wide.mean(0)
+    var = (np.abs(wide - mean) ** 2).mean(0)
+    chex.assert_type([y, m.mean, m.var], [np.complex64, np.complex64, np.float32])
+    for part in (np.real, np.imag):
+        expected = part((wide - mean) / np.sqrt(var + 1e-5))
+        tolerance.assert_close(part(np.asarray(y)), expected, "float32", 64, ratio=3)
+        tolerance.assert_close(part(np.asarray(m.mean)), part(mean), "float32", 64)
+    tolerance.assert_close(m.var, var, "float32", 64)
