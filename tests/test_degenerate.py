@@ -189,7 +189,9 @@ def test_one_bad_sample_spoils_its_channel_alone(bad, row):
     part = data.scale[others], data.bias[others], data.dy[:, others]
     expected, moments = oracle.normalize(clean, *part[:2])
     backward = oracle.vjp(clean, *part, np.zeros(3), np.zeros(3))
-    assert np.isnan(y[row, 1])  # it shows
+    # It shows: a NaN has made the mean NaN; an infinite variance leaves the other rows the bias.
+    shown = np.isnan(np.asarray(y)[:, 1])
+    assert shown.all() if np.isnan(bad) else shown[row]
     tolerance.assert_close(y[:, others], expected, "float32", 16)
     tolerance.assert_close(m.mean[np.array(others)], moments.mean, "float32", 16, magnitude=2)
     tolerance.assert_close(gradient[0][:, others], backward[0], "float32", 16)
