@@ -191,12 +191,16 @@ def _differential(rule: _Rule):
         count, mean, rstd, scale = constants
         dx, dscale, dbias = (t.astype(shift.dtype) for t in tangents)
         dx = only_active(dx, weights)
-        xhat = (shifted(x, shift, weights) - mean) * rstd
-        mean_dx, mean_xhat_dx = average((dx, dot(xhat, dx)), count, weights, rule.axes, rule.over)
+        z = shifted(x, shift, weights)
+        mean_dx, mean_z_dx = average((dx, dot(z, dx)), count, weights, rule.axes, rule.over)
+        half_dvar = mean_z_dx - dot(
+            mean, mean_dx
+        )  # E[(z - mean) dx], from the z of the forward pass
         a = scale.astype(shift.dtype) * rstd
+        mean_xhat_dx = jnp.where(rstd == 0, jnp.zeros_like(rstd), rstd * half_dvar)
+        xhat = (z - mean) * rstd
         dy = a * dx + (dbias - a * mean_dx) + xhat * (dscale - a * mean_xhat_dx)
-        std = 1 / jnp.where(rstd == 0, jnp.ones_like(rstd), rstd)
-        return only_active(dy, weights).astype(rule.dtype), mean_dx, 2 * std.real * mean_xhat_dx
+        return only_active(dy, weights).astype(rule.dtype), mean_dx, 2 * half_dvar
 
     # prevent_cse=False: the compiler may keep what it wants; only autodiff must not.
     return jax.checkpoint(differential, prevent_cse=False)
