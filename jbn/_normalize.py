@@ -143,9 +143,7 @@ def location(mean: Array, var: Array, epsilon: float) -> tuple[Array, Array]:
     var = var + jnp.asarray(epsilon, var.dtype)
     usable = (var > 0) & (var < jnp.inf) | jnp.isnan(var)
     rstd = lax.rsqrt(jnp.where(usable, var, jnp.ones_like(var))).astype(mean.dtype)
-    return jnp.where(usable, mean, jnp.zeros_like(mean)), jnp.where(
-        usable, rstd, jnp.zeros_like(rstd)
-    )
+    return jnp.where(usable, mean, 0), jnp.where(usable, rstd, 0)
 
 
 class _Rule(NamedTuple):
@@ -193,11 +191,10 @@ def _differential(rule: _Rule):
         dx = only_active(dx, weights)
         z = shifted(x, shift, weights)
         mean_dx, mean_z_dx = average((dx, dot(z, dx)), count, weights, rule.axes, rule.over)
-        half_dvar = mean_z_dx - dot(
-            mean, mean_dx
-        )  # E[(z - mean) dx], from the z of the forward pass
+        # E[(z - mean) dx], but from z, which the forward pass has computed already.
+        half_dvar = mean_z_dx - dot(mean, mean_dx)
         a = scale.astype(shift.dtype) * rstd
-        mean_xhat_dx = jnp.where(rstd == 0, jnp.zeros_like(rstd), rstd * half_dvar)
+        mean_xhat_dx = jnp.where(rstd == 0, 0, rstd * half_dvar.astype(rstd.dtype))
         xhat = (z - mean) * rstd
         dy = a * dx + (dbias - a * mean_dx) + xhat * (dscale - a * mean_xhat_dx)
         return only_active(dy, weights).astype(rule.dtype), mean_dx, 2 * half_dvar
