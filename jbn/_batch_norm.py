@@ -1,7 +1,9 @@
 """The composition: batch_norm for training, batch_norm_inference for use."""
 
+import functools
 from collections.abc import Sequence
 
+import jax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
@@ -129,8 +131,12 @@ def batch_norm_inference(
     x = _check.floating(x)
     axes = resolve(x.shape, axis)
     stats = _check.stats(stats, axes, x.dtype)
-    z = x.astype(accumulator(x.dtype))
-    scale, bias = affine(*_check.params(params), axes, z.dtype)
-    mean, var = axes.expand(stats.mean), axes.expand(stats.var)
-    y = apply(z, mean, var, scale, bias, _check.epsilon(epsilon))
+    epsilon = _check.epsilon(epsilon)
+    scale, bias = affine(*_check.params(params), axes, accumulator(x.dtype))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # a backward pass keeps x in x's dtype
+    def transform(x, mean, var, scale, bias):
+        return apply(x.astype(accumulator(x.dtype)), mean, var, scale, bias, epsilon)
+
+    y = transform(x, axes.expand(stats.mean), axes.expand(stats.var), scale, bias)
     return y.astype(x.dtype if dtype is None else dtype)
