@@ -315,9 +315,23 @@ MUTANTS = [
     Mutant(
         "the factor 2 of the variance's own tangent",
         NORMALIZE,
-        "2 * std.real * mean_xhat_dx",
-        "std.real * mean_xhat_dx",
+        "mean_dx, 2 * half_dvar",
+        "mean_dx, half_dvar",
         "test_derivatives.py",
+    ),
+    Mutant(
+        "the variance's derivative is around the mean",
+        NORMALIZE,
+        "half_dvar = mean_z_dx - dot(",
+        "half_dvar = mean_z_dx + 0 * dot(",
+        "test_derivatives.py",
+    ),
+    Mutant(
+        "a variance that overflows has no derivative",
+        NORMALIZE,
+        "jnp.where(rstd == 0, jnp.zeros_like(rstd), rstd * half_dvar)",
+        "rstd * half_dvar",
+        "test_degenerate.py",
     ),
     Mutant(
         "dx counts where it is not masked",

@@ -240,7 +240,7 @@ def test_gradient_of_complex_numbers(x64):
     def formula(x):
         centred = x - x.mean(0, keepdims=True)
         var = (centred.real**2 + centred.imag**2).mean(0, keepdims=True)
-        return centred * jax.lax.rsqrt(var + 1e-5)
+        return centred * jax.lax.rsqrt(var + 1e-5).astype(x.dtype)
 
     def gradient(f):
         return jax.jit(jax.grad(lambda x: (r * f(x)).real.sum()))(x)
