@@ -329,8 +329,8 @@ MUTANTS = [
     Mutant(
         "a variance that overflows has no derivative",
         NORMALIZE,
-        "jnp.where(rstd == 0, jnp.zeros_like(rstd), rstd * half_dvar)",
-        "rstd * half_dvar",
+        "jnp.where(rstd == 0, 0, rstd * half_dvar.astype(rstd.dtype))",
+        "rstd * half_dvar.astype(rstd.dtype)",
         "test_degenerate.py",
     ),
     Mutant(
@@ -486,6 +486,20 @@ MUTANTS = [
         "test_batch_norm.py",
     ),
     Mutant(
+        "inference keeps x in its own dtype",
+        "_batch_norm.py",
+        "    @functools.partial(jax.checkpoint, prevent_cse=False)  # a",
+        "    # A",
+        "test_residuals.py",
+    ),
+    Mutant(
+        "a rule is a function",
+        RUNNING,
+        "if not callable(rule):",
+        "if False:",
+        "test_errors.py",
+    ),
+    Mutant(
         "one value per feature is refused",
         "_batch_norm.py",
         "        _check.several_values(axes)\n",
@@ -505,6 +519,13 @@ MUTANTS = [
         "weights = lax.stop_gradient(_broadcastable",
         "weights = (_broadcastable",
         "test_derivatives.py",
+    ),
+    Mutant(
+        "the largest shift is that of the groups",
+        "_sync.py",
+        "return lax.pmax(x, self.axis_name, axis_index_groups=self.groups)",
+        "return x",
+        "test_sync.py",
     ),
     Mutant(
         "index groups reach the sum",

@@ -1,6 +1,7 @@
 """Input that leaves nothing to normalise stays finite, forward and backward."""
 
 import chex
+import jax
 import numpy as np
 import pytest
 
@@ -147,6 +148,10 @@ def test_squares_that_overflow(size, support):
     given = {"mask": np.arange(64)[:, None] > 0} if support == "mask" else {}
     y, _, gradient = compiled.vjp(x, scale, bias, dy, **given)
     chex.assert_tree_all_finite((y, gradient))
+    push = jax.jit(
+        lambda x, dx: jax.jvp(lambda x: jbn.normalize(x, scale, **given)[0], (x,), (dx,))
+    )
+    chex.assert_tree_all_finite(push(x, dy))
     # And the other channels do not notice.
     none = np.zeros_like(scale)
     expected = oracle.normalize(x, scale, bias, **given)[0]

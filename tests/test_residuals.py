@@ -66,6 +66,16 @@ def test_only_the_gradient_of_x_needs_nothing_else():
     assert_only_x_and_vectors(leaves, data)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_inference_keeps_x_and_vectors(dtype):
+    # As for a frozen layer in the middle of a network that trains.
+    data = cases.make(cases.Case((16, 8, CHANNELS), dtype=dtype))
+    stats = jbn.init_stats(CHANNELS)
+    run = lambda x, params: jbn.batch_norm_inference(x, params, stats)  # noqa: E731
+    leaves = kept(run, data.x, jbn.Params(data.scale, data.bias))
+    assert_only_x_and_vectors(leaves, data)
+
+
 def test_two_layers_keep_their_two_inputs():
     data = cases.make(cases.Case((64, CHANNELS), dtype="bfloat16"))
 
