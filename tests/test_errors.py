@@ -113,6 +113,10 @@ def test_a_rule_instead_of_its_name():
         fails(TypeError, train(update=update), "update", repr(update), "jbn.ema")
 
 
+def test_a_rule_that_returns_no_running_statistics():
+    fails(TypeError, train(update=lambda stats, m: (m.mean, m.var)), "RunningStats", "tuple")
+
+
 @pytest.mark.parametrize(
     "stats",
     [(jnp.zeros(5), jnp.ones(5)), {"mean": jnp.zeros(5), "var": jnp.ones(5)}, None, PARAMS],
