@@ -185,7 +185,7 @@ def test_dtypes_are_those_of_flax(x_dtype, affine, train):
         {"param_dtype": jnp.float16, "dtype": jnp.float32},
         {"scale_init": nn.initializers.normal(1.0), "bias_init": nn.initializers.normal(1.0)},
     ],
-    ids=str,
+    ids=lambda kwargs: "-".join(kwargs) or "defaults",
 )
 def test_layer_computes_what_flax_computes(kwargs):
     x = 2 * normal(0, (5, 4, 3, 2)) + 1

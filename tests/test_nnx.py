@@ -201,7 +201,7 @@ def test_dtypes_are_those_of_flax(x_dtype, affine, train):
         {"promote_dtype": lambda arrays, **_: arrays},
         {"use_running_average": True},
     ],
-    ids=str,
+    ids=lambda kwargs: "-".join(kwargs) or "defaults",
 )
 def test_layer_computes_what_flax_computes(kwargs):
     x = 2 * normal(0, (5, 4, 3)) + 1
