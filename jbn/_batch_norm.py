@@ -37,9 +37,9 @@ def batch_norm(
     Before a nonlinearity, as in section 3.2: `y = jax.nn.relu(batch_norm(conv(x), ...)[0])`, with
     no bias in the convolution.
 
-    >>> import jax.numpy as jnp
+    >>> import jax.numpy as jnp, jbn
     >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
-    >>> y, stats = batch_norm(x, init_params(2), init_stats(2), update=ema(0.5))
+    >>> y, stats = jbn.batch_norm(x, jbn.init_params(2), jbn.init_stats(2), update=jbn.ema(0.5))
     >>> print(y.round(3))
     [[-1. -1.]
      [ 1.  1.]]
@@ -108,9 +108,9 @@ def batch_norm_inference(
 
         y = scale * (x - stats.mean) / sqrt(stats.var + epsilon) + bias
 
-    >>> import jax.numpy as jnp
-    >>> stats = RunningStats(mean=jnp.array([1.0]), var=jnp.array([4.0]), count=jnp.array([1.0]))
-    >>> batch_norm_inference(jnp.array([[5.0]]), init_params(1), stats, epsilon=0)
+    >>> import jax.numpy as jnp, jbn
+    >>> stats = jbn.init_stats(1)._replace(mean=jnp.array([1.0]), var=jnp.array([4.0]))
+    >>> jbn.batch_norm_inference(jnp.array([[5.0]]), jbn.init_params(1), stats, epsilon=0)
     Array([[2.]], dtype=float32)
 
     Args:

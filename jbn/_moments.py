@@ -47,8 +47,8 @@ def moments(
 ) -> Moments:
     """Count, mean and biased variance of every feature of x (Alg. 1, lines 1 and 2).
 
-    >>> import jax.numpy as jnp
-    >>> m = moments(jnp.array([[1.0, 10.0], [3.0, 10.0]]))
+    >>> import jax.numpy as jnp, jbn
+    >>> m = jbn.moments(jnp.array([[1.0, 10.0], [3.0, 10.0]]))
     >>> print(m.count, m.mean, m.var)
     2.0 [ 2. 10.] [1. 0.]
 
@@ -81,9 +81,9 @@ def merge(a: Moments, b: Moments) -> Moments:
 
     Symmetric and associative up to rounding; an empty batch (count 0) changes nothing.
 
-    >>> import jax.numpy as jnp
+    >>> import jax.numpy as jnp, jbn
     >>> x = jnp.arange(10.0).reshape(5, 2)
-    >>> whole, parts = moments(x), merge(moments(x[:2]), moments(x[2:]))
+    >>> whole, parts = jbn.moments(x), jbn.merge(jbn.moments(x[:2]), jbn.moments(x[2:]))
     >>> print(whole.var, parts.var)
     [8. 8.] [8. 8.]
     """

@@ -54,7 +54,8 @@ class Params(NamedTuple):
 def init_params(features: int | Sequence[int], dtype: DTypeLike = jnp.float32) -> Params:
     """Scale 1 and bias 0 for `features` features (a tuple if there are several feature axes).
 
-    >>> init_params(2)
+    >>> import jbn
+    >>> jbn.init_params(2)
     Params(scale=Array([1., 1.], dtype=float32), bias=Array([0., 0.], dtype=float32))
     """
     return Params(jnp.ones(features, dtype), jnp.zeros(features, dtype))
@@ -77,8 +78,8 @@ def normalize(
 
         mean = E[x],  var = E[(x - mean)^2],  y = scale (x - mean) / sqrt(var + epsilon) + bias
 
-    >>> import jax.numpy as jnp
-    >>> y, m = normalize(jnp.array([[1.0], [3.0]]))
+    >>> import jax.numpy as jnp, jbn
+    >>> y, m = jbn.normalize(jnp.array([[1.0], [3.0]]))
     >>> print(y.round(3), m.mean)
     [[-1.]
      [ 1.]] [2.]

@@ -45,7 +45,8 @@ UpdateRule = Callable[[RunningStats, Moments], RunningStats]
 def init_stats(features: int | Sequence[int], dtype: DTypeLike = jnp.float32) -> RunningStats:
     """Mean 0 and variance 1 from no batch, for `features` features (a tuple for several axes).
 
-    >>> stats = init_stats(2)
+    >>> import jbn
+    >>> stats = jbn.init_stats(2)
     >>> print(stats.mean, stats.var, stats.count)
     [0. 0.] [1. 1.] [0. 0.]
     """
@@ -60,11 +61,11 @@ def ema(decay: float = 0.99, *, debias: bool = False, unbiased: bool = False) ->
 
     `decay` is the weight of the old value: Flax's `momentum`, 1 minus PyTorch's.
 
-    >>> import jax.numpy as jnp
-    >>> batch = Moments(count=jnp.float32(4), mean=jnp.array([1.0]), var=jnp.array([3.0]))
-    >>> ema(0.9)(init_stats(1), batch).var  # 0.9 * 1 + 0.1 * 3
+    >>> import jax.numpy as jnp, jbn
+    >>> batch = jbn.Moments(count=jnp.float32(4), mean=jnp.array([1.0]), var=jnp.array([3.0]))
+    >>> jbn.ema(0.9)(jbn.init_stats(1), batch).var  # 0.9 * 1 + 0.1 * 3
     Array([1.2], dtype=float32)
-    >>> ema(0.9, debias=True)(init_stats(1), batch).var
+    >>> jbn.ema(0.9, debias=True)(jbn.init_stats(1), batch).var
     Array([3.], dtype=float32)
 
     Args:
@@ -86,12 +87,12 @@ def ema(decay: float = 0.99, *, debias: bool = False, unbiased: bool = False) ->
 def cumulative(*, unbiased: bool = False) -> UpdateRule:
     """The plain average over all batches, each with equal weight (PyTorch's `momentum=None`).
 
-    >>> import jax.numpy as jnp
-    >>> stats = init_stats(1)
-    >>> for mean in 1.0, 2.0, 6.0:
-    ...     stats = cumulative()(stats, Moments(jnp.float32(4), jnp.array([mean]), jnp.ones(1)))
+    >>> import jax.numpy as jnp, jbn
+    >>> stats = jbn.init_stats(1)
+    >>> for x in [[1.0], [3.0]], [[5.0], [7.0]]:
+    ...     stats = jbn.cumulative()(stats, jbn.moments(jnp.array(x)))
     >>> stats.mean
-    Array([3.], dtype=float32)
+    Array([4.], dtype=float32)
 
     Args:
       unbiased: as for `ema`.

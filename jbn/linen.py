@@ -22,9 +22,9 @@ class BatchNorm(nn.BatchNorm):
     (exact variance at any offset, masks, batches with NaN) are listed in the page "Semantics" of
     the documentation.
 
-    >>> import jax, jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp, jbn.linen
     >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
-    >>> layer = BatchNorm(momentum=0.5)
+    >>> layer = jbn.linen.BatchNorm(momentum=0.5)
     >>> variables = layer.init(jax.random.key(0), x, use_running_average=False)
     >>> y, new = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
     >>> print(new["batch_stats"]["mean"])

@@ -29,9 +29,9 @@ class BatchNorm(nnx.BatchNorm):
     (exact variance at any offset, masks, batches with NaN) are listed in the page "Semantics" of
     the documentation.
 
-    >>> import jax.numpy as jnp
+    >>> import jax.numpy as jnp, jbn.nnx
     >>> from flax import nnx
-    >>> layer = BatchNorm(2, momentum=0.5, rngs=nnx.Rngs(0))
+    >>> layer = jbn.nnx.BatchNorm(2, momentum=0.5, rngs=nnx.Rngs(0))
     >>> y = layer(jnp.array([[1.0, 10.0], [3.0, 30.0]]))
     >>> print(layer.mean[...])
     [ 1. 10.]
