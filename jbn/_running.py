@@ -21,17 +21,17 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jbn import _check
-from jbn._moments import Moments
+from jbn._moments import Moments, accumulator
 
 
 class RunningStats(NamedTuple):
     """The statistics of the batches seen so far (the moving averages of Alg. 2 and section 3.1).
 
     Attributes:
-      mean: [C], float32 or float64.
-      var: [C], like mean.
-      count: [C], like mean: how many batches have entered, for each feature, as a batch without
-        data or with NaN in a feature does not count there.
+      mean: [C], float32 or float64 (complex for complex x).
+      var: [C], float32 or float64.
+      count: [C], float32 or float64: how many batches have entered, for each feature, as a batch
+        without data or with NaN in a feature does not count there.
     """
 
     mean: Array
@@ -52,7 +52,7 @@ def init_stats(features: int | Sequence[int], dtype: DTypeLike = jnp.float32) ->
     """
     real = jnp.finfo(dtype).dtype
     return RunningStats(
-        jnp.zeros(features, dtype), jnp.ones(features, real), jnp.zeros(features, real)
+        jnp.zeros(features, dtype), jnp.ones(features, real), jnp.zeros(features, accumulator(real))
     )
 
 
@@ -152,9 +152,10 @@ def _move(stats: RunningStats, moments: Moments, rate: Array, unbiased: bool) ->
     """A step of size `rate` from the old statistics to the batch's."""
 
     def step(old: Array, new: Array) -> Array:
-        new = new.astype(old.dtype)
+        dtype = accumulator(old.dtype)  # in bfloat16 a rate of 0.001 would move nothing
+        old, new = old.astype(dtype), new.astype(dtype)
         # At rate 1 exactly the new value: old + (new - old) would round.
-        return jnp.where(rate == 1, new, old + rate.astype(old.dtype) * (new - old))
+        return jnp.where(rate == 1, new, old + rate.astype(dtype) * (new - old))
 
     var = unbiased_var(moments) if unbiased else moments.var
     new = RunningStats(step(stats.mean, moments.mean), step(stats.var, var), stats.count + 1)

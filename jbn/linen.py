@@ -82,7 +82,7 @@ class BatchNorm(nn.BatchNorm):
         params = self._params(shape)
         dtype = canonicalize_dtype(x, *params, dtype=self.dtype)
         mean, var, *count = (v.value for v in variables)
-        stats = RunningStats(mean, var, *(count or [jnp.zeros_like(var)]))
+        stats = RunningStats(mean, var, *(count or [jnp.zeros(var.shape, jnp.float32)]))
         if inference:
             return _flax.inference(
                 x, params, stats, axis=self.axis, epsilon=self.epsilon, dtype=dtype
@@ -108,11 +108,12 @@ class BatchNorm(nn.BatchNorm):
     def _statistics(self, shape: tuple[int, ...]) -> list[nn.Variable[Array]]:
         """The variables mean, var and, with an update rule of the user's, count."""
         dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        initial = {"mean": jnp.zeros, "var": jnp.ones}
+        initial = {"mean": (jnp.zeros, dtype), "var": (jnp.ones, dtype)}
         if self.update is not None:
-            initial["count"] = jnp.zeros
+            initial["count"] = (jnp.zeros, jnp.float32)  # in half precision it could not count
         return [
-            self.variable("batch_stats", name, init, shape, dtype) for name, init in initial.items()
+            self.variable("batch_stats", name, init, shape, dtype)
+            for name, (init, dtype) in initial.items()
         ]
 
     def _params(self, shape: tuple[int, ...]) -> Params:

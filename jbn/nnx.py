@@ -137,7 +137,7 @@ class BatchNorm(nnx.BatchNorm):
         )
         variables = [self.mean, self.var] + ([] if self.update is None else [self.count])
         mean, var, *count = (v[...] for v in variables)
-        stats = RunningStats(mean, var, *(count or [jnp.zeros_like(var)]))
+        stats = RunningStats(mean, var, *(count or [jnp.zeros(var.shape, jnp.float32)]))
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
         x, _, _, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
         params = Params(scale, bias)

@@ -410,6 +410,17 @@ def test_update_rule_takes_the_place_of_momentum():
     chex.assert_trees_all_equal_shapes_and_dtypes(new, {"batch_stats": variables["batch_stats"]})
 
 
+def test_statistics_stored_in_bfloat16_still_move():
+    """A rate of 0.001 is nothing to a bfloat16 decay of 0.999, which would be 1."""
+    x = normal(0, (64, 3)).astype(jnp.bfloat16) + 8
+    kwargs = {"param_dtype": jnp.bfloat16, "force_float32_reductions": False}
+    for rule in ({"momentum": 0.999}, {"update": jbn.cumulative()}):
+        stats = apply(x, **kwargs, **rule)[1]
+        assert stats["mean"].dtype == jnp.bfloat16
+        rate = 0.001 if "momentum" in rule else 1
+        np.testing.assert_allclose(np.float32(stats["mean"]), 8 * rate, rtol=0.05)
+
+
 def test_weights_repeat_examples():
     x, repeats = normal(0, (4, 3)), jnp.array([1, 3, 0, 2])
     y, stats = apply(x, call={"weights": repeats.astype(jnp.float32)[:, None]})
