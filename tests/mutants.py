@@ -457,6 +457,13 @@ MUTANTS = [
         "test_batch_norm.py test_running.py",
     ),
     Mutant(
+        "averages of half precision are formed in float32",
+        RUNNING,
+        "        dtype = accumulator(old.dtype)",
+        "        dtype = old.dtype",
+        "test_running.py",
+    ),
+    Mutant(
         "the first variance is 1",
         RUNNING,
         "jnp.ones(features, real)",

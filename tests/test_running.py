@@ -102,6 +102,19 @@ def test_initial_dtypes(x64):
         chex.assert_type([*jbn.init_stats(3, dtype), *jbn.init_params(3, dtype)], dtype)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_statistics_in_half_precision_are_averaged_and_counted_in_float32(dtype):
+    # bfloat16 has no 257, and 1 - 0.999 is there 0: neither may stop the average.
+    stats = jbn.init_stats(1, dtype)
+    chex.assert_type(stats, [dtype, dtype, jnp.float32])
+    stats = stats._replace(count=jnp.full(1, 256.0))
+    moments = jbn.Moments(jnp.float32(4), jnp.array([1000.0]), jnp.array([2.0]))
+    new = jax.jit(jbn.ema(0.999))(stats, moments)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, stats)
+    tolerance.assert_close(new.mean, np.array([1.0]), dtype, 1)
+    np.testing.assert_array_equal(new.count, 257)
+
+
 def test_decay_is_the_weight_of_the_old_value():
     moments = jbn.Moments(jnp.float32(4), jnp.array([10.0]), jnp.array([2.0]))
     stats = jbn.ema(0.75)(jbn.init_stats(1), moments)
