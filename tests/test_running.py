@@ -104,15 +104,19 @@ def test_initial_dtypes(x64):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_statistics_in_half_precision_are_averaged_and_counted_in_float32(dtype):
-    # bfloat16 has no 257, and 1 - 0.999 is there 0: neither may stop the average.
-    stats = jbn.init_stats(1, dtype)
+    # bfloat16 has no 257, and rounds 0.63 as well as each step of the average: only the result may
+    # be rounded.
+    rng = np.random.default_rng(0)
+    old, new = rng.normal(size=(2, 64)).astype(np.float32)
+    stats = jbn.init_stats(64, dtype)
     chex.assert_type(stats, [dtype, dtype, jnp.float32])
-    stats = stats._replace(count=jnp.full(1, 256.0))
-    moments = jbn.Moments(jnp.float32(4), jnp.array([1000.0]), jnp.array([2.0]))
-    new = jax.jit(jbn.ema(0.999))(stats, moments)
-    chex.assert_trees_all_equal_shapes_and_dtypes(new, stats)
-    tolerance.assert_close(new.mean, np.array([1.0]), dtype, 1)
-    np.testing.assert_array_equal(new.count, 257)
+    stats = stats._replace(mean=jnp.asarray(old, dtype), count=jnp.full(64, 256.0))
+    moments = jbn.Moments(jnp.float32(4), jnp.asarray(new), jnp.ones(64))
+    moved = jax.jit(jbn.ema(0.63))(stats, moments)
+    chex.assert_trees_all_equal_shapes_and_dtypes(moved, stats)
+    expected = 0.63 * np.asarray(stats.mean, np.float64) + 0.37 * new
+    tolerance.assert_close(moved.mean, expected, dtype, 1)
+    np.testing.assert_array_equal(moved.count, 257)
 
 
 def test_decay_is_the_weight_of_the_old_value():
