@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +55,8 @@ def resolve(shape: tuple[int, ...], axis: int | Sequence[int]) -> Axes:
       ValueError: an axis stands twice, or there is none.
     """
     ndim = len(shape)
+    if ndim == 0:
+        raise ValueError("x is a single number; it needs a feature axis and a batch: [N, ..., C].")
     features = []
     for a in _as_tuple(axis):
         if not -ndim <= a < ndim:
@@ -72,7 +74,7 @@ def resolve(shape: tuple[int, ...], axis: int | Sequence[int]) -> Axes:
 
 
 def _as_tuple(axis: int | Sequence[int]) -> tuple[int, ...]:
-    axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    axes = tuple(axis) if isinstance(axis, Iterable) else (axis,)
     try:
         if any(isinstance(a, bool) for a in axes):
             raise TypeError

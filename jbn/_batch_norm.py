@@ -57,7 +57,8 @@ def batch_norm(
         (RunningStats, Moments) -> RunningStats.
       mask: bool, of x's rank, broadcasts against x. False: the value takes no part, neither in
         the statistics nor in any derivative, and may be NaN.
-      weights: real and not negative, broadcasts like `mask`. Zero is the same as masked.
+      weights: real and not negative, broadcasts like `mask`. Zero is the same as masked; a
+        negative or NaN weight counts as zero.
       axis_name: share statistics over these named axes (of vmap, pmap, shard_map). Under `jit`
         with sharded arrays leave it out: x is the global array there.
       axis_index_groups: as in `jax.lax.psum`.
@@ -66,10 +67,12 @@ def batch_norm(
     Returns:
       y, of x's shape, and the updated statistics, of the types of `stats`. Statistics carry no
       gradient. A feature in which the batch has no data, or a NaN or infinity, keeps its
-      statistics as they were (y shows the NaN).
+      statistics as they were; y shows it (NaN in the whole feature, or in the place of the
+      infinity). Where squares of x overflow, y is the bias.
 
     Raises:
-      TypeError: x is not floating point, or mask is not bool.
+      TypeError: x is not floating point, mask is not bool, or params, stats or update are of
+        another kind.
       ValueError: axis, params, stats, mask or weights do not fit x's shape; epsilon < 0; or x has
         one value per feature.
 
@@ -78,7 +81,8 @@ def batch_norm(
     """
     x = _check.floating(x)
     axes = resolve(x.shape, axis)
-    stats = _check.stats(stats, axes, x.dtype)
+    stats = _check.stats(stats, axes)
+    _check.holds_mean(stats, x.dtype)
     if axis_name is None:
         _check.several_values(axes)
     y, m = normalize(
@@ -125,18 +129,23 @@ def batch_norm_inference(
       y, of x's shape: one affine map per feature, differentiable in x, params and stats.
 
     Raises:
-      TypeError: x is not floating point.
+      TypeError: x is not floating point, or params or stats are of another kind.
       ValueError: axis, params or stats do not fit x's shape, or epsilon < 0.
     """
     x = _check.floating(x)
     axes = resolve(x.shape, axis)
-    stats = _check.stats(stats, axes, x.dtype)
-    epsilon = _check.epsilon(epsilon)
+    stats = _check.stats(stats, axes)
     scale, bias = affine(*_check.params(params), axes, accumulator(x.dtype))
+    transform = _inference(_check.epsilon(epsilon))
+    y = transform(x, axes.expand(stats.mean), axes.expand(stats.var), scale, bias)
+    return y.astype(x.dtype if dtype is None else dtype)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # a backward pass keeps x in x's dtype
+
+@functools.lru_cache(maxsize=64)
+def _inference(epsilon: float):
+    """`apply` such that a backward pass keeps x in x's dtype; cached to be traced once a shape."""
+
     def transform(x, mean, var, scale, bias):
         return apply(x.astype(accumulator(x.dtype)), mean, var, scale, bias, epsilon)
 
-    y = transform(x, axes.expand(stats.mean), axes.expand(stats.var), scale, bias)
-    return y.astype(x.dtype if dtype is None else dtype)
+    return jax.checkpoint(transform, prevent_cse=False)

@@ -1,10 +1,12 @@
 """What a user can get wrong, said once and clearly, while tracing."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jbn._axes import Axes
@@ -23,6 +25,8 @@ def floating(x: ArrayLike) -> Array:
 
 def epsilon(value: float) -> float:
     """Epsilon as a Python number >= 0."""
+    if isinstance(value, Tracer):
+        raise TypeError("epsilon must be a Python number, not a traced value: it is static.")
     if not _is_number(value) or not 0 <= value < math.inf:
         raise ValueError(
             f"epsilon must be a number >= 0 that is added to the variance, such as 1e-5; "
@@ -32,7 +36,9 @@ def epsilon(value: float) -> float:
 
 
 def decay(value: float, debias: bool) -> float:
-    """Decay as a Python number in [0, 1]; 1 never takes in anything, so it has no debiased form."""
+    """Decay in [0, 1], unseen if traced; 1 never takes in anything, so it has no debiased form."""
+    if isinstance(value, Tracer):
+        return value
     if not _is_number(value) or not 0 <= value <= 1:
         raise ValueError(
             f"decay is the weight of the old value and must lie between 0 and 1, such as 0.99; "
@@ -65,6 +71,8 @@ def features(name: str, values: ArrayLike, axes: Axes) -> Array:
 def params(values: Any) -> tuple[Any, Any]:
     """(scale, bias) of a Params, or of any other pair."""
     try:
+        if isinstance(values, Mapping):
+            raise TypeError
         scale, bias = values
     except (TypeError, ValueError):
         raise TypeError(
@@ -74,7 +82,7 @@ def params(values: Any) -> tuple[Any, Any]:
     return scale, bias
 
 
-def stats(values: Any, axes: Axes, dtype: Any) -> Any:
+def stats(values: Any, axes: Axes) -> Any:
     """A RunningStats whose mean, var and count have the feature shape."""
     fields = ("mean", "var", "count")
     if tuple(getattr(values, "_fields", ())) != fields:
@@ -82,16 +90,19 @@ def stats(values: Any, axes: Axes, dtype: Any) -> Any:
             f"stats must be jbn.RunningStats(mean, var, count), such as jbn.init_stats(C); "
             f"got {type(values).__name__}."
         )
-    values = type(values)(*(features(f"stats.{f}", getattr(values, f), axes) for f in fields))
+    return values._replace(**{f: features(f"stats.{f}", getattr(values, f), axes) for f in fields})
+
+
+def holds_mean(values: Any, dtype: Any) -> None:
+    """Refuses real statistics for complex x."""
     if jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.iscomplexobj(values.mean):
         raise TypeError(
             f"x is {dtype} but stats.mean is {values.mean.dtype}, which cannot hold its mean. "
             f"Write jbn.init_stats(C, dtype={dtype})."
         )
-    return values
 
 
-def batch(axes: Axes, axis_name: Any) -> None:
+def reduction_axis(axes: Axes, axis_name: Any) -> None:
     """Refuses x in which every axis is a feature axis, unless a named axis holds the examples."""
     if not axes.reduction and axis_name is None:
         raise ValueError(

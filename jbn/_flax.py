@@ -39,7 +39,7 @@ def training(
         x, axes = x[None], resolve((1, *x.shape), tuple(i + 1 for i in axes.features))
     if jnp.iscomplexobj(x):
         stats = stats._replace(mean=stats.mean.astype(x.dtype))
-    stats = _check.stats(stats, axes, x.dtype)
+    stats = _check.stats(stats, axes)
     y, moments = normalize(
         x,
         *params,

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
@@ -25,8 +26,8 @@ class Moments(NamedTuple):
     """What a batch says about each feature.
 
     Attributes:
-      count: [] or [C], the number of values behind each mean, or the sum of their weights;
-        [C] where a mask or weights differ between features.
+      count: the number of values behind each mean, or the sum of their weights. []; or [C] (for
+        several feature axes, a shape that broadcasts to theirs) where these differ by feature.
       mean: [C], float32 or float64 (complex for complex x). 0 where the count is 0.
       var: [C], float32 or float64: the biased variance, E[|x - mean|^2]. 0 where the count is 0.
     """
@@ -56,7 +57,8 @@ def moments(
       x: [N, ..., C], floating point. Half precision is summed in float32.
       axis: the feature axis or axes, C; the moments are taken over all others.
       mask: bool, of x's rank, broadcasts against x. False: the value takes no part and may be NaN.
-      weights: real and not negative, broadcasts like `mask`. Zero is the same as masked.
+      weights: real and not negative, broadcasts like `mask`. Zero is the same as masked; a
+        negative or NaN weight counts as zero.
       axis_name: take the moments over these named axes (of vmap, pmap, shard_map) as well.
       axis_index_groups: as in `jax.lax.psum`.
 
@@ -69,7 +71,7 @@ def moments(
     """
     x = _check.floating(x)
     axes = resolve(x.shape, axis)
-    _check.batch(axes, axis_name)
+    _check.reduction_axis(axes, axis_name)
     weights = _check.participation(axes, mask, weights)
     over = scope(axis_name, axis_index_groups)
     shift = reference(x, weights, axes, over)
@@ -124,10 +126,13 @@ def reference(x: Array, weights: Array | None, axes: Axes, over: Scope) -> Array
     x = lax.stop_gradient(x)
     if axes.size == 0:
         shift = jnp.full(axes.per_feature, -jnp.inf, x.dtype)
+    elif is_explicitly_sharded(x):  # such an x has no rows to index: any value will do
+        values = x if weights is None else jnp.where(active(weights), x, -jnp.inf)
+        shift = jnp.max(values, axes.reduction, keepdims=True)
     elif weights is None:
         shift = _median(*(_row(x, quarter, axes) for quarter in (1, 2, 3)))
     else:
-        shift = _median(*(_active_row(x, active(weights), quarter, axes) for quarter in (1, 2, 3)))
+        shift = _median(*(_heaviest_row(x, weights, quarter, axes) for quarter in (1, 2, 3)))
     shift = over.max(shift.astype(accumulator(x.dtype)))
     # From here on (1e31 for float32) x - K could overflow, by half an ulp of the largest x.
     info = jnp.finfo(shift.dtype)
@@ -151,25 +156,31 @@ def _row(x: Array, quarter: int, axes: Axes) -> Array:
     return x[tuple(at(n) if i in axes.reduction else slice(None) for i, n in enumerate(axes.shape))]
 
 
-def _active_row(x: Array, chosen: Array, quarter: int, axes: Axes) -> Array:
-    """For each feature the first value where `chosen`, from a quarter of the rows on.
+def _heaviest_row(x: Array, weights: Array, quarter: int, axes: Axes) -> Array:
+    """For each feature the first value of the largest weight, from a quarter of the rows on.
 
-    The search goes round the end; -inf where nothing is chosen.
+    The search goes round the end; -inf where every weight is 0. Not just any value that takes part:
+    one of a tiny weight may lie far from the others and the variance not show it.
     """
 
     def rows(a: Array) -> Array:
         a = jnp.moveaxis(a, axes.reduction, range(len(axes.reduction)))
         return a.reshape(axes.size, -1)
 
-    per_feature = any(chosen.shape[i] != 1 for i in axes.features)
-    chosen = rows(jnp.broadcast_to(chosen, axes.shape if per_feature else axes.per_position))
+    per_feature = any(weights.shape[i] != 1 for i in axes.features)
+    weights = rows(jnp.broadcast_to(weights, axes.shape if per_feature else axes.per_position))
     start = axes.size * quarter // 4
-    index = jnp.argmax(jnp.roll(chosen, -start, axis=0), axis=0, keepdims=True)
+    index = jnp.argmax(jnp.roll(weights, -start, axis=0), axis=0, keepdims=True)
     index = (index + start) % axes.size
-    found = jnp.take_along_axis(chosen, index, axis=0, mode="clip")
+    found = active(jnp.take_along_axis(weights, index, axis=0, mode="clip"))
     x = rows(x)
     first = jnp.take_along_axis(x, jnp.broadcast_to(index, (1, x.shape[1])), axis=0, mode="clip")
     return jnp.where(found, first, jnp.full_like(first, -jnp.inf)).reshape(axes.per_feature)
+
+
+def is_explicitly_sharded(x: Array) -> bool:
+    """Whether x lies over a mesh axis of type Explicit, which makes sharding a part of its type."""
+    return any(axis is not None for axis in jax.typeof(x).sharding.spec)
 
 
 def active(weights: Array) -> Array:
@@ -205,14 +216,18 @@ def average(
     return tuple(s / count.astype(s.dtype) for s in sums)
 
 
-def total_count(weights: Array | None, axes: Axes, over: Scope, dtype: DTypeLike) -> Array:
-    """How many values, or how much weight, each feature has in `over`."""
+def total_count(z: Array, weights: Array | None, axes: Axes, over: Scope) -> Array:
+    """How many values of z, or how much weight, each feature has in `over`."""
+    dtype = z.real.dtype
     if weights is None:
         # Known while tracing: psum of a Python number is the size of the axis, no collective.
         return jnp.asarray(axes.size * over.sum(1), dtype).reshape((1,) * len(axes.shape))
     repeats = math.prod(axes.shape[i] for i in axes.reduction if weights.shape[i] == 1)
     own = jnp.sum(weights, axes.reduction, dtype, keepdims=True)
-    return over.sum(own * jnp.asarray(repeats, dtype))
+    # Under shard_map weights may be the same along an axis over which x is split. These zeros vary
+    # as z does, and psum wants that.
+    own = own * jnp.asarray(repeats, dtype) + jnp.zeros_like(z.real, shape=own.shape)
+    return over.sum(own)
 
 
 def shifted_moments(
@@ -220,12 +235,13 @@ def shifted_moments(
 ) -> Moments:
     """The moments of x - K."""
     z = shifted(x, shift, weights)
-    count = total_count(weights, axes, over, z.real.dtype)
+    count = total_count(z, weights, axes, over)
     mean, mean_square = average((z, square(z)), count, weights, axes, over)
     # Squares that overflow leave var = inf, not inf - inf: y is then the bias, and the running
     # statistics leave the feature out.
     var = jnp.where(jnp.isinf(mean_square), mean_square, mean_square - square(mean))
-    return Moments(count, mean, jnp.maximum(var, jnp.zeros_like(var)))
+    # Not jnp.maximum, which would halve the second derivative where var is 0.
+    return Moments(count, mean, jnp.where(var < 0, jnp.zeros_like(var), var))
 
 
 def restore(m: Moments, shift: Array, axes: Axes) -> Moments:

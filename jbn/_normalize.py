@@ -92,7 +92,8 @@ def normalize(
       epsilon: is added to the variance, inside the root.
       mask: bool, of x's rank, broadcasts against x. False: the value takes no part, neither in
         the moments nor in any derivative, and may be NaN.
-      weights: real and not negative, broadcasts like `mask`. Zero is the same as masked.
+      weights: real and not negative, broadcasts like `mask`. Zero is the same as masked; a
+        negative or NaN weight counts as zero.
       axis_name: take the moments over these named axes (of vmap, pmap, shard_map) as well.
       axis_index_groups: as in `jax.lax.psum`.
       dtype: of y; by default x's.
@@ -108,7 +109,7 @@ def normalize(
     """
     x = _check.floating(x)
     axes = resolve(x.shape, axis)
-    _check.batch(axes, axis_name)
+    _check.reduction_axis(axes, axis_name)
     over = scope(axis_name, axis_index_groups)
     rule = _Rule(axes, over, _check.epsilon(epsilon), np.dtype(x.dtype if dtype is None else dtype))
     weights = _check.participation(axes, mask, weights)

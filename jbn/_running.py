@@ -16,12 +16,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jbn import _check
-from jbn._moments import Moments, accumulator
+from jbn._moments import Moments, accumulator, is_explicitly_sharded
 
 
 class RunningStats(NamedTuple):
@@ -109,19 +110,31 @@ class _Ema:
     debias: bool
     unbiased: bool
 
+    def __repr__(self) -> str:
+        return f"ema({self.decay}, debias={self.debias}, unbiased={self.unbiased})"
+
     def __call__(self, stats: RunningStats, moments: Moments) -> RunningStats:
         rate = jnp.full_like(stats.count, 1 - self.decay)
         if self.debias:
             # 1 - d^t as -expm1(t log d), which keeps its digits for d close to 1.
-            log_decay = math.log(self.decay) if self.decay > 0 else -math.inf
+            log_decay = _log(self.decay)
             t = stats.count + 1
             rate = jnp.where(t > 1, rate / -jnp.expm1(t * log_decay), jnp.ones_like(t))
         return _move(stats, moments, rate, self.unbiased)
 
 
+def _log(decay: float) -> float | Array:
+    if isinstance(decay, Array):  # traced
+        return jnp.log(decay)
+    return math.log(decay) if decay > 0 else -math.inf
+
+
 @dataclasses.dataclass(frozen=True)
 class _Cumulative:
     unbiased: bool
+
+    def __repr__(self) -> str:
+        return f"cumulative(unbiased={self.unbiased})"
 
     def __call__(self, stats: RunningStats, moments: Moments) -> RunningStats:
         return _move(stats, moments, 1 / (stats.count + 1), self.unbiased)
@@ -131,21 +144,36 @@ def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningSt
     """`rule`, made safe: no gradient, no change of type, no empty or non-finite batch.
 
     Raises:
-      TypeError: `rule` is not a function, or returns something else than RunningStats.
+      TypeError: `rule` is not a rule, or returns something else than RunningStats.
+      ValueError: it returns statistics of another shape.
     """
+    if rule in (ema, cumulative):
+        raise TypeError(f"update is the function that makes a rule: write jbn.{rule.__name__}().")
     if not callable(rule):
         raise TypeError(
             f"update must be a rule (RunningStats, Moments) -> RunningStats, such as "
             f"jbn.ema(0.99) or jbn.cumulative(); got {rule!r}."
         )
     stats, moments = lax.stop_gradient((stats, moments))
+    if is_explicitly_sharded(moments.mean):  # over features: the statistics go where it lies
+        where = jax.typeof(moments.mean).sharding
+        stats = jax.tree.map(lambda values: jax.sharding.reshard(values, where), stats)
     new = rule(stats, moments)
-    if not isinstance(new, RunningStats):
+    if isinstance(rule, _Ema | _Cumulative):
+        return new
+    if not isinstance(new, type(stats)):
         raise TypeError(
             f"the update rule {rule!r} must return jbn.RunningStats(mean, var, count); "
             f"got {type(new).__name__}."
         )
-    return new if isinstance(rule, _Ema | _Cumulative) else _keep_sound(stats, moments, new)
+    new = new._replace(**{f: jnp.asarray(v) for f, v in new._asdict().items()})
+    for field, value in new._asdict().items():
+        if value.shape not in ((), getattr(stats, field).shape):
+            raise ValueError(
+                f"the update rule {rule!r} returned {field} of shape {value.shape}; "
+                f"expected {getattr(stats, field).shape}."
+            )
+    return _keep_sound(stats, moments, new)
 
 
 def _move(stats: RunningStats, moments: Moments, rate: Array, unbiased: bool) -> RunningStats:
@@ -158,7 +186,8 @@ def _move(stats: RunningStats, moments: Moments, rate: Array, unbiased: bool) ->
         return jnp.where(rate == 1, new, old + rate.astype(dtype) * (new - old))
 
     var = unbiased_var(moments) if unbiased else moments.var
-    new = RunningStats(step(stats.mean, moments.mean), step(stats.var, var), stats.count + 1)
+    mean, var = step(stats.mean, moments.mean), step(stats.var, var)
+    new = stats._replace(mean=mean, var=var, count=stats.count + 1)
     return _keep_sound(stats, moments, new)
 
 
@@ -172,9 +201,12 @@ def unbiased_var(moments: Moments) -> Array:
 
 def _keep_sound(old: RunningStats, moments: Moments, new: RunningStats) -> RunningStats:
     """`new` where the batch has data and all is finite, else `old`, feature by feature."""
-    sound = moments.count > 0
-    for values in (moments.mean, moments.var, new.mean, new.var):
+    sound = (moments.count > 0) & (new.var >= 0)
+    for values in (moments.mean, moments.var, *new):
         sound &= jnp.isfinite(values)
-    return RunningStats(
-        *(jnp.where(sound, n.astype(o.dtype), o) for n, o in zip(new, old, strict=True))
-    )
+
+    def choose(new: Array, old: Array) -> Array:
+        new = jnp.broadcast_to(new.astype(old.dtype), old.shape)
+        return jnp.where(sound, new, old)
+
+    return old._replace(**{f: choose(getattr(new, f), getattr(old, f)) for f in old._fields})

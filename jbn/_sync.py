@@ -45,4 +45,6 @@ def scope(
         raise ValueError(
             f"axis_index_groups={groups} are groups of a named axis: pass axis_name= too."
         )
+    if isinstance(axis_name, list):
+        axis_name = tuple(axis_name)
     return Scope(axis_name, None if groups is None else tuple(tuple(g) for g in groups))

@@ -78,8 +78,8 @@ class BatchNorm(nn.BatchNorm):
             "use_running_average", self.use_running_average, use_running_average
         )
         shape = resolve(jnp.shape(x), self.axis).feature_shape
-        variables = self._statistics(shape)
-        params = self._params(shape)
+        variables = _statistics(self, shape)
+        params = _params(self, shape)
         dtype = canonicalize_dtype(x, *params, dtype=self.dtype)
         mean, var, *count = (v.value for v in variables)
         stats = RunningStats(mean, var, *(count or [jnp.zeros(var.shape, jnp.float32)]))
@@ -105,24 +105,29 @@ class BatchNorm(nn.BatchNorm):
                 variable.value = value
         return y
 
-    def _statistics(self, shape: tuple[int, ...]) -> list[nn.Variable[Array]]:
-        """The variables mean, var and, with an update rule of the user's, count."""
-        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        initial = {"mean": (jnp.zeros, dtype), "var": (jnp.ones, dtype)}
-        if self.update is not None:
-            initial["count"] = (jnp.zeros, jnp.float32)  # in half precision it could not count
-        return [
-            self.variable("batch_stats", name, init, shape, dtype)
-            for name, (init, dtype) in initial.items()
-        ]
 
-    def _params(self, shape: tuple[int, ...]) -> Params:
-        """The parameters scale and bias, drawn in this order as in Flax."""
+# Functions and not methods: Flax wraps and records every method of a module.
 
-        def param(name: str, used: bool, init: jax.nn.initializers.Initializer) -> Array | None:
-            return self.param(name, init, shape, self.param_dtype) if used else None
 
-        return Params(
-            param("scale", self.use_scale, self.scale_init),
-            param("bias", self.use_bias, self.bias_init),
-        )
+def _statistics(module: BatchNorm, shape: tuple[int, ...]) -> list[nn.Variable[Array]]:
+    """The variables mean, var and, with an update rule of the user's, count."""
+    dtype = jnp.float32 if module.force_float32_reductions else module.param_dtype
+    initial = {"mean": (jnp.zeros, dtype), "var": (jnp.ones, dtype)}
+    if module.update is not None:
+        initial["count"] = (jnp.zeros, jnp.float32)  # in half precision it could not count
+    return [
+        module.variable("batch_stats", name, init, shape, dtype)
+        for name, (init, dtype) in initial.items()
+    ]
+
+
+def _params(module: BatchNorm, shape: tuple[int, ...]) -> Params:
+    """The parameters scale and bias, drawn in this order as in Flax."""
+
+    def param(name: str, used: bool, init: jax.nn.initializers.Initializer) -> Array | None:
+        return module.param(name, init, shape, module.param_dtype) if used else None
+
+    return Params(
+        param("scale", module.use_scale, module.scale_init),
+        param("bias", module.use_bias, module.bias_init),
+    )

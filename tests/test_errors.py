@@ -200,3 +200,24 @@ def test_errors_come_while_tracing():
     x = jax.ShapeDtypeStruct((8, 3), jnp.float32)
     with pytest.raises(ValueError, match=r"\(5,\).* \(8, 3\)"):
         jax.eval_shape(lambda x: jbn.batch_norm(x, PARAMS, STATS), x)
+
+
+@pytest.mark.parametrize("maker", [jbn.ema, jbn.cumulative])
+def test_the_maker_of_a_rule_instead_of_a_rule(maker):
+    fails(TypeError, train(update=maker), "update", f"jbn.{maker.__name__}()")
+
+
+def test_params_in_a_dict():
+    params = {"scale": np.ones(4), "bias": np.zeros(4)}
+    x = np.ones((8, 4), np.float32)
+    fails(TypeError, lambda: jbn.batch_norm(x, params, jbn.init_stats(4)), "jbn.Params", "dict")
+
+
+def test_a_single_number():
+    fails(ValueError, lambda: jbn.normalize(np.float32(1)), "single number", "[N, ..., C]")
+
+
+def test_a_traced_epsilon():
+    x = np.ones((8, 4), np.float32)
+    call = lambda: jax.jit(lambda e: jbn.normalize(x, epsilon=e)[0])(1e-5)  # noqa: E731
+    fails(TypeError, call, "epsilon", "traced")

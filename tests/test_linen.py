@@ -627,3 +627,46 @@ def test_x64(x64):
     with jax.numpy_dtype_promotion("standard"):
         ours, theirs = (apply(x, cls, dtype=jnp.float64)[0] for cls in (BatchNorm, nn.BatchNorm))
     chex.assert_trees_all_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_flax_sees_one_method():
+    """Tools that look at every method of a module and what it returns see what Flax's has."""
+    layer = BatchNorm(use_running_average=False)
+
+    @jax.jit
+    def capture(variables, x):
+        return layer.apply(
+            variables, x, mutable=["batch_stats", "intermediates"], capture_intermediates=True
+        )
+
+    intermediates = capture(VARIABLES, X)[1]["intermediates"]
+    assert set(intermediates) == {"__call__"}
+    seen = []
+
+    def note(call, args, kwargs, context):
+        seen.append(context.method_name)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        layer.apply(VARIABLES, X, mutable=["batch_stats"])
+    assert seen == ["__call__"]
+    assert "batch_stats" in layer.tabulate(jax.random.key(0), X)  # and no warning, which would fail
+
+
+def test_traced_momentum():
+    def step(momentum, cls):
+        return apply(X, cls, VARIABLES, momentum=momentum)[1]
+
+    ours, theirs = (
+        jax.vmap(lambda m, c=c: step(m, c))(jnp.array([0.5, 0.9]))
+        for c in (BatchNorm, nn.BatchNorm)
+    )
+    chex.assert_trees_all_close(ours, theirs, **LAYER)
+
+
+def test_complex_inference():
+    x = normal(0, (20, 3), jnp.complex64) + (1 - 2j)
+    layers = [cls(use_running_average=True) for cls in (BatchNorm, nn.BatchNorm)]
+    with jax.numpy_dtype_promotion("standard"):
+        ours, theirs = (layer.apply(VARIABLES, x) for layer in layers)
+    chex.assert_trees_all_close(ours, theirs, **LAYER)

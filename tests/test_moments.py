@@ -130,3 +130,21 @@ def test_merge_is_differentiable_even_into_an_empty_part(x64):
     direction = np.random.default_rng(1).normal(size=(2, 3))
     actual, expected = (jax.vjp(f, x)[1](tuple(direction))[0] for f in (merged, whole))
     tolerance.assert_close(actual, expected, "float64", 7)
+
+
+@pytest.mark.parametrize("light", [1e-12, 1e-20])
+def test_a_far_value_of_little_weight_is_no_reference(light):
+    """The shift K must not be a value whose distance the weighted variance does not show."""
+    rng = np.random.default_rng(0)
+    x, w = np.full((1000, 1), 1e4, np.float32), np.full((1000, 1), light, np.float32)
+    x[3::10], w[3::10] = rng.normal(size=(100, 1)), 1
+    w64, x64 = w.astype(np.float64), x.astype(np.float64)
+    mean = (w64 * x64).sum() / w64.sum()
+    var = (w64 * (x64 - mean) ** 2).sum() / w64.sum()
+    tolerance.assert_close(jbn.moments(x, weights=w).var[0], var, "float32", 1000)
+
+
+def test_second_derivative_of_the_variance_of_a_constant(x64):
+    x = jnp.full((3, 1), 2.0)
+    hessian = jax.hessian(lambda x: jbn.moments(x).var[0])(x).reshape(3, 3)
+    np.testing.assert_allclose(hessian, 2 / 3 * (np.eye(3) - 1 / 3), rtol=1e-12)

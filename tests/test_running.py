@@ -282,3 +282,32 @@ def test_the_statistics_carry_no_gradient(update):
     dx, dmean, dvar = gradient(x, mean, var)
     np.testing.assert_array_equal(dx[2:], 0)  # rows 0 and 1 are used outside
     np.testing.assert_array_equal([dmean, dvar], 0)
+
+
+def test_a_traced_decay():
+    moments = jbn.moments(np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32))
+    for debias in (False, True):
+        traced = jax.jit(lambda d, b=debias: jbn.ema(d, debias=b)(jbn.init_stats(3), moments))(0.9)
+        chex.assert_trees_all_close(traced, jbn.ema(0.9, debias=debias)(jbn.init_stats(3), moments))
+
+
+def test_what_a_users_rule_may_return():
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    params, stats = jbn.init_params(3), jbn.init_stats(3)
+
+    def after(rule):
+        return jbn.batch_norm(x, params, stats, update=rule)[1]
+
+    chex.assert_trees_all_equal(  # numbers stand for all features
+        after(lambda s, m: jbn.RunningStats(1.0, 2.0, 3)),
+        jbn.RunningStats(*jnp.ones((3, 3)) * jnp.array([[1.0], [2], [3]])),
+    )
+    for bad in ({"count": np.nan}, {"var": -1.0}, {"mean": np.inf}):
+        chex.assert_trees_all_equal(after(lambda s, m, b=bad: s._replace(**b)), stats)
+    with pytest.raises(ValueError, match=r"mean of shape \(3, 4\); expected \(3,\)"):
+        after(lambda s, m: s._replace(mean=jnp.ones((3, 4))))
+
+
+def test_rules_show_how_they_were_made():
+    assert repr(jbn.ema(0.9, debias=True)) == "ema(0.9, debias=True, unbiased=False)"
+    assert repr(jbn.cumulative()) == "cumulative(unbiased=False)"
