@@ -10,8 +10,8 @@ map into the backward pass: the two reductions sum(ybar) and sum(xhat ybar), and
 pass. Derivatives of any order follow, because the rule is itself differentiable.
 
 The map is wrapped in `jax.checkpoint`, so what a backward pass keeps is what the map was given:
-x in its own dtype and vectors with one number per feature. Without it, autodiff would keep xhat,
-which is float32 even where x is bfloat16.
+x in its own dtype, the mask or weights, and vectors with one number per feature. Without it,
+autodiff would keep xhat, which is float32 even where x is bfloat16.
 """
 
 import functools
