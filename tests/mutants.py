@@ -102,8 +102,8 @@ MUTANTS = [
     Mutant(
         "K is taken where the mask is",
         MOMENTS,
-        f"_active_row(x, {ACTIVE}, quarter, axes)",
-        "_row(x, quarter, axes)",
+        "_heaviest_row(x, weights, quarter, axes) for",
+        "_row(x, quarter, axes) for",
         "test_degenerate.py test_normalize.py",
     ),
     Mutant(
@@ -137,22 +137,22 @@ MUTANTS = [
     Mutant(
         "the mask counts",
         MOMENTS,
-        "return over.sum(own * jnp.asarray(repeats, dtype))",
-        "return jnp.zeros_like(own) + over.sum(axes.size)",
+        "return over.sum(own)\n",
+        "return jnp.zeros_like(own) + over.sum(axes.size)\n",
         "test_moments.py",
     ),
     Mutant(
         "a mask that broadcasts counts every position",
         MOMENTS,
-        "return over.sum(own * jnp.asarray(repeats, dtype))",
-        "return over.sum(own)",
+        "own = own * jnp.asarray(repeats, dtype) + jnp",
+        "own = own + jnp",
         "test_moments.py",
     ),
     Mutant(
         "counts are summed over the instances",
         MOMENTS,
-        "return over.sum(own * jnp.asarray(repeats, dtype))",
-        "return own * jnp.asarray(repeats, dtype)",
+        "return over.sum(own)\n",
+        "return own\n",
         "test_sync.py",
     ),
     Mutant(
@@ -186,9 +186,9 @@ MUTANTS = [
     Mutant(
         "the variance is biased",
         MOMENTS,
-        "return Moments(count, mean, jnp.maximum(var, jnp.zeros_like(var)))",
+        "return Moments(count, mean, jnp.where(var < 0, jnp.zeros_like(var), var))",
         "var = var * count / jnp.maximum(count - 1, jnp.ones_like(count))\n"
-        "    return Moments(count, mean, jnp.maximum(var, jnp.zeros_like(var)))",
+        "    return Moments(count, mean, jnp.where(var < 0, jnp.zeros_like(var), var))",
         "test_moments.py",
     ),
     Mutant(
@@ -424,8 +424,8 @@ MUTANTS = [
     Mutant(
         "an empty batch does not enter",
         RUNNING,
-        "sound = moments.count > 0",
-        "sound = moments.count >= 0",
+        "sound = (moments.count > 0) &",
+        "sound = (moments.count >= 0) &",
         "test_running.py",
     ),
     Mutant(
@@ -445,15 +445,15 @@ MUTANTS = [
     Mutant(
         "a rule of a user is guarded",
         RUNNING,
-        "return new if isinstance(rule, _Ema | _Cumulative) else _keep_sound(stats, moments, new)",
-        "return new",
+        "            )\n    return _keep_sound(stats, moments, new)",
+        "            )\n    return new",
         "test_running.py",
     ),
     Mutant(
         "statistics keep their types",
         RUNNING,
-        "*(jnp.where(sound, n.astype(o.dtype), o) for n, o in zip(new, old, strict=True))",
-        "*(jnp.where(sound, n, o.astype(n.dtype)) for n, o in zip(new, old, strict=True))",
+        "new = jnp.broadcast_to(new.astype(old.dtype), old.shape)",
+        "new, old = jnp.broadcast_to(new, old.shape), old.astype(new.dtype)",
         "test_batch_norm.py test_running.py",
     ),
     Mutant(
@@ -495,8 +495,8 @@ MUTANTS = [
     Mutant(
         "inference keeps x in its own dtype",
         "_batch_norm.py",
-        "    @functools.partial(jax.checkpoint, prevent_cse=False)  # a",
-        "    # A",
+        "return jax.checkpoint(transform, prevent_cse=False)",
+        "return transform",
         "test_residuals.py",
     ),
     Mutant(
@@ -540,6 +540,48 @@ MUTANTS = [
         "return lax.psum(tree, self.axis_name, axis_index_groups=self.groups)",
         "return lax.psum(tree, self.axis_name)",
         "test_sync.py",
+    ),
+    Mutant(
+        "K is a value of much weight",
+        MOMENTS,
+        "index = jnp.argmax(jnp.roll(weights, -start, axis=0), axis=0, keepdims=True)",
+        "index = jnp.argmax(jnp.roll(active(weights), -start, axis=0), axis=0, keepdims=True)",
+        "test_moments.py",
+    ),
+    Mutant(
+        "a clamped variance keeps its second derivative",
+        MOMENTS,
+        "jnp.where(var < 0, jnp.zeros_like(var), var))",
+        "jnp.maximum(var, jnp.zeros_like(var)))",
+        "test_moments.py",
+    ),
+    Mutant(
+        "K is found on an explicit mesh",
+        MOMENTS,
+        "elif is_explicitly_sharded(x):",
+        "elif False:",
+        "test_sharding.py",
+    ),
+    Mutant(
+        "statistics follow explicit features",
+        RUNNING,
+        "if is_explicitly_sharded(moments.mean):",
+        "if False:",
+        "test_sharding.py",
+    ),
+    Mutant(
+        "the count varies over the axes of x",
+        MOMENTS,
+        " + jnp.zeros_like(z.real, shape=own.shape)",
+        "",
+        "test_sharding.py",
+    ),
+    Mutant(
+        "a negative variance does not enter",
+        RUNNING,
+        " & (new.var >= 0)",
+        "",
+        "test_running.py",
     ),
 ]
 
