@@ -86,7 +86,7 @@ def test_what_is_no_axis(axis):
 
 
 def test_a_scalar_has_no_axis():
-    with pytest.raises(ValueError, match=r"axis=-1 .*\(\)"):
+    with pytest.raises(ValueError, match=r"shape \(\) is a single number"):
         jbn.normalize(jnp.float32(1))
 
 
