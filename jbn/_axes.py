@@ -56,7 +56,9 @@ def resolve(shape: tuple[int, ...], axis: int | Sequence[int]) -> Axes:
     """
     ndim = len(shape)
     if ndim == 0:
-        raise ValueError("x of shape () is a single number: it needs a feature axis and a batch, [N, ..., C].")
+        raise ValueError(
+            "x of shape () is a single number: it needs a feature axis and a batch, [N, ..., C]."
+        )
     features = []
     for a in _as_tuple(axis):
         if not -ndim <= a < ndim:
