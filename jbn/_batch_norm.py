@@ -126,7 +126,7 @@ def batch_norm_inference(
       dtype: of y; by default x's.
 
     Returns:
-      y, of x's shape: one affine map per feature, differentiable in x, params and stats.
+      y, of x's shape, by one affine map per feature; differentiable in x, params and stats.
 
     Raises:
       TypeError: x is not floating point, or params or stats are of another kind.
