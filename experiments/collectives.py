@@ -1,0 +1,412 @@
+"""What do the devices tell each other? Collectives and bytes a layer, from XLA's own compiler.
+
+Compiles a network of three layers, relu(batch_norm(x w)) with 64, 128 and 256 channels, for a mesh
+of devices that need not be there, and reads the collectives out of the optimised program.
+
+Claim: in every mode a layer needs one collective forward and one backward, with or without a mask;
+ghost batches (statistics of groups that lie on one device each) and inference need none.
+
+Command::
+
+    python -m experiments.collectives                       # eight virtual CPU devices
+    python -m experiments.collectives --target v5e:16x16    # 256 TPUs; needs pip install libtpu
+
+Expected: see docs/collectives.md, which ``--markdown`` and ``--json`` write. About half a minute a
+target on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+import itertools
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+import jbn
+from experiments.hlo import Collective, Traffic, collectives, traffic
+from experiments.records import Records
+
+# --- The network ---------------------------------------------------------------------------------
+
+WIDTHS = (64, 128, 256)  # channels of the layers
+INPUTS = 32
+PER_DEVICE = 32  # examples
+AXIS = "data"
+
+
+class Layer(NamedTuple):
+    kernel: Any  # [inputs, C]
+    params: Any
+    stats: Any
+
+
+class Mode(NamedTuple):
+    """How the program is spread over the devices."""
+
+    name: str
+    axis_type: AxisType = AxisType.Auto
+    check_vma: bool | None = None  # None: jit of global arrays; else shard_map
+    set_mesh: bool = True
+
+
+MODES = (
+    Mode("jit, Auto axes"),
+    Mode("jit, Auto axes, no `jax.set_mesh`", set_mesh=False),
+    Mode("jit, Explicit axes", AxisType.Explicit),
+    Mode("shard_map", check_vma=True),
+    Mode("shard_map, check_vma=False", check_vma=False),
+)
+STATISTICS = ("plain", "masked", "ghost")
+
+
+def train(x, mask, layers, **options) -> tuple[Array, list[Any]]:
+    """The network's output and its updated running statistics."""
+    stats = []
+    for i, layer in enumerate(layers):
+        with jax.named_scope(f"layer{i}"):  # by which a collective is found again
+            z = x @ layer.kernel
+            y, new = jbn.batch_norm(z, layer.params, layer.stats, mask=mask, **options)
+            x = jax.nn.relu(y)
+        stats.append(new)
+    return x, stats
+
+
+def infer(x, layers) -> Array:
+    for i, layer in enumerate(layers):
+        with jax.named_scope(f"layer{i}"):
+            y = jbn.batch_norm_inference(x @ layer.kernel, layer.params, layer.stats)
+            x = jax.nn.relu(y)
+    return x
+
+
+def program(part: str, mode: Mode, statistics: str, devices: int) -> Callable[..., Any]:
+    """A function of (x, dy, mask, layers) that computes, by the name of the part:
+
+    forward: the output; statistics: also the running statistics; backward: the output, and the
+    gradient of <dy, output> in x; parameters: also in the parameters; inference: the output.
+    """
+    options: dict[str, Any] = {}
+    if mode.check_vma is None:
+        options["groups"] = devices if statistics == "ghost" else None
+    elif statistics != "ghost":  # which there is: leave axis_name out
+        options["axis_name"] = AXIS
+
+    def f(x, dy, mask, layers):
+        if part == "inference":
+            return infer(x, layers)
+        outputs = functools.partial(train, mask=mask if statistics == "masked" else None, **options)
+        if part == "forward":
+            return outputs(x, layers=layers)[0]
+        if part == "statistics":
+            y, running = outputs(x, layers=layers)
+            if is_local(mode, statistics):  # every device keeps its own
+                running = jax.tree.map(lambda s: s[None], running)
+            return y, running
+        trained = [(layer.kernel, layer.params) for layer in layers]
+
+        def output(x, trained):
+            now = [
+                layer._replace(kernel=t[0], params=t[1])
+                for t, layer in zip(trained, layers, strict=True)
+            ]
+            return outputs(x, layers=now)[0]
+
+        if part == "backward":
+            y, pull = jax.vjp(lambda x: output(x, trained), x)
+            return y, pull(dy)[0]
+        y, pull = jax.vjp(output, x, trained)
+        dx, dtrained = pull(dy)
+        if mode.check_vma is False:  # with True, JAX has added them up
+            dtrained = lax.psum(dtrained, AXIS)
+        return y, dx, dtrained
+
+    return f
+
+
+def is_local(mode: Mode, statistics: str) -> bool:
+    """Whether the running statistics differ from device to device."""
+    return statistics == "ghost" and mode.check_vma is not None
+
+
+def out_specs(part: str, mode: Mode, statistics: str) -> Any:
+    """How the results of `program` lie on the devices."""
+    return {
+        "inference": P(AXIS),
+        "forward": P(AXIS),
+        "statistics": (P(AXIS), P(AXIS) if is_local(mode, statistics) else P()),
+        "backward": (P(AXIS), P(AXIS)),
+        "parameters": (P(AXIS), P(AXIS), P()),
+    }[part]
+
+
+def compiled(part: str, mode: Mode, statistics: str, devices: Sequence[Any]) -> str:
+    """The optimised program, as text."""
+    mesh = Mesh(np.asarray(devices), (AXIS,), axis_types=(mode.axis_type,))
+
+    def everywhere(a: Any) -> Any:
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P()))
+
+    def rows(columns: int, dtype: Any = jnp.float32) -> Any:
+        shape = (PER_DEVICE * len(devices), columns)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(AXIS)))
+
+    layers = [
+        Layer(np.zeros((m, c), np.float32), jbn.init_params(c), jbn.init_stats(c))
+        for m, c in itertools.pairwise((INPUTS, *WIDTHS))
+    ]
+    args = rows(INPUTS), rows(WIDTHS[-1]), rows(1, jnp.bool_), jax.tree.map(everywhere, layers)
+    f = program(part, mode, statistics, len(devices))
+    specs = out_specs(part, mode, statistics)
+    shardings = None
+    if mode.check_vma is not None:
+        into = P(AXIS), P(AXIS), P(AXIS), P()
+        f = jax.shard_map(f, mesh=mesh, in_specs=into, out_specs=specs, check_vma=mode.check_vma)
+    elif mode.axis_type == AxisType.Auto:  # or XLA may give every device all of a result
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    with jax.set_mesh(mesh) if mode.set_mesh else contextlib.nullcontext():
+        text = jax.jit(f, out_shardings=shardings).lower(*args).compile().as_text()
+    assert text is not None
+    return text
+
+
+# --- The measurement -----------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One line of the table: a mode, and which statistics."""
+
+    target: str
+    devices: int
+    mode: str
+    statistics: str
+    forward: list[Traffic]  # of each layer
+    backward: list[Traffic]  # of each layer
+    running: Traffic  # what the running statistics add, in all layers together
+    parameters: Traffic  # what the gradients of the parameters add, in all layers together
+
+
+def measure(target: str, devices: Sequence[Any], mode: Mode, statistics: str) -> Row:
+    """Compiles program after program, each of which computes more than the one before."""
+
+    def found(part: str) -> list[Collective]:
+        return collectives(compiled(part, mode, statistics, devices))
+
+    about = target, len(devices), mode.name, statistics
+    if statistics == "inference":
+        return Row(*about, by_layer(found("inference")), by_layer([]), traffic([]), traffic([]))
+    forward, backward = found("forward"), found("backward")
+    both = zip(by_layer(backward), by_layer(forward), strict=True)
+    return Row(
+        *about,
+        by_layer(forward),
+        [b.minus(f) for b, f in both],
+        traffic(found("statistics")).minus(traffic(forward)),
+        traffic(found("parameters")).minus(traffic(backward)),
+    )
+
+
+def by_layer(found: Sequence[Collective]) -> list[Traffic]:
+    """Sorts collectives by the layer that they come from; last those that say no layer."""
+    layers: list[list[Collective]] = [[] for _ in (*WIDTHS, "no layer")]
+    for c in found:
+        scope = re.search(r"layer(\d+)", c.op_name)
+        layers[int(scope[1]) if scope else -1].append(c)
+    return [traffic(layer) for layer in layers]
+
+
+# --- Devices that need not be there --------------------------------------------------------------
+
+CPU_DEVICES = 8
+
+
+def target_devices(target: str) -> Sequence[Any]:
+    """The devices of "cpu", or of a TPU pod such as "v5e:16x16"."""
+    if target == "cpu":
+        return jax.devices("cpu")[:CPU_DEVICES]
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError(
+            f"target {target} needs XLA's compiler for TPUs, which runs without a TPU: "
+            f"pip install libtpu, or use --target cpu."
+        )
+    try:
+        with quiet():
+            return topologies.get_topology_desc(target, "tpu").devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"libtpu knows no target {target!r}. Expected cpu, or a generation and a shape such as "
+            f"v5e:2x2, v5e:16x16, v5p:4x4x4 or v6e:16x16. It says: {error}"
+        ) from None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what libtpu, a C++ library, writes to stderr when it finds no TPU."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def prepare() -> None:
+    """Has to run before JAX looks for devices."""
+    jax.config.update("jax_platforms", "cpu")
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask a cloud which TPU this is
+
+
+# --- The table -----------------------------------------------------------------------------------
+
+COLUMNS = (
+    "program",
+    "statistics",
+    "forward, a layer",
+    "bytes",
+    "backward, a layer",
+    "bytes",
+    "running statistics",
+    "gradients of the parameters",
+)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown that a terminal shows well, too: a table for each target."""
+    parts = []
+    for target in dict.fromkeys(row.target for row in rows):
+        own = [row for row in rows if row.target == target]
+        cells = [COLUMNS, *map(columns, own)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+            for line in cells
+        ]
+        lines.insert(1, " | ".join("-" * width for width in widths))
+        title = f"**{target}**, {own[0].devices} devices\n\n"
+        parts.append(title + "\n".join(f"| {line} |" for line in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def columns(row: Row) -> tuple[str, ...]:
+    """A line of the table."""
+    return (
+        row.mode,
+        row.statistics,
+        *each_layer(row.forward),
+        *each_layer(row.backward),
+        *(whole_net(t) for t in (row.running, row.parameters)),
+    )
+
+
+def whole_net(total: Traffic) -> str:
+    operations, sizes = each_layer([total, traffic([])])
+    return f"{operations}, {sizes} B" if total.counts else "-"
+
+
+def each_layer(layers: Sequence[Traffic]) -> tuple[str, str]:
+    """Operations, "1 all-reduce", and bytes sent (and received, if that differs) of each layer.
+
+    If some operation says no layer, it stands last, as one more.
+    """
+    *own, elsewhere = layers
+    if elsewhere.counts:
+        own.append(elsewhere)
+    if not any(t.counts for t in own):
+        return "-", "-"
+    names = [" + ".join(f"{n} {kind}" for kind, n in t.counts.items()) or "-" for t in own]
+    sent = " / ".join(f"{t.sent:,}" for t in own)
+    received = " / ".join(f"{t.received:,}" for t in own)
+    operations = names[0] if len(set(names)) == 1 else " / ".join(names)
+    return operations, sent if sent == received else f"{sent} → {received}"
+
+
+# --- Command line --------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m experiments.collectives",
+        description="Collectives and bytes a layer of Batch Normalization, in the programs that "
+        "XLA compiles for devices which need not be there.",
+    )
+    add = p.add_argument
+    add("--target", nargs="+", default=["cpu"], metavar="NAME",
+        help="cpu (the default), or v5e:2x2, v5e:16x16, v5p:4x4x4, v6e:16x16 ...")  # fmt: skip
+    add("--statistics", nargs="+", choices=(*STATISTICS, "inference"),
+        default=(*STATISTICS, "inference"), help="default: all")  # fmt: skip
+    add("--markdown", type=Path, metavar="FILE", help="write the table there, too")
+    add("--json", type=Path, metavar="FILE", help="write JSON lines there, one a row")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line, or from Python with a list of arguments."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(argv)
+    prepare()
+    try:
+        targets = {name: target_devices(name) for name in args.target}
+    except (ImportError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    # jax.device_count() counts the devices that are here, so nothing is learnt of other ones
+    # without a mesh in the context.
+    cases = [
+        (name, mode, statistics)
+        for name in targets
+        for mode in MODES
+        for statistics in args.statistics
+        if mode.set_mesh or (name == "cpu" and statistics in ("plain", "masked"))
+    ]
+    bar = tqdm(cases, desc="compiling", unit=" rows", file=sys.stderr, leave=False)
+    rows = [measure(name, targets[name], mode, statistics) for name, mode, statistics in bar]
+    print(table(rows), end="")
+    if args.markdown:
+        args.markdown.write_text(table(rows), encoding="utf-8")
+    if args.json:
+        command = shlex.join(["python", "-m", "experiments.collectives", *argv])
+        with Records(args.json, command=command, widths=WIDTHS, per_device=PER_DEVICE) as records:
+            for row in rows:
+                records.write("collectives", **to_json(row))
+
+
+def to_json(row: Row) -> dict[str, Any]:
+    """A row as numbers, texts, lists and dictionaries."""
+    values = row._asdict()
+    for part in ("forward", "backward"):
+        values[part] = [t._asdict() for t in values[part]]
+    for part in ("running", "parameters"):
+        values[part] = values[part]._asdict()
+    return values
+
+
+def from_json(values: dict[str, Any]) -> Row:
+    """The inverse of `to_json`."""
+    layers = {k: [Traffic(**t) for t in values[k]] for k in ("forward", "backward")}
+    whole = {k: Traffic(**values[k]) for k in ("running", "parameters")}
+    fields: dict[str, Any] = {k: values[k] for k in Row._fields} | layers | whole
+    return Row(**fields)
+
+
+if __name__ == "__main__":
+    main()
