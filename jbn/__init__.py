@@ -11,7 +11,7 @@ Flax modules live in `jbn.linen` and `jbn.nnx`, which this package does not impo
 """
 
 from jbn._batch_norm import batch_norm, batch_norm_inference
-from jbn._moments import Moments, merge, moments
+from jbn._moments import Moments, merge, moments, pool
 from jbn._normalize import Params, init_params, normalize
 from jbn._running import RunningStats, UpdateRule, cumulative, ema, init_stats
 
@@ -27,6 +27,7 @@ __all__ = [
     "Moments",
     "moments",
     "merge",
+    "pool",
     "normalize",
     # RunningStats, Moments -> RunningStats
     "UpdateRule",

@@ -5,6 +5,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -14,7 +15,25 @@ class Axes(NamedTuple):
 
     shape: tuple[int, ...]  # of x
     features: tuple[int, ...]  # sorted, not negative
-    reduction: tuple[int, ...]  # the others, in order
+    reduction: tuple[int, ...]  # the others, in order, without `group`
+    group: int | None = None  # the axis that counts groups of examples, each with its statistics
+
+    @property
+    def groups(self) -> int:
+        """How many groups of examples there are."""
+        return 1 if self.group is None else self.shape[self.group]
+
+    @property
+    def whole(self) -> "Axes":
+        """The axes of x without the axis of groups: the inverse of `split`."""
+        if self.group is None:
+            return self
+        at, shape = self.group, self.shape
+        return Axes(
+            (*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :]),
+            tuple(i - (i > at) for i in self.features),
+            tuple(i - 1 for i in self.reduction),
+        )
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
@@ -23,8 +42,8 @@ class Axes(NamedTuple):
 
     @property
     def per_feature(self) -> tuple[int, ...]:
-        """The shape in which per-feature values broadcast against x: (1, ..., C)."""
-        return tuple(n if i in self.features else 1 for i, n in enumerate(self.shape))
+        """The shape in which statistics broadcast against x: (1, ..., C); groups are kept too."""
+        return tuple(1 if i in self.reduction else n for i, n in enumerate(self.shape))
 
     @property
     def per_position(self) -> tuple[int, ...]:
@@ -33,16 +52,48 @@ class Axes(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many values of x each feature has."""
+        """How many values of x each feature has, in each group."""
         return math.prod(self.shape[i] for i in self.reduction)
 
     def expand(self, values: Array) -> Array:
         """Feature shape, or a scalar for all features -> a shape that broadcasts against x."""
-        return values.reshape(self.per_feature if values.ndim else (1,) * len(self.shape))
+        where = (n if i in self.features else 1 for i, n in enumerate(self.shape))
+        return values.reshape(tuple(where) if values.ndim else (1,) * len(self.shape))
 
     def squeeze(self, values: Array) -> Array:
-        """The inverse of `expand`."""
-        return values.reshape(tuple(values.shape[i] for i in self.features))
+        """The inverse of `expand`; where there are groups, [groups, *feature_shape]."""
+        if self.group is not None:
+            values = jnp.moveaxis(values, self.group, 0)
+            kept = (0, *(i + (i < self.group) for i in self.features))
+        else:
+            kept = self.features
+        return values.reshape(tuple(values.shape[i] for i in kept))
+
+    def unsqueeze(self, values: Array) -> Array:
+        """The inverse of `squeeze`, also for values of which some axes have size 1."""
+        grouped = self.group is not None
+        where = [1] * len(self.shape)
+        for i, n in zip(self.features, values.shape[grouped:], strict=True):
+            where[i] = n
+        if not grouped:
+            return values.reshape(where)
+        del where[self.group]
+        return jnp.moveaxis(values.reshape(values.shape[0], *where), 0, self.group)
+
+    def split(self, groups: int) -> "Axes":
+        """The axes of x with its first reduction axis, or each group, cut into `groups`."""
+        if self.group is not None:
+            shape = list(self.shape)
+            shape[self.group] *= groups
+            shape[self.reduction[0]] //= groups
+            return self._replace(shape=tuple(shape))
+        at = self.reduction[0]
+        return Axes(
+            (*self.shape[:at], groups, self.shape[at] // groups, *self.shape[at + 1 :]),
+            tuple(i + (i >= at) for i in self.features),
+            tuple(i + 1 for i in self.reduction),
+            at,
+        )
 
 
 def resolve(shape: tuple[int, ...], axis: int | Sequence[int]) -> Axes:

@@ -9,8 +9,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check
 from jbn._axes import resolve
-from jbn._moments import accumulator
-from jbn._normalize import Params, affine, apply, normalize
+from jbn._normalize import Params, affine, apply, normalize_pooled
+from jbn._reference import accumulator
 from jbn._running import RunningStats, UpdateRule, absorb, ema
 from jbn._sync import AxisName
 
@@ -27,6 +27,7 @@ def batch_norm(
     weights: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
+    groups: int | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[Array, RunningStats]:
     """Batch Normalization in training: by the batch's own statistics (Alg. 1).
@@ -62,6 +63,9 @@ def batch_norm(
       axis_name: share statistics over these named axes (of vmap, pmap, shard_map). Under `jit`
         with sharded arrays leave it out: x is the global array there.
       axis_index_groups: as in `jax.lax.psum`.
+      groups: normalise each of this many equal, consecutive parts of the batch by statistics of its
+        own ("ghost" batches). The running statistics take in those of the whole batch: the mean of
+        all values, and the variance within and between the groups.
       dtype: of y; by default x's.
 
     Returns:
@@ -71,10 +75,11 @@ def batch_norm(
       infinity). Where squares of x overflow, y is the bias.
 
     Raises:
+      NameError: no vmap, pmap or shard_map binds axis_name.
       TypeError: x is not floating point, mask is not bool, or params, stats or update are of
         another kind.
-      ValueError: axis, params, stats, mask or weights do not fit x's shape; epsilon < 0; or x has
-        one value per feature.
+      ValueError: axis, params, stats, mask, weights or groups do not fit x's shape; epsilon < 0; or
+        x has one value per feature.
 
     PyTorch's `momentum` is 1 - decay, and its running variance is the unbiased one:
     `update=jbn.ema(0.9, unbiased=True)` is its default. Flax's default is `update=jbn.ema(0.99)`.
@@ -84,8 +89,8 @@ def batch_norm(
     stats = _check.stats(stats, axes)
     _check.holds_mean(stats, x.dtype)
     if axis_name is None:
-        _check.several_values(axes)
-    y, m = normalize(
+        _check.several_values(axes, groups)
+    y, m = normalize_pooled(
         x,
         *_check.params(params),
         axis=axis,
@@ -94,6 +99,7 @@ def batch_norm(
         weights=weights,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
+        groups=groups,
         dtype=dtype,
     )
     return y, absorb(update, stats, m)

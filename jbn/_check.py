@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
@@ -60,6 +61,7 @@ def features(name: str, values: ArrayLike, axes: Axes) -> Array:
     """`values` as an array, of exactly the feature shape."""
     values = jnp.asarray(values)
     if values.shape != axes.feature_shape:
+        axes = axes.whole
         raise ValueError(
             f"{name} has shape {values.shape}, but x, of shape {axes.shape} with feature axis "
             f"{_plain(axes.features)}, needs {axes.feature_shape}. Pass axis= if the features lie "
@@ -102,9 +104,9 @@ def holds_mean(values: Any, dtype: Any) -> None:
         )
 
 
-def reduction_axis(axes: Axes, axis_name: Any) -> None:
+def reduction_axis(axes: Axes, named_axes: tuple) -> None:
     """Refuses x in which every axis is a feature axis, unless a named axis holds the examples."""
-    if not axes.reduction and axis_name is None:
+    if not axes.reduction and not named_axes:
         raise ValueError(
             f"x of shape {axes.shape} with feature axis {_plain(axes.features)} has no axis to "
             f"take statistics over. Pass a batch, [N, ..., C] with axis=-1, or name the axis of "
@@ -112,13 +114,33 @@ def reduction_axis(axes: Axes, axis_name: Any) -> None:
         )
 
 
-def several_values(axes: Axes) -> None:
+def groups(value: int, axes: Axes) -> int:
+    """How many equal parts to cut the batch into; it must divide the batch."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise TypeError(f"groups must be a number of groups >= 1, such as groups=8; got {value!r}.")
+    if not axes.reduction:
+        raise ValueError(
+            f"groups={value} needs a batch to divide; x of shape {axes.shape} with feature axis "
+            f"{_plain(axes.features)} has none."
+        )
+    batch = axes.shape[axes.reduction[0]]
+    if batch % value:
+        fitting = [g for g in range(1, batch + 1) if batch % g == 0]
+        raise ValueError(
+            f"groups={value} does not divide the batch of {batch} in x of shape {axes.shape}: "
+            f"take one of {', '.join(map(str, fitting))}, or pad the batch and mask the padding."
+        )
+    return int(value)
+
+
+def several_values(axes: Axes, groups: int | None) -> None:
     """Refuses to take the variance of a single value."""
-    if axes.size == 1:
+    if axes.size == (groups or 1):
+        each = "" if groups is None else f" in each of {groups} groups"
         raise ValueError(
             f"one value per channel: x of shape {axes.shape} with feature axis "
-            f"{_plain(axes.features)} has a single value of each feature, so its variance is 0 and "
-            f"y is just the bias. Use a larger batch, share statistics through axis_name=, "
+            f"{_plain(axes.features)} has a single value of each feature{each}, so its variance is "
+            f"0 and y is just the bias. Use a larger batch, share statistics through axis_name=, "
             f"normalise with running statistics (jbn.batch_norm_inference), or drop the last "
             f"batch of an epoch if it is this small."
         )

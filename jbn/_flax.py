@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jbn import _check
 from jbn._axes import resolve
 from jbn._batch_norm import batch_norm_inference
-from jbn._normalize import Params, normalize
+from jbn._normalize import Params, normalize_pooled
 from jbn._running import RunningStats, UpdateRule, absorb
 from jbn._sync import AxisName
 
@@ -30,6 +30,7 @@ def training(
     weights: ArrayLike | None,
     axis_name: AxisName | None,
     axis_index_groups: Sequence[Sequence[int]] | None,
+    groups: int | None,
     dtype: DTypeLike,
 ) -> tuple[Array, RunningStats]:
     """`jbn.batch_norm` with y of `dtype`, for all that Flax accepts."""
@@ -40,7 +41,7 @@ def training(
     if jnp.iscomplexobj(x):
         stats = stats._replace(mean=stats.mean.astype(x.dtype))
     stats = _check.stats(stats, axes)
-    y, moments = normalize(
+    y, moments = normalize_pooled(
         x,
         *params,
         axis=axes.features,
@@ -49,6 +50,7 @@ def training(
         weights=_of_rank(weights, x.ndim),
         axis_name=axis_name,
         axis_index_groups=None if axis_name is None else axis_index_groups,  # as in Flax
+        groups=groups,
         dtype=dtype,
     )
     return y.reshape(shape), absorb(update, stats, moments)

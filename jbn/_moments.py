@@ -6,19 +6,24 @@ a constant K is taken from x, and Batch Normalization as a whole does not either
 are sums of x - K, with K some value of x in the same channel. That subtraction is exact where it
 matters (Sterbenz: x and K within a factor of two), x - K is about as large as the standard
 deviation, and E[(x-K)^2] - E[x-K]^2 then loses nothing.
+
+Every device has a K of its own, near its own data, so that choosing it needs no communication. Each
+tells all others (K, E[x-K], var), in one collective; `_pool` merges these without cancellation.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
-from jbn import _check
+from jbn import _check, _sharding
 from jbn._axes import Axes, resolve
+from jbn._reference import active, reference
 from jbn._sync import AxisName, Scope, scope
 
 
@@ -30,6 +35,8 @@ class Moments(NamedTuple):
         several feature axes, a shape that broadcasts to theirs) where these differ by feature.
       mean: [C], float32 or float64 (complex for complex x). 0 where the count is 0.
       var: [C], float32 or float64: the biased variance, E[|x - mean|^2]. 0 where the count is 0.
+
+    With `groups=g`, mean and var are [g, C], and count broadcasts to that.
     """
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (of tuple.count)
@@ -45,6 +52,7 @@ def moments(
     weights: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
+    groups: int | None = None,
 ) -> Moments:
     """Count, mean and biased variance of every feature of x (Alg. 1, lines 1 and 2).
 
@@ -61,21 +69,19 @@ def moments(
         negative or NaN weight counts as zero.
       axis_name: take the moments over these named axes (of vmap, pmap, shard_map) as well.
       axis_index_groups: as in `jax.lax.psum`.
+      groups: take the moments of each of this many equal, consecutive parts of the batch.
 
     Returns:
       The moments, differentiable in x to any order. Mask and weights carry no gradient.
 
     Raises:
+      NameError: no vmap, pmap or shard_map binds axis_name.
       TypeError: x is not floating point, or mask is not bool.
-      ValueError: axis, mask or weights do not fit x's shape.
+      ValueError: axis, mask, weights or groups do not fit x's shape.
     """
-    x = _check.floating(x)
-    axes = resolve(x.shape, axis)
-    _check.reduction_axis(axes, axis_name)
-    weights = _check.participation(axes, mask, weights)
-    over = scope(axis_name, axis_index_groups)
-    shift = reference(x, weights, axes, over)
-    return restore(shifted_moments(x, shift, weights, axes, over), shift, axes)
+    problem, x, weights = prepare(x, axis, mask, weights, axis_name, axis_index_groups, groups)
+    shift, m = _measure(problem, x, weights)
+    return restore(m, shift, problem.axes)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -89,22 +95,64 @@ def merge(a: Moments, b: Moments) -> Moments:
     >>> print(whole.var, parts.var)
     [8. 8.] [8. 8.]
     """
-    count = a.count + b.count
-    share = b.count / jnp.where(count > 0, count, jnp.ones_like(count))
-    delta = b.mean - a.mean
-    return Moments(
-        count,
-        a.mean + share * delta,
-        (1 - share) * a.var + share * b.var + share * (1 - share) * square(delta),
+    return pool(
+        Moments(*(jnp.stack(jnp.broadcast_arrays(*pair)) for pair in zip(a, b, strict=True)))
     )
+
+
+def pool(m: Moments) -> Moments:
+    """The moments of several batches taken together: `merge` of all along the leading axis.
+
+        count = sum n_i,  mean = sum n_i mean_i / count,
+        var   = sum n_i (var_i + (mean_i - mean)^2) / count
+
+    >>> import jax.numpy as jnp, jbn
+    >>> x = jnp.arange(12.0).reshape(6, 2)
+    >>> print(jbn.pool(jbn.moments(x, groups=3)).var, jbn.moments(x).var)
+    [11.666667 11.666667] [11.666667 11.666667]
+
+    Args:
+      m: mean and var are [k, C]; count is [k, C] or [k] or, the same for each, [].
+    """
+    count, rank = m.count, m.mean.ndim
+    one = count.ndim < rank or (count.size < m.mean.size and math.prod(count.shape[1:]) == 1)
+    count = count.reshape(*(count.shape or (1,)), *(1 for _ in range(rank - max(count.ndim, 1))))
+    count = jnp.broadcast_to(count, (m.mean.shape[0], *count.shape[1:]))
+    shift, pooled = _pool(m.mean, Moments(count, jnp.zeros_like(m.mean), m.var))
+    total = pooled.count.reshape(()) if one else pooled.count
+    return Moments(total, shift + pooled.mean, pooled.var)
 
 
 # The parts. Per-feature values keep x's rank here, (1, ..., C), so that they broadcast against x.
 
 
-def accumulator(dtype: DTypeLike) -> DTypeLike:
-    """The dtype of sums over values of `dtype`: at least float32."""
-    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+class Problem(NamedTuple):
+    """What is static about the statistics of one input."""
+
+    axes: Axes
+    over: Scope
+
+
+def prepare(
+    x: ArrayLike,
+    axis: int | Sequence[int],
+    mask: ArrayLike | None,
+    weights: ArrayLike | None,
+    axis_name: AxisName | None,
+    axis_index_groups: Sequence[Sequence[int]] | None,
+    groups: int | None,
+) -> tuple[Problem, Array, Array | None]:
+    """Checks all arguments; where there are groups, x and its weights with an axis for them."""
+    x = _check.floating(x)
+    axes = resolve(x.shape, axis)
+    over = scope(axis_name, axis_index_groups)
+    _check.reduction_axis(axes, over.names)
+    weights = _check.participation(axes, mask, weights)
+    if groups is None:
+        return Problem(axes, over), x, weights
+    split = axes.split(_check.groups(groups, axes))
+    x = _sharding.divide(x, split)
+    return Problem(split, over), x, None if weights is None else _sharding.divide(weights, split)
 
 
 def square(x: Array) -> Array:
@@ -117,75 +165,118 @@ def dot(x: Array, y: Array) -> Array:
     return lax.real(lax.conj(x) * y) if jnp.iscomplexobj(x) else x * y
 
 
-def reference(x: Array, weights: Array | None, axes: Axes, over: Scope) -> Array:
-    """K: for each feature a value of x that takes part, the same throughout `over`.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _measure(problem: Problem, x: Array, weights: Array | None) -> tuple[Array, Moments]:
+    return measure(problem, x, weights)
 
-    A value of x, and no average, so that a constant channel becomes exactly 0; 0 if there is none.
-    The result of Batch Normalization does not depend on K, so K carries no gradient.
+
+@_measure.defjvp
+def _measure_jvp(problem: Problem, primals, tangents):
+    x, weights = primals
+    shift, m = _measure(problem, x, weights)
+    z, dx = shifted(x, shift, weights), only_active(tangents[0].astype(shift.dtype), weights)
+    dmean, half_dvar = derivative(problem, z, dx, m.count, m.mean, weights)
+    dm = Moments(jnp.zeros_like(m.count), dmean, 2 * half_dvar)
+    return (shift, m), (jnp.zeros_like(shift), dm)
+
+
+def derivative(
+    problem: Problem, z: Array, dx: Array, count: Array, mean: Array, weights: Array | None
+) -> tuple[Array, Array]:
+    """The derivative of the moments of z in the direction dx, (E[dx], E[(z - mean) dx]).
+
+    The second is half of dvar. It is computed from z itself, which the forward pass has already.
     """
-    x = lax.stop_gradient(x)
-    if axes.size == 0:
-        shift = jnp.full(axes.per_feature, -jnp.inf, x.dtype)
-    elif is_explicitly_sharded(x):  # such an x has no rows to index: any value will do
-        values = x if weights is None else jnp.where(active(weights), x, -jnp.inf)
-        shift = jnp.max(values, axes.reduction, keepdims=True)
-    elif weights is None:
-        shift = _median(*(_row(x, quarter, axes) for quarter in (1, 2, 3)))
+    mean_dx, mean_z_dx = average((dx, dot(z, dx)), count, weights, problem)
+    return mean_dx, mean_z_dx - dot(mean, mean_dx)
+
+
+def measure(problem: Problem, x: Array, weights: Array | None) -> tuple[Array, Moments]:
+    """K, for each feature a value of x near its mean, and the moments of x - K, over the scope.
+
+    Not to be differentiated: `_measure`, here, and `_normalize` have the rules.
+    """
+    axes, over = problem
+    blocks = _sharding.blocks(axes, x)
+    view = axes.split(blocks) if blocks > 1 else axes
+    x = _sharding.divide(x, view)
+    weights = None if weights is None else _sharding.divide(weights, view)
+    shift = reference(x, weights, view)
+    m = shifted_moments(x, shift, weights, view)
+    if blocks == 1 and not over.names:
+        return shift, m
+    counts_differ = weights is not None
+    shift, m = view.squeeze(shift), jax.tree.map(view.squeeze, m)
+    if blocks > 1:
+        shift, m = _pool_blocks(axes, shift, m, counts_differ)
+    if over.names:
+        shift, m = _pool_instances(over, shift, m, counts_differ)
+    return axes.unsqueeze(shift), jax.tree.map(axes.unsqueeze, m)
+
+
+def _pool_blocks(
+    axes: Axes, shift: Array, m: Moments, counts_differ: bool
+) -> tuple[Array, Moments]:
+    """[groups * blocks, C] -> [groups, C], or [C] where x has no groups."""
+    shift, m = _send(_sharding.collect, 1, shift, m, counts_differ)
+
+    def blocks_first(v: Array) -> Array:
+        v = v.reshape(axes.groups, -1, *v.shape[1:])
+        return v[0] if axes.group is None else jnp.moveaxis(v, 1, 0)
+
+    return _pool(blocks_first(shift), jax.tree.map(blocks_first, m))
+
+
+def _pool_instances(
+    over: Scope, shift: Array, m: Moments, counts_differ: bool
+) -> tuple[Array, Moments]:
+    """The moments of one instance -> those of all in the scope."""
+    shift, m = _send(over.gather, 0, shift, m, counts_differ)
+    member = over.members()
+    if member is not None:
+        member = member.reshape(-1, *(1 for _ in m.count.shape[1:]))
+        m = m._replace(count=jnp.where(member, m.count, jnp.zeros_like(m.count)))
+    return _pool(shift, m)
+
+
+def _send(
+    collective: Callable[[Array], Array], at: int, shift: Array, m: Moments, counts_differ: bool
+) -> tuple[Array, Moments]:
+    """(K, moments), by one collective that makes [n, ...] of them; equal counts are not sent."""
+    # Plus zeros: of the shape and sharding of the others.
+    sent = (shift, m.mean, m.var, *((m.count + jnp.zeros_like(m.var),) if counts_differ else ()))
+    received, mean, var, *counts = _sharding.together(collective, at, *sent)
+    rest = m.count.shape[at:]
+    if counts:
+        # One count for all features was sent once for each.
+        same = tuple(i for i, n in enumerate(counts[0].shape[1:], 1) if rest[i - 1] != n)
+        count = jnp.max(counts[0], same, keepdims=True)
     else:
-        shift = _median(*(_heaviest_row(x, weights, quarter, axes) for quarter in (1, 2, 3)))
-    shift = over.max(shift.astype(accumulator(x.dtype)))
-    # From here on (1e31 for float32) x - K could overflow, by half an ulp of the largest x.
-    info = jnp.finfo(shift.dtype)
-    usable = jnp.abs(shift) < info.max * info.eps / 4
-    return jnp.where(usable, shift, jnp.zeros_like(shift))
+        count = jnp.broadcast_to(m.count if at else m.count[None], (len(received), *rest))
+    return received, Moments(count, mean, var)
 
 
-def _median(a: Array, b: Array, c: Array) -> Array:
-    # So that one odd row, such as padding, does no harm: var has a relative error of about
-    # eps (1 + (K - mean)^2 / var).
-    return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
+def _pool(shift: Array, m: Moments) -> tuple[Array, Moments]:
+    """The moments of x - K_i, i along the leading axis -> those of x - K, K the best of the K_i."""
 
+    def total(values: Array) -> Array:
+        return jnp.sum(values, axis=0, keepdims=True)
 
-def _row(x: Array, quarter: int, axes: Axes) -> Array:
-    """One value of each feature, a quarter, a half or three quarters down every other axis."""
-
-    def at(n: int) -> slice:
-        i = n * quarter // 4 if isinstance(n, int) else 0  # not an int: a dimension of jax.export
-        return slice(i, i + 1)
-
-    return x[tuple(at(n) if i in axes.reduction else slice(None) for i, n in enumerate(axes.shape))]
-
-
-def _heaviest_row(x: Array, weights: Array, quarter: int, axes: Axes) -> Array:
-    """For each feature the first value of the largest weight, from a quarter of the rows on.
-
-    The search goes round the end; -inf where every weight is 0. Not just any value that takes part:
-    one of a tiny weight may lie far from the others and the variance not show it.
-    """
-
-    def rows(a: Array) -> Array:
-        a = jnp.moveaxis(a, axes.reduction, range(len(axes.reduction)))
-        return a.reshape(axes.size, -1)
-
-    per_feature = any(weights.shape[i] != 1 for i in axes.features)
-    weights = rows(jnp.broadcast_to(weights, axes.shape if per_feature else axes.per_position))
-    start = axes.size * quarter // 4
-    index = jnp.argmax(jnp.roll(weights, -start, axis=0), axis=0, keepdims=True)
-    index = (index + start) % axes.size
-    found = active(jnp.take_along_axis(weights, index, axis=0, mode="clip"))
-    x = rows(x)
-    first = jnp.take_along_axis(x, jnp.broadcast_to(index, (1, x.shape[1])), axis=0, mode="clip")
-    return jnp.where(found, first, jnp.full_like(first, -jnp.inf)).reshape(axes.per_feature)
-
-
-def is_explicitly_sharded(x: Array) -> bool:
-    """Whether x lies over a mesh axis of type Explicit, which makes sharding a part of its type."""
-    return any(axis is not None for axis in jax.typeof(x).sharding.spec)
-
-
-def active(weights: Array) -> Array:
-    """Where a value takes part: a mask as it is, or weights that are not 0."""
-    return weights if weights.dtype == jnp.bool_ else weights > 0
+    count = total(m.count)
+    share = (m.count / jnp.where(count > 0, count, jnp.ones_like(count))).astype(m.var.dtype)
+    has_data = m.count > 0
+    # The K_i nearest to the mean: K_i - K is then small and exact.
+    distance = jnp.abs(shift - total(share * (shift + m.mean)))
+    nearest = jnp.argmin(jnp.where(has_data, distance, jnp.inf), axis=0, keepdims=True)
+    chosen = lax.broadcasted_iota(nearest.dtype, shift.shape, 0) == nearest
+    new = total(jnp.where(chosen, shift, jnp.zeros_like(shift)))
+    offset = (shift - new) + m.mean
+    offset = jnp.where(has_data, offset, jnp.zeros_like(offset))
+    mean = total(share * offset)
+    between = square(offset - mean)
+    between = jnp.where(jnp.isnan(between), jnp.zeros_like(between), between)  # of inf - inf
+    var = total(share * (m.var + between))
+    return new[0], Moments(count[0], mean[0], var[0])
 
 
 def only_active(values: Array, weights: Array | None) -> Array:
@@ -202,50 +293,55 @@ def shifted(x: Array, shift: Array, weights: Array | None) -> Array:
 
 
 def average(
-    values: tuple[Array, ...], count: Array, weights: Array | None, axes: Axes, over: Scope
+    values: tuple[Array, ...], count: Array, weights: Array | None, problem: Problem
 ) -> tuple[Array, ...]:
-    """The weighted mean of each of `values` over the reduction axes and `over`.
+    """The weighted mean of each of `values` over the reduction axes and the scope.
 
     `values` are 0 where masked. One collective carries all of them. Division comes last, by the
     whole count, so uneven instances are averaged exactly and not as a mean of means.
     """
     if weights is not None and weights.dtype != jnp.bool_:
         values = tuple(v * weights.astype(v.real.dtype) for v in values)
+    axes, over = problem
     sums = over.sum(tuple(jnp.sum(v, axes.reduction, keepdims=True) for v in values))
     count = jnp.where(count > 0, count, jnp.ones_like(count))
     return tuple(s / count.astype(s.dtype) for s in sums)
 
 
-def total_count(z: Array, weights: Array | None, axes: Axes, over: Scope) -> Array:
-    """How many values of z, or how much weight, each feature has in `over`."""
-    dtype = z.real.dtype
-    if weights is None:
-        # Known while tracing: psum of a Python number is the size of the axis, no collective.
-        return jnp.asarray(axes.size * over.sum(1), dtype).reshape((1,) * len(axes.shape))
-    repeats = math.prod(axes.shape[i] for i in axes.reduction if weights.shape[i] == 1)
-    own = jnp.sum(weights, axes.reduction, dtype, keepdims=True)
-    # Under shard_map weights may be the same along an axis over which x is split. These zeros vary
-    # as z does, and psum wants that.
-    own = own * jnp.asarray(repeats, dtype) + jnp.zeros_like(z.real, shape=own.shape)
-    return over.sum(own)
-
-
-def shifted_moments(
-    x: Array, shift: Array, weights: Array | None, axes: Axes, over: Scope
-) -> Moments:
-    """The moments of x - K."""
+def shifted_moments(x: Array, shift: Array, weights: Array | None, axes: Axes) -> Moments:
+    """The moments of x - K, of this instance alone."""
     z = shifted(x, shift, weights)
-    count = total_count(z, weights, axes, over)
-    mean, mean_square = average((z, square(z)), count, weights, axes, over)
+    count = _count(z, weights, axes)
+    mean, mean_square = average((z, square(z)), count, weights, Problem(axes, Scope()))
     # Squares that overflow leave var = inf, not inf - inf: y is then the bias, and the running
     # statistics leave the feature out.
     var = jnp.where(jnp.isinf(mean_square), mean_square, mean_square - square(mean))
-    # Not jnp.maximum, which would halve the second derivative where var is 0.
     return Moments(count, mean, jnp.where(var < 0, jnp.zeros_like(var), var))
+
+
+def _count(z: Array, weights: Array | None, axes: Axes) -> Array:
+    """How many values of z, or how much weight, each feature has."""
+    dtype = z.real.dtype
+    if weights is None:
+        return jnp.asarray(axes.size, dtype).reshape((1,) * len(axes.shape))
+    repeats = math.prod(axes.shape[i] for i in axes.reduction if weights.shape[i] == 1)
+    own = jnp.sum(weights, axes.reduction, dtype, keepdims=True)
+    return own * jnp.asarray(repeats, dtype)
 
 
 def restore(m: Moments, shift: Array, axes: Axes) -> Moments:
     """Moments of x - K, of x's rank -> moments of x, of feature shape."""
-    varies = any(m.count.shape[i] != 1 for i in axes.features)
+    varies = any(m.count.shape[i] != 1 for i in range(len(axes.shape)))
     count = axes.squeeze(m.count) if varies else m.count.reshape(())
     return Moments(count, axes.squeeze(m.mean + shift), axes.squeeze(m.var))
+
+
+def pool_groups(m: Moments, shift: Array, axes: Axes, counts_differ: bool) -> Moments:
+    """`restore`, of all groups taken together."""
+    if axes.group is None:
+        return restore(m, shift, axes)
+    shift, m = axes.squeeze(shift), jax.tree.map(axes.squeeze, m)
+    shift, m = _send(_sharding.collect, 1, shift, m, counts_differ)
+    shift, m = _pool(shift, m)
+    count = m.count.reshape(()) if math.prod(m.count.shape) == 1 else m.count
+    return Moments(count, m.mean + shift, m.var)

@@ -24,19 +24,21 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn import _check
-from jbn._axes import Axes, resolve
+from jbn import _check, _sharding
+from jbn._axes import Axes
 from jbn._moments import (
     Moments,
-    average,
-    dot,
+    Problem,
+    derivative,
+    measure,
     only_active,
-    reference,
+    pool_groups,
+    prepare,
     restore,
     shifted,
-    shifted_moments,
 )
-from jbn._sync import AxisName, Scope, scope
+from jbn._reference import accumulator
+from jbn._sync import AxisName
 
 
 class Params(NamedTuple):
@@ -72,6 +74,7 @@ def normalize(
     weights: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
+    groups: int | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[Array, Moments]:
     """Normalises every feature of x by the moments of x itself (Alg. 1).
@@ -96,6 +99,7 @@ def normalize(
         negative or NaN weight counts as zero.
       axis_name: take the moments over these named axes (of vmap, pmap, shard_map) as well.
       axis_index_groups: as in `jax.lax.psum`.
+      groups: normalise each of this many equal, consecutive parts of the batch by its own moments.
       dtype: of y; by default x's.
 
     Returns:
@@ -104,19 +108,42 @@ def normalize(
       touches no other value and its gradient is 0. A feature without any data gives its bias.
 
     Raises:
+      NameError: no vmap, pmap or shard_map binds axis_name.
       TypeError: x is not floating point, or mask is not bool.
-      ValueError: axis, scale, bias, mask or weights do not fit x's shape, or epsilon < 0.
+      ValueError: axis, scale, bias, mask, weights or groups do not fit x's shape, or epsilon < 0.
     """
-    x = _check.floating(x)
-    axes = resolve(x.shape, axis)
-    _check.reduction_axis(axes, axis_name)
-    over = scope(axis_name, axis_index_groups)
-    rule = _Rule(axes, over, _check.epsilon(epsilon), np.dtype(x.dtype if dtype is None else dtype))
-    weights = _check.participation(axes, mask, weights)
-    shift = reference(x, weights, axes, over)
-    scale, bias = affine(scale, bias, axes, shift.dtype)
-    y, m = _normalize(rule, x, scale, bias, weights, shift)
-    return y, restore(m, shift, axes)
+    prepared = prepare(x, axis, mask, weights, axis_name, axis_index_groups, groups)
+    y, shift, m = _transform(jnp.asarray(x), prepared, scale, bias, epsilon, dtype)
+    return y, restore(m, shift, prepared[0].axes)
+
+
+def normalize_pooled(
+    x: Array,
+    scale,
+    bias,
+    *,
+    axis,
+    epsilon,
+    mask,
+    weights,
+    axis_name,
+    axis_index_groups,
+    groups,
+    dtype,
+) -> tuple[Array, Moments]:
+    """`normalize`, but with the moments of all groups together: what running statistics take in."""
+    prepared = prepare(x, axis, mask, weights, axis_name, axis_index_groups, groups)
+    y, shift, m = _transform(x, prepared, scale, bias, epsilon, dtype)
+    return y, pool_groups(m, shift, prepared[0].axes, counts_differ=prepared[2] is not None)
+
+
+def _transform(x, prepared, scale, bias, epsilon, dtype) -> tuple[Array, Array, Moments]:
+    problem, divided, weights = prepared
+    dtype = np.dtype(x.dtype if dtype is None else dtype)
+    rule = _Rule(problem, _check.epsilon(epsilon), dtype)
+    scale, bias = affine(scale, bias, problem.axes, accumulator(x.dtype))
+    y, m, shift = _normalize(rule, divided, scale, bias, weights)
+    return _sharding.join(y, x, problem.axes), shift, m
 
 
 def affine(scale, bias, axes: Axes, dtype: DTypeLike) -> tuple[Array, Array]:
@@ -151,32 +178,34 @@ def location(mean: Array, var: Array, epsilon: float) -> tuple[Array, Array]:
 class _Rule(NamedTuple):
     """What is static in the derivative rule."""
 
-    axes: Axes
-    over: Scope
+    problem: Problem
     epsilon: float
     dtype: np.dtype  # of y
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalize(rule: _Rule, x, scale, bias, weights, shift) -> tuple[Array, Moments]:
-    """y, and the moments of z = x - shift. Per-feature values have the shape (1, ..., C)."""
-    m = shifted_moments(x, shift, weights, rule.axes, rule.over)
+def _normalize(rule: _Rule, x, scale, bias, weights) -> tuple[Array, Moments, Array]:
+    """y, the moments of z = x - K, and K. Per-feature values have the shape (1, ..., C)."""
+    shift, m = measure(rule.problem, x, weights)
     if weights is not None:
-        scale = jnp.where(m.count > 0, scale, jnp.zeros_like(scale))  # no data: the bias
+        # Without data the bias. Plus zeros: of the sharding of the counts.
+        scale = scale + jnp.zeros_like(m.count, scale.dtype)
+        scale = jnp.where(m.count > 0, scale, jnp.zeros_like(scale))
     y = apply(x.astype(shift.dtype) - shift, m.mean, m.var, scale, bias, rule.epsilon)
-    return y.astype(rule.dtype), m
+    return y.astype(rule.dtype), m, shift
 
 
 @_normalize.defjvp
 def _normalize_jvp(rule: _Rule, primals, tangents):
-    x, scale, bias, weights, shift = primals
-    dx, dscale, dbias, _, _ = tangents  # weights and shift are constants
-    y, m = _normalize(rule, x, scale, bias, weights, shift)
+    x, scale, bias, weights = primals
+    dx, dscale, dbias, _ = tangents  # weights are constants, and so is K
+    y, m, shift = _normalize(rule, x, scale, bias, weights)
     mean, rstd = location(m.mean, m.var, rule.epsilon)
     dy, dmean, dvar = _differential(rule)(
         (x, weights, shift), (m.count, mean, rstd, scale), (dx, dscale, dbias)
     )
-    return (y, m), (dy, Moments(jnp.zeros_like(m.count), dmean, dvar))
+    dm = Moments(jnp.zeros_like(m.count), dmean, dvar)
+    return (y, m, shift), (dy, dm, jnp.zeros_like(shift))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -192,9 +221,7 @@ def _differential(rule: _Rule):
         dx, dscale, dbias = (t.astype(shift.dtype) for t in tangents)
         dx = only_active(dx, weights)
         z = shifted(x, shift, weights)
-        mean_dx, mean_z_dx = average((dx, dot(z, dx)), count, weights, rule.axes, rule.over)
-        # E[(z - mean) dx], but from z, which the forward pass has computed already.
-        half_dvar = mean_z_dx - dot(mean, mean_dx)
+        mean_dx, half_dvar = derivative(rule.problem, z, dx, count, mean, weights)
         a = scale.astype(shift.dtype) * rstd
         mean_xhat_dx = jnp.where(rstd == 0, 0, rstd * half_dvar.astype(rstd.dtype))
         xhat = (z - mean) * rstd

@@ -1,9 +1,17 @@
-"""Sums over named axes: where statistics become those of several program instances."""
+"""Named axes: which program instances share statistics, and how they tell each other.
 
+Two operations do all the work. `Scope.gather` brings the moments of every instance to every
+instance, before `_moments` pools them; `Scope.sum` adds up numbers, and is linear, so that JAX can
+transpose it in a backward pass. Each is one collective.
+"""
+
+import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 T = TypeVar("T")
@@ -14,22 +22,74 @@ AxisName = Hashable | tuple[Hashable, ...]
 class Scope(NamedTuple):
     """The program instances that share statistics; `Scope()` is this one alone. Static."""
 
-    axis_name: AxisName | None = None  # as in jax.lax.psum
+    names: tuple[Hashable, ...] = ()
     groups: tuple[tuple[int, ...], ...] | None = None  # axis_index_groups of jax.lax.psum
+
+    def gather(self, x: Array) -> Array:
+        """x of every instance, stacked: [...] -> [n, ...]; some may be no `members`."""
+        if self._native_groups(checked=True):
+            return lax.all_gather(x, self.names, axis_index_groups=self.groups)
+        shape = x.shape
+        mesh = tuple(name for name in self.names if name in _mesh_axes())
+        mapped = tuple(name for name in self.names if name not in mesh)  # by vmap: no communication
+        if mapped:
+            x = lax.all_gather(x, mapped)
+        if mesh:
+            # "invarying": the result is the same everywhere, and shard_map may know it.
+            x = lax.all_gather(x, mesh, to="invarying")
+        if mapped and mesh:
+            gathered = (*mesh, *mapped)
+            x = x.reshape(*(lax.axis_size(name) for name in gathered), *shape)
+            x = jnp.moveaxis(x, [gathered.index(name) for name in self.names], range(len(gathered)))
+            x = x.reshape(-1, *shape)
+        return x
+
+    def members(self) -> Array | None:
+        """[n] bool: whose values in `gather`'s result are of this instance's group; None: all."""
+        if self.groups is None or self._native_groups(checked=True):
+            return None
+        return jnp.asarray(self._table()) == self._group()
 
     def sum(self, tree: T) -> T:
         """Adds up every leaf over the scope: one collective for the whole tree."""
-        if self.axis_name is None:
+        if not self.names:
             return tree
-        return lax.psum(tree, self.axis_name, axis_index_groups=self.groups)
+        if self.groups is None or self._native_groups(checked=False):
+            return lax.psum(tree, self.names, axis_index_groups=self.groups)
+        # Every group adds up in a place of its own.
+        own = jnp.arange(len(self.groups)) == self._group()
 
-    def max(self, x: Array) -> Array:
-        """The largest x of the scope (of the real and imaginary parts, for complex x)."""
-        if self.axis_name is None:
-            return x
-        if jnp.iscomplexobj(x):
-            return lax.complex(self.max(x.real), self.max(x.imag))
-        return lax.pmax(x, self.axis_name, axis_index_groups=self.groups)
+        def place(x: Array) -> Array:
+            return jnp.where(own.reshape(-1, *(1 for _ in jnp.shape(x))), x, jnp.zeros_like(x))
+
+        def take(x: Array) -> Array:
+            return jnp.sum(jnp.where(own.reshape(-1, *(1 for _ in x.shape[1:])), x, 0), axis=0)
+
+        return jax.tree.map(take, lax.psum(jax.tree.map(place, tree), self.names))
+
+    def _table(self) -> np.ndarray:
+        """[n]: the group of each instance."""
+        assert self.groups is not None
+        table = np.zeros(sum(map(len, self.groups)), np.int32)
+        for i, group in enumerate(self.groups):
+            table[list(group)] = i
+        return table
+
+    def _group(self) -> Array:
+        """The group of this instance."""
+        return jnp.asarray(self._table())[lax.axis_index(self.names)]
+
+    def _native_groups(self, checked: bool) -> bool:
+        """Whether JAX's collectives take the groups here, so that only they communicate.
+
+        Not those of vmap, nor psum in a shard_map that checks what varies (jax 0.12), nor groups of
+        unequal sizes on every platform.
+        """
+        if self.groups is None or len({len(group) for group in self.groups}) > 1:
+            return False
+        if not all(name in _mesh_axes() for name in self.names):
+            return False
+        return checked or not varying(lax.axis_index(self.names))
 
 
 def scope(
@@ -38,13 +98,56 @@ def scope(
     """Makes the arguments of `jax.lax.psum` static and hashable.
 
     Raises:
-      ValueError: groups without the name of the axis that they group.
+      NameError: no vmap, pmap or shard_map has bound a name.
+      ValueError: a name stands twice, or the groups do not fit.
     """
-    groups = axis_index_groups
-    if groups is not None and axis_name is None:
+    if axis_name is None:
+        if axis_index_groups is not None:
+            raise ValueError(
+                f"axis_index_groups={axis_index_groups} are groups of a named axis: pass "
+                f"axis_name= too."
+            )
+        return Scope()
+    names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    if len(set(names)) < len(names):
+        raise ValueError(f"axis_name={axis_name!r} names an axis twice: name each once.")
+    size = math.prod(_axis_size(name) for name in names)
+    if axis_index_groups is None:
+        return Scope(names)
+    groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
+    if sorted(i for group in groups for i in group) != list(range(size)):
         raise ValueError(
-            f"axis_index_groups={groups} are groups of a named axis: pass axis_name= too."
+            f"axis_index_groups={axis_index_groups} must hold each index of axis_name="
+            f"{axis_name!r}, 0 to {size - 1}, exactly once."
         )
-    if isinstance(axis_name, list):
-        axis_name = tuple(axis_name)
-    return Scope(axis_name, None if groups is None else tuple(tuple(g) for g in groups))
+    return Scope(names, groups)
+
+
+def varying(x: Array) -> frozenset[Hashable]:
+    """The axes of a shard_map over which x is known to vary; none where that is not checked."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _mesh_axes() -> tuple[Hashable, ...]:
+    """The axes of shard_map and pmap, whose instances are devices; those of vmap are not here."""
+    return jax.sharding.get_abstract_mesh().manual_axes
+
+
+def _axis_size(name: Hashable) -> int:
+    try:
+        return lax.axis_size(name)
+    except NameError:
+        bound = ", ".join(map(repr, _bound_axes())) or "none"
+        raise NameError(
+            f"axis_name={name!r} is unbound here (bound axes: {bound}). It must be an axis of a "
+            f"surrounding shard_map, pmap or vmap(..., axis_name={name!r}). Under jit with sharded "
+            f"arrays leave axis_name out: x is the global array there, and so are its statistics."
+        ) from None
+
+
+def _bound_axes() -> tuple[Hashable, ...]:
+    try:
+        from jax.extend.core import unsafe_get_axis_names_DO_NOT_USE as axis_names
+    except ImportError:  # used for the message above alone
+        return _mesh_axes()
+    return tuple(axis_names())

@@ -50,9 +50,12 @@ class BatchNorm(nn.BatchNorm):
       update: how a batch enters the running statistics, such as `jbn.ema(0.9, debias=True)` or
         `jbn.cumulative()`; it takes momentum's place, and adds `count` to `batch_stats`. By
         default `jbn.ema(momentum)`.
+      groups: normalise each of this many equal, consecutive parts of the batch by statistics of its
+        own; those in `batch_stats` are of the whole batch. `init` ignores it.
     """
 
     update: UpdateRule | None = None
+    groups: int | None = None
 
     @nn.compact
     def __call__(
@@ -98,6 +101,7 @@ class BatchNorm(nn.BatchNorm):
             weights=weights,
             axis_name=None if self.is_initializing() else self.axis_name,
             axis_index_groups=self.axis_index_groups,
+            groups=None if self.is_initializing() else self.groups,
             dtype=dtype,
         )
         if not self.is_initializing():

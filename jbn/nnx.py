@@ -60,6 +60,8 @@ class BatchNorm(nnx.BatchNorm):
       update: how a batch enters the running statistics, such as `jbn.ema(0.9, debias=True)` or
         `jbn.cumulative()`; it takes momentum's place, and adds a `count` to the module's
         `nnx.BatchStat`s. By default `jbn.ema(momentum)`.
+      groups: normalise each of this many equal, consecutive parts of the batch by statistics of its
+        own; the stored ones are of the whole batch.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class BatchNorm(nnx.BatchNorm):
         bias_metadata: Mapping[str, Any] = _NO_METADATA,
         scale_metadata: Mapping[str, Any] = _NO_METADATA,
         update: UpdateRule | None = None,
+        groups: int | None = None,
     ):
         super().__init__(
             num_features,
@@ -106,6 +109,7 @@ class BatchNorm(nnx.BatchNorm):
             scale_metadata=scale_metadata,
         )
         self.update = update
+        self.groups = groups
         if update is not None:
             self.count = nnx.BatchStat(jnp.zeros(num_features, jnp.float32))
 
@@ -159,6 +163,7 @@ class BatchNorm(nnx.BatchNorm):
             weights=weights,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
+            groups=self.groups,
             dtype=dtype,
         )
         for variable, value in zip(variables, stats, strict=False):

@@ -21,8 +21,9 @@ LAYERS = (
     {"_batch_norm"},
     {"_normalize", "_running"},
     {"_moments"},
-    {"_check"},
-    {"_axes", "_sync"},
+    {"_check", "_reference"},
+    {"_sharding", "_sync"},
+    {"_axes"},
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 MODULES = sorted(path.stem for path in (ROOT / "jbn").glob("*.py"))
