@@ -11,7 +11,7 @@ Command::
     python -m experiments.collectives                       # eight virtual CPU devices
     python -m experiments.collectives --target v5e:16x16    # 256 TPUs; needs pip install libtpu
 
-Expected: see docs/collectives.md, which ``--markdown`` and ``--json`` write. About half a minute a
+Expected: see docs/collectives.md, which ``--markdown`` and ``--json`` write. About a minute a
 target on two CPU cores.
 """
 
@@ -27,6 +27,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +74,17 @@ MODES = (
     Mode("shard_map", check_vma=True),
     Mode("shard_map, check_vma=False", check_vma=False),
 )
-STATISTICS = ("plain", "masked", "ghost")
+STATISTICS = ("plain", "masked", "ghost", "halves", "inference")  # halves: two axis_index_groups
+
+
+def applies(mode: Mode, statistics: str, target: str) -> bool:
+    """Whether that combination exists, and the compiler can be asked about it."""
+    if statistics == "halves" and mode.check_vma is None:
+        return False
+    if mode.set_mesh:
+        return True
+    # jax.device_count() counts the devices that are here: nothing to learn about others.
+    return target == "cpu" and statistics in ("plain", "masked")
 
 
 def train(x, mask, layers, **options) -> tuple[Array, list[Any]]:
@@ -105,8 +116,10 @@ def program(part: str, mode: Mode, statistics: str, devices: int) -> Callable[..
     options: dict[str, Any] = {}
     if mode.check_vma is None:
         options["groups"] = devices if statistics == "ghost" else None
-    elif statistics != "ghost":  # which there is: leave axis_name out
+    elif statistics != "ghost":  # ghost: every device on its own, so no axis_name
         options["axis_name"] = AXIS
+    if statistics == "halves":
+        options["axis_index_groups"] = np.arange(devices).reshape(2, -1).tolist()
 
     def f(x, dy, mask, layers):
         if part == "inference":
@@ -116,7 +129,7 @@ def program(part: str, mode: Mode, statistics: str, devices: int) -> Callable[..
             return outputs(x, layers=layers)[0]
         if part == "statistics":
             y, running = outputs(x, layers=layers)
-            if is_local(mode, statistics):  # every device keeps its own
+            if is_local(mode, statistics):  # devices keep their own
                 running = jax.tree.map(lambda s: s[None], running)
             return y, running
         trained = [(layer.kernel, layer.params) for layer in layers]
@@ -142,7 +155,7 @@ def program(part: str, mode: Mode, statistics: str, devices: int) -> Callable[..
 
 def is_local(mode: Mode, statistics: str) -> bool:
     """Whether the running statistics differ from device to device."""
-    return statistics == "ghost" and mode.check_vma is not None
+    return statistics in ("ghost", "halves") and mode.check_vma is not None
 
 
 def out_specs(part: str, mode: Mode, statistics: str) -> Any:
@@ -353,8 +366,7 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--target", nargs="+", default=["cpu"], metavar="NAME",
         help="cpu (the default), or v5e:2x2, v5e:16x16, v5p:4x4x4, v6e:16x16 ...")  # fmt: skip
-    add("--statistics", nargs="+", choices=(*STATISTICS, "inference"),
-        default=(*STATISTICS, "inference"), help="default: all")  # fmt: skip
+    add("--statistics", nargs="+", choices=STATISTICS, default=STATISTICS, help="default: all")
     add("--markdown", type=Path, metavar="FILE", help="write the table there, too")
     add("--json", type=Path, metavar="FILE", help="write JSON lines there, one a row")
     return p
@@ -369,25 +381,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         targets = {name: target_devices(name) for name in args.target}
     except (ImportError, ValueError) as error:
         sys.exit(f"error: {error}")
-    # jax.device_count() counts the devices that are here, so nothing is learnt of other ones
-    # without a mesh in the context.
     cases = [
         (name, mode, statistics)
         for name in targets
         for mode in MODES
         for statistics in args.statistics
-        if mode.set_mesh or (name == "cpu" and statistics in ("plain", "masked"))
+        if applies(mode, statistics, name)
     ]
     bar = tqdm(cases, desc="compiling", unit=" rows", file=sys.stderr, leave=False)
     rows = [measure(name, targets[name], mode, statistics) for name, mode, statistics in bar]
     print(table(rows), end="")
+    versions = {name: version(name) for name in ("jax", "libtpu")}
     if args.markdown:
-        args.markdown.write_text(table(rows), encoding="utf-8")
+        compilers = ", ".join(f"{name} {v}" for name, v in versions.items() if v)
+        args.markdown.write_text(f"Compiled with {compilers}.\n\n{table(rows)}", encoding="utf-8")
     if args.json:
         command = shlex.join(["python", "-m", "experiments.collectives", *argv])
-        with Records(args.json, command=command, widths=WIDTHS, per_device=PER_DEVICE) as records:
+        about = {"command": command, "libtpu": versions["libtpu"], "widths": WIDTHS}
+        with Records(args.json, **about, per_device=PER_DEVICE) as records:
             for row in rows:
                 records.write("collectives", **to_json(row))
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, if it is installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def to_json(row: Row) -> dict[str, Any]:
