@@ -263,8 +263,8 @@ def target_devices(target: str) -> Sequence[Any]:
             return topologies.get_topology_desc(target, "tpu").devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
-            f"libtpu knows no target {target!r}. Expected cpu, or a generation and a shape such as "
-            f"v5e:2x2, v5e:16x16, v5p:4x4x4 or v6e:16x16. It says: {error}"
+            f"libtpu has no devices for target {target!r}: {error}. Expected cpu, or a generation "
+            f"and a shape such as v5e:2x2, v5e:16x16, v5p:4x4x4 or v6e:16x16."
         ) from None
 
 
@@ -288,6 +288,7 @@ def prepare() -> None:
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask a cloud which TPU this is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # there is no TPU to quarrel over
 
 
 # --- The table -----------------------------------------------------------------------------------

@@ -175,6 +175,21 @@ def test_a_layer_needs_one_collective_each_way():
     assert not elsewhere.counts
 
 
+def test_a_pod_that_is_not_here():
+    pytest.importorskip("libtpu")
+    collectives.prepare()
+    devices = collectives.target_devices("v5e:2x2")
+    text = collectives.compiled("forward", collectives.MODES[3], "plain", devices)
+    sizes = [(c.kind, c.sent, c.received) for c in hlo.collectives(text)]
+    assert sizes == [("all-gather", 12 * c, 48 * c) for c in collectives.WIDTHS]
+
+
+def test_a_target_that_the_compiler_does_not_know():
+    pytest.importorskip("libtpu")
+    with pytest.raises(SystemExit, match=r"'v5e:99x3'.*v5e:2x2"):
+        collectives.main(["--target", "v5e:99x3"])
+
+
 def test_a_target_without_a_compiler(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install libtpu"):
