@@ -13,7 +13,8 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
 ]
-exclude_patterns = ["_build", "peers.md"]  # peers.md is included by semantics.md
+# The tables are included, peers.md by semantics.md.
+exclude_patterns = ["_build", "peers.md", "collectives-table.md"]
 html_theme = "furo"
 html_title = f"jbn {release}"
 
