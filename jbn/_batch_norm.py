@@ -9,10 +9,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check
 from jbn._axes import resolve
+from jbn._deferred import absorb, read
 from jbn._normalize import Params, affine, apply, normalize_pooled
 from jbn._reference import accumulator
-from jbn._running import RunningStats, UpdateRule, absorb, ema
-from jbn._sync import AxisName
+from jbn._running import RunningStats, UpdateRule, ema
+from jbn._sync import AxisName, scope
 
 
 def batch_norm(
@@ -86,8 +87,8 @@ def batch_norm(
     """
     x = _check.floating(x)
     axes = resolve(x.shape, axis)
-    stats = _check.stats(stats, axes)
-    _check.holds_mean(stats, x.dtype)
+    old = _check.stats(read(stats), axes)
+    _check.holds_mean(old, x.dtype)
     if axis_name is None:
         _check.several_values(axes, groups)
     y, m = normalize_pooled(
@@ -102,7 +103,7 @@ def batch_norm(
         groups=groups,
         dtype=dtype,
     )
-    return y, absorb(update, stats, m)
+    return y, absorb(update, old, m, given=stats, over=scope(axis_name, axis_index_groups))
 
 
 def batch_norm_inference(
@@ -140,7 +141,7 @@ def batch_norm_inference(
     """
     x = _check.floating(x)
     axes = resolve(x.shape, axis)
-    stats = _check.stats(stats, axes)
+    stats = _check.stats(read(stats), axes)
     scale, bias = affine(*_check.params(params), axes, accumulator(x.dtype))
     transform = _inference(_check.epsilon(epsilon))
     y = transform(x, axes.expand(stats.mean), axes.expand(stats.var), scale, bias)

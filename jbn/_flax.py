@@ -13,9 +13,10 @@ from jax.typing import ArrayLike, DTypeLike
 from jbn import _check
 from jbn._axes import resolve
 from jbn._batch_norm import batch_norm_inference
+from jbn._deferred import absorb, read
 from jbn._normalize import Params, normalize_pooled
-from jbn._running import RunningStats, UpdateRule, absorb
-from jbn._sync import AxisName
+from jbn._running import RunningStats, UpdateRule
+from jbn._sync import AxisName, scope
 
 
 def training(
@@ -38,9 +39,12 @@ def training(
     shape, axes = x.shape, resolve(x.shape, axis)
     if not axes.reduction and axis_name is None:  # a single example is a batch of one
         x, axes = x[None], resolve((1, *x.shape), tuple(i + 1 for i in axes.features))
+    old = read(stats)
     if jnp.iscomplexobj(x):
-        stats = stats._replace(mean=stats.mean.astype(x.dtype))
-    stats = _check.stats(stats, axes)
+        old = old._replace(mean=old.mean.astype(x.dtype))
+    old = _check.stats(old, axes)
+    if axis_name is None:
+        axis_index_groups = None  # as in Flax
     y, moments = normalize_pooled(
         x,
         *params,
@@ -49,11 +53,12 @@ def training(
         mask=_of_rank(mask, x.ndim),
         weights=_of_rank(weights, x.ndim),
         axis_name=axis_name,
-        axis_index_groups=None if axis_name is None else axis_index_groups,  # as in Flax
+        axis_index_groups=axis_index_groups,
         groups=groups,
         dtype=dtype,
     )
-    return y.reshape(shape), absorb(update, stats, moments)
+    over = scope(axis_name, axis_index_groups)
+    return y.reshape(shape), absorb(update, old, moments, given=stats, over=over)
 
 
 def inference(

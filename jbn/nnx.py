@@ -15,6 +15,7 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax import Array
 
 from jbn import _flax
+from jbn._deferred import read
 from jbn._normalize import Params
 from jbn._running import RunningStats, UpdateRule, ema
 from jbn._sync import AxisName
@@ -140,9 +141,10 @@ class BatchNorm(nnx.BatchNorm):
             "the call; or call model.train() or model.eval() first, or nnx.view(model, ...).",
         )
         variables = [self.mean, self.var] + ([] if self.update is None else [self.count])
-        mean, var, *count = (v[...] for v in variables)
+        mean, var, *count = (v.get_value() for v in variables)
         stats = RunningStats(mean, var, *(count or [jnp.zeros(var.shape, jnp.float32)]))
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
+        mean, var, _ = read(stats)
         x, _, _, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
         params = Params(scale, bias)
         dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
@@ -172,7 +174,7 @@ class BatchNorm(nnx.BatchNorm):
 
 
 def _store(variable: nnx.BatchStat, value: Array) -> None:
-    if variable.dtype == value.dtype:
+    if isinstance(value, Array) and variable.dtype == value.dtype:
         variable[...] = value
-    else:  # the mean of the first complex batch
+    else:  # the mean of the first complex batch, or what `jbn.training` will settle
         variable.set_value(value)

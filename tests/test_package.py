@@ -10,15 +10,17 @@ import sys
 import pytest
 
 import jbn
+import jbn.training
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 # The direction of the library: a file imports from the lines below its own, never sideways or up.
 LAYERS = (
-    {"linen", "nnx"},
+    {"linen", "nnx", "training"},
     {"_flax"},
     {"__init__"},
     {"_batch_norm"},
+    {"_deferred"},
     {"_normalize", "_running"},
     {"_moments"},
     {"_check", "_reference"},
@@ -63,7 +65,11 @@ def test_imports_point_one_way(name):
     for module in modules:
         if module.split(".")[0] == "jbn":
             assert DEPTH[own(module)] > DEPTH[name], f"jbn/{name}.py imports {module}"
-    outside = {"jax", "numpy"} | ({"flax"} if name in ("linen", "nnx") else set())
+    outside = {"jax", "numpy"} | {
+        "linen": {"flax"},
+        "nnx": {"flax"},
+        "training": {"optax"},
+    }.get(name, set())
     assert roots(modules) <= outside | {"jbn"}
 
 
@@ -100,7 +106,9 @@ def test_types_are_shipped():
 
 @pytest.mark.parametrize(
     "name",
-    [f"jbn.{name}" for name in jbn.__all__] + ["jbn.linen.BatchNorm", "jbn.nnx.BatchNorm"],
+    [f"jbn.{name}" for name in jbn.__all__]
+    + [f"jbn.training.{name}" for name in jbn.training.__all__]
+    + ["jbn.linen.BatchNorm", "jbn.nnx.BatchNorm"],
 )
 def test_public_name_is_on_the_api_page(name):
     directive = rf"^\.\. auto\w+:: {re.escape(name)}(?:\(|$)"
