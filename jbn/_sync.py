@@ -31,17 +31,16 @@ class Scope(NamedTuple):
             return lax.all_gather(x, self.names, axis_index_groups=self.groups)
         shape = x.shape
         mesh = tuple(name for name in self.names if name in _mesh_axes())
-        mapped = tuple(name for name in self.names if name not in mesh)  # by vmap: no communication
-        if mapped:
-            x = lax.all_gather(x, mapped)
+        axes = [name for name in self.names if name not in mesh]  # of vmap: no communication
+        for name in reversed(axes):
+            x = lax.all_gather(x, name)
         if mesh:
             # "invarying": the result is the same everywhere, and shard_map may know it.
             x = lax.all_gather(x, mesh, to="invarying")
-        if mapped and mesh:
-            gathered = (*mesh, *mapped)
-            x = x.reshape(*(lax.axis_size(name) for name in gathered), *shape)
-            x = jnp.moveaxis(x, [gathered.index(name) for name in self.names], range(len(gathered)))
-            x = x.reshape(-1, *shape)
+        axes = [*mesh, *axes]
+        x = x.reshape(*(lax.axis_size(name) for name in axes), *shape)
+        x = jnp.moveaxis(x, [axes.index(name) for name in self.names], range(len(axes)))
+        x = x.reshape(-1, *shape)
         return x
 
     def members(self) -> Array | None:
@@ -57,7 +56,7 @@ class Scope(NamedTuple):
         if self.groups is None or self._native_groups(checked=False):
             return lax.psum(tree, self.names, axis_index_groups=self.groups)
         # Every group adds up in a place of its own.
-        own = jnp.arange(len(self.groups)) == self._group()
+        own = jnp.arange(len(self.groups), dtype=np.int32) == self._group()
 
         def place(x: Array) -> Array:
             return jnp.where(own.reshape(-1, *(1 for _ in jnp.shape(x))), x, jnp.zeros_like(x))
@@ -99,6 +98,7 @@ def scope(
 
     Raises:
       NameError: no vmap, pmap or shard_map has bound a name.
+      NotImplementedError: JAX has no collectives over this axis here.
       ValueError: a name stands twice, or the groups do not fit.
     """
     if axis_name is None:
@@ -112,6 +112,8 @@ def scope(
     if len(set(names)) < len(names):
         raise ValueError(f"axis_name={axis_name!r} names an axis twice: name each once.")
     size = math.prod(_axis_size(name) for name in names)
+    for name in names:
+        _reduces_here(name)
     if axis_index_groups is None:
         return Scope(names)
     groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
@@ -143,6 +145,17 @@ def _axis_size(name: Hashable) -> int:
             f"surrounding shard_map, pmap or vmap(..., axis_name={name!r}). Under jit with sharded "
             f"arrays leave axis_name out: x is the global array there, and so are its statistics."
         ) from None
+
+
+def _reduces_here(name: Hashable) -> None:
+    """Refuses an axis of vmap inside a checking shard_map: there JAX (0.10 to 0.12) only asserts."""
+    checked = any(varying(lax.axis_index(axis)) for axis in _mesh_axes())
+    if checked and name not in _mesh_axes():
+        raise NotImplementedError(
+            f"axis_name={name!r} is an axis of vmap inside a shard_map that checks what varies, where "
+            f"JAX has no collectives over it. Pass check_vma=False to shard_map, or make "
+            f"{name!r} an axis of the mesh (bound axes: {', '.join(map(repr, _bound_axes()))})."
+        )
 
 
 def _bound_axes() -> tuple[Hashable, ...]:

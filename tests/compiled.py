@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 import jbn
 
-_REDUCE = ("axis", "axis_name", "axis_index_groups")
+_REDUCE = ("axis", "axis_name", "axis_index_groups", "groups")
 
 moments = jax.jit(jbn.moments, static_argnames=_REDUCE)
 merge = jax.jit(jbn.merge)
@@ -19,7 +19,7 @@ batch_norm = jax.jit(jbn.batch_norm, static_argnames=(*_REDUCE, "epsilon", "upda
 batch_norm_inference = jax.jit(jbn.batch_norm_inference, static_argnames=("axis", "epsilon"))
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "epsilon"))
+@functools.partial(jax.jit, static_argnames=("axis", "epsilon", "groups"))
 def vjp(x, scale, bias, dy, dmean=None, dvar=None, **kwargs):
     """(y, moments, gradient): the gradient of sum(dy y) + sum(dmean mean) + sum(dvar var)."""
 

@@ -1,10 +1,15 @@
-"""One law, several executions: the batch whole, and split over the instances of a named axis.
+"""One law, many executions: the batch whole, and split over devices or instances of a named axis.
 
-Every execution has the signature of `whole`: x is the whole batch, whose first axis is cut into the
-instances' shares; the result is what the whole batch gives, put together again.
+Every mode runs f(params, rows, axis_name) -> (per row, shared). `rows` is a dict of arrays whose
+first axis is the whole batch; a mode gives f its instance's share of them, or the global arrays
+where the compiler cuts them, and puts the results together again: per row in the order of the
+batch, shared as [4, ...], one for each of four instances.
 """
 
+import contextlib
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +17,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXIS = "batch"
+INSTANCES = 4
 
 
-def mesh(shape=(4,), names=(AXIS,)):
-    """A mesh of virtual CPU devices, with the axis types that shard_map and jit both take."""
+def mesh(shape=(INSTANCES,), names=(AXIS,), axis_type=AxisType.Auto):
+    """A mesh of virtual CPU devices."""
     devices = jax.devices()[: functools.reduce(int.__mul__, shape)]
-    return jax.make_mesh(shape, names, (AxisType.Auto,) * len(shape), devices=devices)
+    return jax.make_mesh(shape, names, (axis_type,) * len(shape), devices=devices)
 
 
 def cut(instances, x):
@@ -25,57 +31,116 @@ def cut(instances, x):
     return x.reshape(instances, -1, *x.shape[1:])
 
 
-def whole(f, params, x, mask):
-    """f itself, without a named axis: f(params, x, mask, axis_name) -> (per row, shared)."""
-    return f(params, x, mask, None)
+def rejoin(x):
+    """The inverse of `cut`."""
+    return x.reshape(-1, *x.shape[2:])
 
 
-def _mapped(transform, f, params, x, mask):
-    def instance(params, x, *mask):
-        return f(params, x, mask[0] if mask else None, AXIS)
+def everywhere(tree):
+    return jax.tree.map(lambda v: jnp.broadcast_to(v, (INSTANCES, *v.shape)), tree)
 
-    shares = [cut(4, v) for v in (x, mask) if v is not None]
-    run = transform(instance, axis_name=AXIS, in_axes=(None, *(0 for _ in shares)))
-    rows, shared = run(params, *shares)
+
+class Mode(NamedTuple):
+    """One way to run f.
+
+    Attributes:
+      execute: (f, params, rows) -> (per row, shared).
+      names: the named axes among which the batch is split; None where f sees the global arrays.
+      axis_type: of the mesh that is set while it runs, if one is.
+    """
+
+    name: str
+    execute: Callable
+    names: Any = AXIS
+    axis_type: AxisType | None = None
+
+    def __str__(self):
+        return self.name
+
+    def run(self, program, params, rows):
+        """jit(program)(params, rows) in the mode's surroundings, rows where it wants them."""
+        if self.names is not None:
+            return jax.jit(program)(params, rows)
+        where = mesh(axis_type=self.axis_type or AxisType.Auto)
+        with jax.set_mesh(where) if self.axis_type else contextlib.nullcontext():
+            rows = jax.device_put(rows, NamedSharding(where, P(AXIS)))
+            return jax.jit(program)(params, rows)
+
+
+def _whole(f, params, rows):
+    per_row, shared = f(params, rows, None)
+    return per_row, everywhere(shared)
+
+
+def _mapped(transform, f, params, rows):
+    instance = lambda params, share: f(params, share, AXIS)  # noqa: E731
+    run = transform(instance, axis_name=AXIS, in_axes=(None, 0))
+    per_row, shared = run(params, jax.tree.map(functools.partial(cut, INSTANCES), rows))
     # Every instance must have the same statistics: all are returned, to be compared.
-    return rows.reshape(x.shape), shared
+    return jax.tree.map(rejoin, per_row), shared
 
 
-def vmap(f, params, x, mask):
-    return _mapped(jax.vmap, f, params, x, mask)
+def _nested_vmap(f, params, rows):
+    instance = lambda params, share: f(params, share, ("outer", "inner"))  # noqa: E731
+    inner = jax.vmap(instance, axis_name="inner", in_axes=(None, 0))
+    run = jax.vmap(inner, axis_name="outer", in_axes=(None, 0))
+    shares = jax.tree.map(lambda x: cut(2, cut(4, x)), rows)
+    per_row, shared = run(params, shares)
+    return jax.tree.map(lambda x: rejoin(rejoin(x)), per_row), jax.tree.map(rejoin, shared)
 
 
-def pmap(f, params, x, mask):
-    return _mapped(jax.pmap, f, params, x, mask)
+def _shard_map(check_vma, f, params, rows):
+    # `shared` leaves with an axis of its own: with index groups it differs.
+    def instance(params, share):
+        per_row, shared = f(params, share, AXIS)
+        return per_row, jax.tree.map(lambda v: v[None], shared)
+
+    specs = {"in_specs": (P(), P(AXIS)), "out_specs": P(AXIS)}
+    return jax.shard_map(instance, mesh=mesh(), check_vma=check_vma, **specs)(params, rows)
 
 
-def _shard_map(check_vma, f, params, x, mask):
-    run = jax.shard_map(
-        lambda params, x, mask: f(params, x, mask, AXIS),
-        mesh=mesh(),
-        in_specs=(P(), P(AXIS), P(AXIS)),
-        out_specs=(P(AXIS), P()),
-        check_vma=check_vma,
-    )
-    rows, shared = run(params, x, mask)
-    return rows, jax.tree.map(lambda v: jnp.broadcast_to(v, (4, *v.shape)), shared)
+def _shard_map_of_vmap(f, params, rows):
+    """Two devices, two instances on each.
+
+    check_vma=False: a checking shard_map has no collectives over an axis of vmap (jax 0.12).
+    """
+
+    def instance(params, share):
+        per_row, shared = f(params, share, ("device", "mapped"))
+        return per_row, shared
+
+    def device(params, share):
+        run = jax.vmap(instance, axis_name="mapped", in_axes=(None, 0))
+        per_row, shared = run(params, jax.tree.map(functools.partial(cut, 2), share))
+        return jax.tree.map(rejoin, per_row), shared
+
+    specs = {"in_specs": (P(), P("device")), "out_specs": P("device")}
+    run = jax.shard_map(device, mesh=mesh((2,), ("device",)), check_vma=False, **specs)
+    return run(params, rows)
 
 
-def shard_map(f, params, x, mask):
-    return _shard_map(True, f, params, x, mask)
+def _two_mesh_axes(f, params, rows):
+    def instance(params, share):
+        per_row, shared = f(params, share, ("a", "b"))
+        return per_row, jax.tree.map(lambda v: v[None], shared)
+
+    specs = {"in_specs": (P(), P(("a", "b"))), "out_specs": P(("a", "b"))}
+    return jax.shard_map(instance, mesh=mesh((2, 2), ("a", "b")), **specs)(params, rows)
 
 
-def shard_map_unchecked(f, params, x, mask):
-    return _shard_map(False, f, params, x, mask)
-
-
-def sharded_jit(f, params, x, mask):
-    """The global array under jit, cut by the compiler: no named axis."""
-    sharding = NamedSharding(mesh(), P(AXIS))
-    x = jax.lax.with_sharding_constraint(x, sharding)
-    rows, shared = f(params, x, mask, None)
-    rows = jax.lax.with_sharding_constraint(rows, sharding)
-    return rows, jax.tree.map(lambda v: jnp.broadcast_to(v, (4, *v.shape)), shared)
-
-
-ALL = [vmap, pmap, shard_map, shard_map_unchecked, sharded_jit]
+WHOLE = Mode("whole", _whole, None)
+NAMED = (
+    Mode("vmap", functools.partial(_mapped, jax.vmap)),
+    Mode("nested_vmap", _nested_vmap, ("outer", "inner")),
+    Mode("pmap", functools.partial(_mapped, jax.pmap)),
+    Mode("shard_map", functools.partial(_shard_map, True)),
+    Mode("shard_map_unchecked", functools.partial(_shard_map, False)),
+    Mode("shard_map_of_vmap", _shard_map_of_vmap, ("device", "mapped")),
+    Mode("two_mesh_axes", _two_mesh_axes, ("a", "b")),
+)
+GLOBAL = (
+    Mode("jit", _whole, None),
+    Mode("jit_set_mesh", _whole, None, AxisType.Auto),
+    Mode("jit_explicit", _whole, None, AxisType.Explicit),
+)
+ALL = NAMED + GLOBAL
