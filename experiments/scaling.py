@@ -50,6 +50,7 @@ from jax.typing import ArrayLike
 from tqdm import tqdm
 
 import jbn.linen
+import jbn.training
 from experiments import data, figures
 from experiments.models import ResNet, matmul_conv
 from experiments.records import Records
@@ -65,7 +66,7 @@ class Config(NamedTuple):
 
     devices: tuple[int, ...] = (1, 2, 4, 8)
     per_device: int = 2  # images a device and step
-    images: int = 10_000  # that a run trains on
+    images: int = 16_000  # that a run trains on
     seeds: tuple[int, ...] = (0, 1)
     learning_rate: float = 0.1  # the first, at 16 images a step
     window: int = 2_000  # images that the running statistics average over
@@ -81,14 +82,6 @@ class Case(NamedTuple):
     statistics: str
     devices: int
     seed: int
-
-
-class State(NamedTuple):
-    """All that a training step takes in and hands back."""
-
-    params: Any
-    stats: Any
-    opt_state: optax.OptState
 
 
 class Judgement(NamedTuple):
@@ -157,29 +150,17 @@ def make_optimizer(config: Config, devices: int) -> optax.GradientTransformation
     return optax.sgd(rate, momentum=0.9)
 
 
-def make_step(
-    net: ResNet, optimizer: optax.GradientTransformation, axis_name: str | None
-) -> Callable[[State, tuple[Array, Array]], tuple[State, Array]]:
-    """One step of SGD: ``(state, (images, labels)) -> (state, loss)``."""
+def make_loss(net: ResNet) -> Callable[..., tuple[Array, Any, dict[str, Array]]]:
+    """Softmax cross-entropy [nats], mean over the batch; and the updated running statistics."""
 
-    def mean(tree: Any) -> Any:
-        return tree if axis_name is None else lax.pmean(tree, axis_name)
-
-    def step(state: State, batch: tuple[Array, Array]) -> tuple[State, Array]:
+    def loss_fn(params: Any, stats: Any, batch: tuple[Array, Array]) -> Any:
         images, labels = batch
+        variables = {"params": params, "batch_stats": stats}
+        logits, new = net.apply(variables, as_input(images), True, mutable=["batch_stats"])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), new["batch_stats"], {}
 
-        def loss_fn(params: Any) -> tuple[Array, Any]:
-            variables = {"params": params, "batch_stats": state.stats}
-            logits, new = net.apply(variables, as_input(images), True, mutable=["batch_stats"])
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), new["batch_stats"]
-
-        (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        loss, stats, grads = mean((loss, stats, grads))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        return State(optax.apply_updates(state.params, updates), stats, opt_state), loss
-
-    return step
+    return loss_fn
 
 
 @functools.cache
@@ -191,17 +172,20 @@ def make_trainer(config: Config, statistics: str, devices: int) -> tuple[Mesh, C
     mesh = jax.make_mesh((devices,), (AXIS,), (AxisType.Auto,), devices=jax.devices()[:devices])
     axis_name = None if statistics == "ghost" else AXIS
     net = network(config, statistics, devices)
-    step = make_step(net, make_optimizer(config, devices), axis_name)
+    step = jbn.training.make_train_step(
+        make_loss(net), make_optimizer(config, devices), axis_name=axis_name
+    )
 
-    def train_steps(state: State, images: Array, labels: Array) -> tuple[State, Array]:
-        state, losses = lax.scan(step, state, (images, labels))
-        return state, losses.mean()
+    def train_steps(
+        state: jbn.training.TrainState, images: Array, labels: Array
+    ) -> tuple[jbn.training.TrainState, Array]:
+        state, metrics = lax.scan(step, state, (images, labels))
+        return state, metrics["loss"].mean()
 
     if axis_name is not None:
         split = P(None, AXIS)
-        # Without check_vma the gradients are those of each device's own loss: `make_step` averages.
         train_steps = jax.shard_map(
-            train_steps, mesh=mesh, in_specs=(P(), split, split), out_specs=P(), check_vma=False
+            train_steps, mesh=mesh, in_specs=(P(), split, split), out_specs=P()
         )
     everywhere = NamedSharding(mesh, P())
     return mesh, jax.jit(train_steps, out_shardings=everywhere, donate_argnums=0)
@@ -220,8 +204,9 @@ def train(config: Config, photos: data.Photos, case: Case) -> tuple[Any, float]:
     batch = config.per_device * case.devices
     init = jax.jit(functools.partial(network(config).init, train=False))
     variables = init(jax.random.key(case.seed), as_input(jnp.asarray(photos.train_images[:1])))
-    params, stats = variables["params"], variables["batch_stats"]
-    state = State(params, stats, make_optimizer(config, case.devices).init(params))
+    state = jbn.training.init(
+        variables["params"], variables["batch_stats"], make_optimizer(config, case.devices)
+    )
     state = jax.device_put(state, NamedSharding(mesh, P()))
     split = NamedSharding(mesh, P(None, AXIS))
     order, loss = image_order(len(photos.train_images), config.images, case.seed), jnp.nan
@@ -232,7 +217,8 @@ def train(config: Config, photos: data.Photos, case: Case) -> tuple[Any, float]:
             images, labels = jax.device_put(
                 (photos.train_images[rows], photos.train_labels[rows]), split
             )
-            state, loss = train_steps(state, images, labels)
+            with jax.set_mesh(mesh):  # tells jbn how many parts a sharded array has
+                state, loss = train_steps(state, images, labels)
             bar.set_postfix_str(f"loss {float(loss):.3f}")
             bar.update(len(chunk))
     return jax.device_get({"params": state.params, "batch_stats": state.stats}), float(loss)
