@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check
 from jbn._axes import resolve
-from jbn._deferred import absorb, read
+from jbn._deferred import absorb, read, waits
 from jbn._normalize import Params, affine, apply, normalize_pooled
 from jbn._reference import accumulator
 from jbn._running import RunningStats, UpdateRule, ema
@@ -79,8 +79,9 @@ def batch_norm(
       NameError: no vmap, pmap or shard_map binds axis_name.
       TypeError: x is not floating point, mask is not bool, or params, stats or update are of
         another kind.
-      ValueError: axis, params, stats, mask, weights or groups do not fit x's shape; epsilon < 0; or
-        x has one value per feature.
+      ValueError: axis, params, stats, mask, weights or groups do not fit x's shape; epsilon < 0;
+        x has one value per feature; or, in a shard_map that checks what varies, the statistics of
+        one device would become those of all.
 
     PyTorch's `momentum` is 1 - decay, and its running variance is the unbiased one:
     `update=jbn.ema(0.9, unbiased=True)` is its default. Flax's default is `update=jbn.ema(0.99)`.
@@ -103,6 +104,8 @@ def batch_norm(
         groups=groups,
         dtype=dtype,
     )
+    if not waits(stats):
+        _check.as_replicated_as(old.mean, m.mean)
     return y, absorb(update, old, m, given=stats, over=scope(axis_name, axis_index_groups))
 
 

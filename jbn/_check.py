@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jbn._axes import Axes
+from jbn._sync import bound_axes, varying
 
 
 def floating(x: ArrayLike) -> Array:
@@ -144,6 +145,23 @@ def several_values(axes: Axes, groups: int | None) -> None:
             f"normalise with running statistics (jbn.batch_norm_inference), or drop the last "
             f"batch of an epoch if it is this small."
         )
+
+
+def as_replicated_as(old: Array, new: Array) -> None:
+    """Refuses statistics of each device's own where those so far are the same on all."""
+    axes = varying(new) - varying(old)
+    if not axes:
+        return
+    names = ", ".join(map(repr, sorted(axes, key=str)))
+    one = names if len(axes) == 1 else f"({names})"
+    raise ValueError(
+        f"the statistics of this batch differ along the mesh axes {names} (bound axes: "
+        f"{', '.join(map(repr, bound_axes()))}), and those in stats do not: they would leave "
+        f"shard_map as if all devices agreed on them. Write axis_name={one} to normalise by the "
+        f"whole batch. If every device is to have statistics of its own, say so first, "
+        f'stats = jax.lax.pcast(stats, {one}, to="varying"), and let them leave by '
+        f"out_specs=P({names}). Under jit with sharded arrays neither is needed."
+    )
 
 
 def participation(axes: Axes, mask: ArrayLike | None, weights: ArrayLike | None) -> Array | None:

@@ -125,7 +125,7 @@ def defer(tree: T) -> T:
 
 def read(stats: RunningStats) -> RunningStats:
     """The arrays that a layer sees: those before the step; after a call in the step, its own."""
-    if not _waits(stats):
+    if not waits(stats):
         return stats
     for cell in stats:
         if isinstance(cell, Update):
@@ -150,7 +150,7 @@ def absorb(
       over: the program instances whose moments these are.
     """
     new = _running.absorb(rule, stats, moments)  # checks rule and result, now
-    if not _waits(given):
+    if not waits(given):
         return new
     moments = lax.stop_gradient(moments)
     # Of full shape, so that a leading axis (of nn.scan, say) is one of every field.
@@ -202,7 +202,8 @@ def is_waiting(value: Any) -> bool:
     return isinstance(value, _Waiting)
 
 
-def _waits(stats: Any) -> bool:
+def waits(stats: Any) -> bool:
+    """Whether any field of these statistics is a Deferred or an Update."""
     return isinstance(stats, tuple) and any(map(is_waiting, stats))
 
 

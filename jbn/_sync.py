@@ -40,8 +40,7 @@ class Scope(NamedTuple):
         axes = [*mesh, *axes]
         x = x.reshape(*(lax.axis_size(name) for name in axes), *shape)
         x = jnp.moveaxis(x, [axes.index(name) for name in self.names], range(len(axes)))
-        x = x.reshape(-1, *shape)
-        return x
+        return x.reshape(-1, *shape)
 
     def members(self) -> Array | None:
         """[n] bool: whose values in `gather`'s result are of this instance's group; None: all."""
@@ -139,7 +138,7 @@ def _axis_size(name: Hashable) -> int:
     try:
         return lax.axis_size(name)
     except NameError:
-        bound = ", ".join(map(repr, _bound_axes())) or "none"
+        bound = ", ".join(map(repr, bound_axes())) or "none"
         raise NameError(
             f"axis_name={name!r} is unbound here (bound axes: {bound}). It must be an axis of a "
             f"surrounding shard_map, pmap or vmap(..., axis_name={name!r}). Under jit with sharded "
@@ -148,17 +147,18 @@ def _axis_size(name: Hashable) -> int:
 
 
 def _reduces_here(name: Hashable) -> None:
-    """Refuses an axis of vmap inside a checking shard_map: there JAX (0.10 to 0.12) only asserts."""
+    """Refuses an axis of vmap inside a checking shard_map, where JAX (to 0.12) only asserts."""
     checked = any(varying(lax.axis_index(axis)) for axis in _mesh_axes())
     if checked and name not in _mesh_axes():
         raise NotImplementedError(
-            f"axis_name={name!r} is an axis of vmap inside a shard_map that checks what varies, where "
-            f"JAX has no collectives over it. Pass check_vma=False to shard_map, or make "
-            f"{name!r} an axis of the mesh (bound axes: {', '.join(map(repr, _bound_axes()))})."
+            f"axis_name={name!r} is an axis of vmap inside a shard_map that checks what varies, "
+            f"where JAX has no collectives over it. Pass check_vma=False to shard_map, or make "
+            f"{name!r} an axis of the mesh (bound axes: {', '.join(map(repr, bound_axes()))})."
         )
 
 
-def _bound_axes() -> tuple[Hashable, ...]:
+def bound_axes() -> tuple[Hashable, ...]:
+    """The names of all axes here, for messages."""
     try:
         from jax.extend.core import unsafe_get_axis_names_DO_NOT_USE as axis_names
     except ImportError:  # used for the message above alone

@@ -47,12 +47,14 @@ class Mode(NamedTuple):
       execute: (f, params, rows) -> (per row, shared).
       names: the named axes among which the batch is split; None where f sees the global arrays.
       axis_type: of the mesh that is set while it runs, if one is.
+      checks: whether JAX knows over which axes a value varies.
     """
 
     name: str
     execute: Callable
     names: Any = AXIS
     axis_type: AxisType | None = None
+    checks: bool = False
 
     def __str__(self):
         return self.name
@@ -133,10 +135,10 @@ NAMED = (
     Mode("vmap", functools.partial(_mapped, jax.vmap)),
     Mode("nested_vmap", _nested_vmap, ("outer", "inner")),
     Mode("pmap", functools.partial(_mapped, jax.pmap)),
-    Mode("shard_map", functools.partial(_shard_map, True)),
+    Mode("shard_map", functools.partial(_shard_map, True), checks=True),
     Mode("shard_map_unchecked", functools.partial(_shard_map, False)),
     Mode("shard_map_of_vmap", _shard_map_of_vmap, ("device", "mapped")),
-    Mode("two_mesh_axes", _two_mesh_axes, ("a", "b")),
+    Mode("two_mesh_axes", _two_mesh_axes, ("a", "b"), checks=True),
 )
 GLOBAL = (
     Mode("jit", _whole, None),

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import jbn
+from tests import executions
 
 X = np.zeros((8, 5), np.float32)
 PARAMS, STATS = jbn.init_params(5), jbn.init_stats(5)
+MESH = executions.mesh((2, 2), ("data", "model"))
 
 
 def fails(error, call, *words):
@@ -221,3 +224,84 @@ def test_a_traced_epsilon():
     x = np.ones((8, 4), np.float32)
     call = lambda: jax.jit(lambda e: jbn.normalize(x, epsilon=e)[0])(1e-5)  # noqa: E731
     fails(TypeError, call, "epsilon", "traced")
+
+
+# --- which values share statistics -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [3, 16])
+def test_groups_must_divide_the_batch(groups):
+    for call in (
+        train(groups=groups),
+        lambda: jbn.normalize(X, groups=groups),
+        lambda: jbn.moments(X, groups=groups),
+    ):
+        fails(ValueError, call, f"groups={groups}", "batch of 8", (8, 5), "1, 2, 4, 8")
+
+
+@pytest.mark.parametrize("groups", [0, -2, 2.0, True, "2"])
+def test_groups_is_a_positive_number(groups):
+    fails(TypeError, train(groups=groups), repr(groups), "groups=8")
+
+
+def test_groups_of_one_value():
+    fails(ValueError, train(groups=8), "one value per channel", "in each of 8 groups", (8, 5))
+
+
+def test_groups_of_nothing():
+    call = lambda: jax.vmap(  # noqa: E731
+        lambda x: jbn.normalize(x, axis_name="i", groups=2), axis_name="i"
+    )(X)
+    fails(ValueError, call, "groups=2", (5,))
+
+
+def test_unbound_axis_name_says_which_are_bound():
+    fails(NameError, train(axis_name="nowhere"), "'nowhere' is unbound", "none", "leave axis_name")
+    stats = jbn.init_params(1), jbn.init_stats(1)
+    mapped = jax.vmap(lambda x: train(x, *stats, axis_name="bath")(), axis_name="batch")
+    fails(NameError, lambda: mapped(X.reshape(4, 10, 1)), "'bath'", "bound axes: 'batch'")
+    sharded = jax.shard_map(train(axis_name=("data", "x")), mesh=MESH, in_specs=(), out_specs=P())
+    fails(NameError, sharded, "axis_name='x' is unbound", "bound axes: 'data', 'model'")
+
+
+def test_axis_name_given_twice():
+    mapped = jax.vmap(lambda x: jbn.normalize(x, axis_name=("i", "i")), axis_name="i")
+    fails(ValueError, lambda: mapped(X.reshape(2, 4, 5)), "('i', 'i')", "twice")
+
+
+@pytest.mark.parametrize("groups", [[[0, 1]], [[0, 1], [1, 2, 3]], [[0, 1, 2, 3, 4]], [[0], [4]]])
+def test_index_groups_must_hold_every_index_once(groups):
+    def run(x):
+        return jbn.normalize(x, axis_name="i", axis_index_groups=groups)
+
+    call = lambda: jax.vmap(run, axis_name="i")(X.reshape(4, 2, 5))  # noqa: E731
+    fails(ValueError, call, groups, "'i'", "0 to 3")
+    fails(ValueError, train(axis_index_groups=[[0]]), "pass axis_name= too")
+
+
+def shard_mapped(f, check_vma=True):
+    specs = {"in_specs": (P("data"), P()), "out_specs": (P("data"), P())}
+    return lambda: jax.shard_map(f, mesh=MESH, check_vma=check_vma, **specs)(X, STATS)
+
+
+def test_local_statistics_about_to_leave_shard_map_as_replicated():
+    words = "axes 'data'", "bound axes: 'data', 'model'", "axis_name='data'", "pcast", "P('data')"
+    fails(ValueError, shard_mapped(lambda x, stats: train(x, stats=stats)()), *words)
+    # What the message says to write is right.
+    shard_mapped(lambda x, stats: train(x, stats=stats, axis_name="data")())()
+
+    def own(x, stats):
+        y, stats = train(x, stats=jax.lax.pcast(stats, "data", to="varying"))()
+        return y, jax.lax.pmean(stats, "data")
+
+    shard_mapped(own)()
+
+
+def test_an_axis_of_vmap_inside_a_checking_shard_map():
+    def device(x, stats):
+        run = lambda x: jbn.normalize(x, axis_name=("data", "i"))[0]  # noqa: E731
+        return jax.vmap(run, axis_name="i")(x[None])[0], stats
+
+    words = "axis_name='i'", "check_vma=False", "'data', 'model', 'i'"
+    fails(NotImplementedError, shard_mapped(device), *words)
+    shard_mapped(device, check_vma=False)()
