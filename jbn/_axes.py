@@ -71,12 +71,13 @@ class Axes(NamedTuple):
 
     def unsqueeze(self, values: Array) -> Array:
         """The inverse of `squeeze`, also for values of which some axes have size 1."""
-        grouped = self.group is not None
         where = [1] * len(self.shape)
-        for i, n in zip(self.features, values.shape[grouped:], strict=True):
-            where[i] = n
-        if not grouped:
+        if self.group is None:
+            for i, n in zip(self.features, values.shape, strict=True):
+                where[i] = n
             return values.reshape(where)
+        for i, n in zip(self.features, values.shape[1:], strict=True):
+            where[i] = n
         del where[self.group]
         return jnp.moveaxis(values.reshape(values.shape[0], *where), 0, self.group)
 

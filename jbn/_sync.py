@@ -10,6 +10,7 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -159,8 +160,5 @@ def _reduces_here(name: Hashable) -> None:
 
 def bound_axes() -> tuple[Hashable, ...]:
     """The names of all axes here, for messages."""
-    try:
-        from jax.extend.core import unsafe_get_axis_names_DO_NOT_USE as axis_names
-    except ImportError:  # used for the message above alone
-        return _mesh_axes()
-    return tuple(axis_names())
+    names = getattr(jax.extend.core, "unsafe_get_axis_names_DO_NOT_USE", _mesh_axes)
+    return tuple(names())
