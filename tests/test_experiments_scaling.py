@@ -252,7 +252,7 @@ def test_resnet_shapes():
 def test_a_new_block_is_the_identity_after_relu():
     x = jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
     block = ResidualBlock(3)
-    y, _ = block.init_with_output(jax.random.key(1), x)
+    y, _ = jax.jit(block.init_with_output)(jax.random.key(1), x)
     np.testing.assert_array_equal(y, nn.relu(x))
 
 
@@ -359,25 +359,23 @@ def test_judged_images_come_from_all_of_a_sorted_set():
 
 
 def test_smoke(tmp_path, capsys):
-    scaling.main(["--smoke", "--out", str(tmp_path), "--images", "32", "--devices", "1", "4"])
+    scaling.main(["--smoke", "--out", str(tmp_path), "--images", "32", "--devices", "2"])
     header, *rest = map(json.loads, (tmp_path / "scaling.jsonl").read_text().splitlines())
     assert header["command"].startswith("python -m experiments.scaling --smoke")
     assert header["images_from"].startswith("made-up stripes, not CIFAR-10")
     runs = [row for row in rest if row["kind"] == "run"]
     assert [(r["statistics"], r["devices"], r["shared_by"]) for r in runs] == [
-        ("local", 1, 2),
-        ("local", 4, 2),
-        ("synchronised", 4, 8),
-        ("ghost", 4, 4),
+        ("local", 2, 2),
+        ("synchronised", 2, 4),
     ]
     for run in runs:
         assert 0 <= run["test_accuracy"] <= 1
         assert np.isfinite([run["train_by_batch_loss"], run["train_by_running_loss"]]).all()
     results = [row for row in rest if row["kind"] == "summary"]
-    assert [r["same_as"] for r in results] == [None, "local", "local", None, None, None]
-    assert results[0]["gap"] == results[1]["gap"]
+    assert [r["same_as"] for r in results] == [None, None, "synchronised"]
+    assert results[1]["gap"] == results[2]["gap"] != results[0]["gap"]
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
-    assert "local = synchronised = ghost" in capsys.readouterr().out
+    assert "synchronised = ghost" in capsys.readouterr().out
 
 
 def test_without_images_the_message_says_where_they_are(capsys):
