@@ -175,12 +175,12 @@ def launch(processes: int, devices: int, steps: int, out: Path) -> list[str]:
         )
         for i in range(processes)
     ]
-    failed = False
+    said, failed = [], True
     try:
         said = [process.communicate(timeout=TIMEOUT)[0] for process in started]
         failed = any(process.returncode for process in started)
     except subprocess.TimeoutExpired:
-        failed = True
+        pass
     if failed:  # one that died leaves the others waiting for it
         for process in started:
             process.kill()
