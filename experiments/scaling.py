@@ -96,12 +96,13 @@ class Judgement(NamedTuple):
 
 
 def sharing(statistics: str, devices: int) -> int:
-    """How many devices share their statistics."""
-    return {"local": 1, "ghost": min(2, devices), "synchronised": devices}[statistics]
+    """How many devices share their statistics. An odd number has no pairs: there ghost is local."""
+    pair = 2 if devices % 2 == 0 else 1
+    return {"local": 1, "ghost": pair, "synchronised": devices}[statistics]
 
 
 def runs_as(statistics: str, devices: int) -> str:
-    """The statistics that stand for these: on one device all are the same, on two two are."""
+    """The statistics that stand for these: on one device all are the same, on two two of them."""
     shared = sharing(statistics, devices)
     return next(name for name in STATISTICS if sharing(name, devices) == shared)
 
@@ -119,7 +120,8 @@ def cases(config: Config) -> Iterator[Case]:
 
 def network(config: Config, statistics: str = "local", devices: int = 1) -> ResNet:
     """The same layers in every run: the scope of the statistics is no parameter."""
-    batch = config.per_device * devices
+    # So the running statistics average over as many images however many make a step.
+    momentum = max(0.0, 1 - config.per_device * devices / config.window)
     scope: dict[str, Any] = {"local": {}, "synchronised": {"axis_name": AXIS}}.get(
         statistics, {"groups": devices // sharing(statistics, devices)}
     )
@@ -128,7 +130,7 @@ def network(config: Config, statistics: str = "local", devices: int = 1) -> ResN
         blocks=(1,) * len(config.widths),
         stem_stride=config.stem_stride,
         n_classes=data.N_CLASSES,
-        norm=functools.partial(jbn.linen.BatchNorm, momentum=1 - batch / config.window, **scope),
+        norm=functools.partial(jbn.linen.BatchNorm, momentum=momentum, **scope),
         conv=functools.partial(nn.Conv, conv_general_dilated=matmul_conv),
     )
 
@@ -377,7 +379,7 @@ def parser() -> argparse.ArgumentParser:
         "lines. The devices are virtual: shares of this machine's CPU.",
     )
     add_run_options(p.add_argument_group("what to run"))
-    add_image_options(p.add_argument_group("images: one of these"))
+    add_image_options(p.add_argument_group("images, one of"))
     add_training_options(p.add_argument_group("training"))
     return p
 

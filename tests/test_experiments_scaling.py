@@ -280,6 +280,7 @@ def test_cases_that_are_the_same_run_once():
     ]
     assert scaling.runs_as("ghost", 2) == "synchronised"
     assert scaling.runs_as("synchronised", 1) == "local"
+    assert scaling.runs_as("ghost", 3) == "local"
     assert [scaling.sharing(s, 8) for s in ("local", "ghost", "synchronised")] == [1, 2, 8]
 
 
