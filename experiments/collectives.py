@@ -124,6 +124,9 @@ def program(part: str, mode: Mode, statistics: str, devices: int) -> Callable[..
     def f(x, dy, mask, layers):
         if part == "inference":
             return infer(x, layers)
+        if mode.check_vma and is_local(mode, statistics):
+            own = [lax.pcast(layer.stats, AXIS, to="varying") for layer in layers]
+            layers = [layer._replace(stats=s) for layer, s in zip(layers, own, strict=True)]
         outputs = functools.partial(train, mask=mask if statistics == "masked" else None, **options)
         if part == "forward":
             return outputs(x, layers=layers)[0]
