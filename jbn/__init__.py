@@ -11,8 +11,9 @@ Flax modules live in `jbn.linen` and `jbn.nnx`, which this package does not impo
 """
 
 from jbn._batch_norm import batch_norm, batch_norm_inference
-from jbn._moments import Moments, merge, moments, pool
+from jbn._moments import moments
 from jbn._normalize import Params, init_params, normalize
+from jbn._pool import Moments, merge, pool
 from jbn._running import RunningStats, UpdateRule, cumulative, ema, init_stats
 
 __version__ = "0.1.0"

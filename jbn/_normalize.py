@@ -26,17 +26,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check, _sharding
 from jbn._axes import Axes
-from jbn._moments import (
-    Moments,
-    Problem,
-    derivative,
-    measure,
-    only_active,
-    pool_groups,
-    prepare,
-    restore,
-    shifted,
-)
+from jbn._moments import Problem, derivative, measure, only_active, prepare, shifted
+from jbn._pool import Moments, pool_groups, restore
 from jbn._reference import accumulator
 from jbn._sync import AxisName
 

@@ -22,7 +22,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jbn import _check
-from jbn._moments import Moments
+from jbn._pool import Moments
 from jbn._reference import accumulator
 from jbn._sharding import is_explicitly_sharded
 

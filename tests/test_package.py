@@ -23,7 +23,7 @@ LAYERS = (
     {"_deferred"},
     {"_normalize", "_running"},
     {"_moments"},
-    {"_check", "_reference"},
+    {"_check", "_reference", "_pool"},
     {"_sharding", "_sync"},
     {"_axes"},
 )
