@@ -1,0 +1,166 @@
+"""Moments of parts of a batch -> Moments of the whole: of blocks, devices, instances, groups.
+
+Every part has a K of its own, near its own data, so that choosing it needs no communication. What
+is sent is (K, E[x - K], var), and the count where counts differ, in one collective. Here statistics
+have the shape [C], or [parts, C]; K - K_i, a difference of two values of x, is exact where it
+matters, so nothing cancels at any mean/std.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jbn._axes import Axes
+from jbn._sharding import collect, together
+from jbn._sync import Scope
+
+
+class Moments(NamedTuple):
+    """What a batch says about each feature.
+
+    Attributes:
+      count: the number of values behind each mean, or the sum of their weights. []; or [C] (for
+        several feature axes, a shape that broadcasts to theirs) where these differ by feature.
+      mean: [C], float32 or float64 (complex for complex x). 0 where the count is 0.
+      var: [C], float32 or float64: the biased variance, E[|x - mean|^2]. 0 where the count is 0.
+
+    With `groups=g`, mean and var are [g, C], and count broadcasts to that.
+    """
+
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (of tuple.count)
+    mean: Array
+    var: Array
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """The moments of two batches taken together (Chan, Golub & LeVeque 1979).
+
+    Symmetric and associative up to rounding; an empty batch (count 0) changes nothing.
+
+    >>> import jax.numpy as jnp, jbn
+    >>> x = jnp.arange(10.0).reshape(5, 2)
+    >>> whole, parts = jbn.moments(x), jbn.merge(jbn.moments(x[:2]), jbn.moments(x[2:]))
+    >>> print(whole.var, parts.var)
+    [8. 8.] [8. 8.]
+    """
+    return pool(
+        Moments(*(jnp.stack(jnp.broadcast_arrays(*pair)) for pair in zip(a, b, strict=True)))
+    )
+
+
+def pool(m: Moments) -> Moments:
+    """The moments of several batches taken together: `merge` of all along the leading axis.
+
+        count = sum n_i,  mean = sum n_i mean_i / count,
+        var   = sum n_i (var_i + (mean_i - mean)^2) / count
+
+    >>> import jax.numpy as jnp, jbn
+    >>> x = jnp.arange(12.0).reshape(6, 2)
+    >>> print(jbn.pool(jbn.moments(x, groups=3)).var, jbn.moments(x).var)
+    [11.666667 11.666667] [11.666667 11.666667]
+
+    Args:
+      m: mean and var are [k, C]; count is [k, C] or [k] or, the same for each, [].
+    """
+    count, rank = m.count, m.mean.ndim
+    one = count.ndim < rank or (count.size < m.mean.size and math.prod(count.shape[1:]) == 1)
+    count = count.reshape(*(count.shape or (1,)), *(1 for _ in range(rank - max(count.ndim, 1))))
+    count = jnp.broadcast_to(count, (m.mean.shape[0], *count.shape[1:]))
+    shift, pooled = _pool(m.mean, Moments(count, jnp.zeros_like(m.mean), m.var))
+    total = pooled.count.reshape(()) if one else pooled.count
+    return Moments(total, shift + pooled.mean, pooled.var)
+
+
+def pool_blocks(axes: Axes, shift: Array, m: Moments, counts_differ: bool) -> tuple[Array, Moments]:
+    """[groups * blocks, C] -> [groups, C], or [C] where x has no groups."""
+    shift, m = _send(collect, 1, shift, m, counts_differ)
+
+    def blocks_first(v: Array) -> Array:
+        v = v.reshape(axes.groups, -1, *v.shape[1:])
+        return v[0] if axes.group is None else jnp.moveaxis(v, 1, 0)
+
+    return _pool(blocks_first(shift), jax.tree.map(blocks_first, m))
+
+
+def pool_instances(
+    over: Scope, shift: Array, m: Moments, counts_differ: bool
+) -> tuple[Array, Moments]:
+    """The moments of one instance -> those of all in the scope."""
+    shift, m = _send(over.gather, 0, shift, m, counts_differ)
+    member = over.members()
+    if member is not None:
+        member = member.reshape(-1, *(1 for _ in m.count.shape[1:]))
+        m = m._replace(count=jnp.where(member, m.count, jnp.zeros_like(m.count)))
+    return _pool(shift, m)
+
+
+def _send(
+    collective: Callable[[Array], Array], at: int, shift: Array, m: Moments, counts_differ: bool
+) -> tuple[Array, Moments]:
+    """(K, moments), by one collective that makes [n, ...] of them; equal counts are not sent."""
+    # Plus zeros: of the shape and sharding of the others.
+    sent = (shift, m.mean, m.var, *((m.count + jnp.zeros_like(m.var),) if counts_differ else ()))
+    received, mean, var, *counts = together(collective, at, *sent)
+    rest = m.count.shape[at:]
+    if counts:
+        # One count for all features was sent once for each.
+        same = tuple(i for i, n in enumerate(counts[0].shape[1:], 1) if rest[i - 1] != n)
+        count = jnp.max(counts[0], same, keepdims=True)
+    else:
+        count = jnp.broadcast_to(m.count if at else m.count[None], (len(received), *rest))
+    return received, Moments(count, mean, var)
+
+
+def _pool(shift: Array, m: Moments) -> tuple[Array, Moments]:
+    """The moments of x - K_i, i along the leading axis -> those of x - K, K the best of the K_i."""
+
+    def total(values: Array) -> Array:
+        return jnp.sum(values, axis=0, keepdims=True)
+
+    count = total(m.count)
+    share = (m.count / jnp.where(count > 0, count, jnp.ones_like(count))).astype(m.var.dtype)
+    has_data = m.count > 0
+    # The K_i nearest to the mean: K_i - K is then small and exact.
+    distance = jnp.abs(shift - total(share * (shift + m.mean)))
+    nearest = jnp.argmin(jnp.where(has_data, distance, jnp.inf), axis=0, keepdims=True)
+    chosen = lax.broadcasted_iota(nearest.dtype, shift.shape, 0) == nearest
+    new = total(jnp.where(chosen, shift, jnp.zeros_like(shift)))
+    offset = (shift - new) + m.mean
+    offset = jnp.where(has_data, offset, jnp.zeros_like(offset))
+    mean = total(share * offset)
+    between = square(offset - mean)
+    between = jnp.where(jnp.isnan(between), jnp.zeros_like(between), between)  # of inf - inf
+    var = total(share * (m.var + between))
+    return new[0], Moments(count[0], mean[0], var[0])
+
+
+def restore(m: Moments, shift: Array, axes: Axes) -> Moments:
+    """Moments of x - K, of x's rank -> moments of x, of feature shape."""
+    varies = any(m.count.shape[i] != 1 for i in range(len(axes.shape)))
+    count = axes.squeeze(m.count) if varies else m.count.reshape(())
+    return Moments(count, axes.squeeze(m.mean + shift), axes.squeeze(m.var))
+
+
+def pool_groups(m: Moments, shift: Array, axes: Axes, counts_differ: bool) -> Moments:
+    """`restore`, of all groups taken together."""
+    if axes.group is None:
+        return restore(m, shift, axes)
+    shift, m = axes.squeeze(shift), jax.tree.map(axes.squeeze, m)
+    shift, m = _send(collect, 1, shift, m, counts_differ)
+    shift, m = _pool(shift, m)
+    count = m.count.reshape(()) if math.prod(m.count.shape) == 1 else m.count
+    return Moments(count, m.mean + shift, m.var)
+
+
+def square(x: Array) -> Array:
+    """|x|^2, real."""
+    return dot(x, x)
+
+
+def dot(x: Array, y: Array) -> Array:
+    """x y, elementwise; for complex numbers Re(conj(x) y)."""
+    return lax.real(lax.conj(x) * y) if jnp.iscomplexobj(x) else x * y
