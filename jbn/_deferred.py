@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jbn import _running
-from jbn._pool import Moments, pool, square
+from jbn._moments import Moments, pool, square
 from jbn._running import RunningStats, UpdateRule
 from jbn._sync import AxisName, Scope, varying
 
@@ -224,7 +224,7 @@ def _pool_instances(cells: Sequence[Any], axis_names: tuple[Any, ...]) -> list[A
         for m, over in zip(cell.moments, cell.over, strict=True)
     ]
     pooled: dict[int, Moments] = {}
-    scopes = [_different(m, over, axis_names) for m, over in own]
+    scopes = [_different(over, axis_names) for _, over in own]
     for names in dict.fromkeys(scopes):
         chosen = [i for i, scope in enumerate(scopes) if scope == names]
         alike = [_share(*own[i], names) for i in chosen]
@@ -238,12 +238,9 @@ def _pool_instances(cells: Sequence[Any], axis_names: tuple[Any, ...]) -> list[A
     ]
 
 
-def _different(m: Moments, over: Scope, names: tuple[Any, ...]) -> tuple[Any, ...]:
+def _different(over: Scope, names: tuple[Any, ...]) -> tuple[Any, ...]:
     """The axes over which instances have different moments."""
-    if over.groups is None:
-        names = tuple(n for n in names if n not in over.names)
-    # Where JAX knows what varies, it knows of moments summed by the user as well.
-    return tuple(n for n in names if not is_typed(n) or any(n in varying(v) for v in m))
+    return names if over.groups else tuple(n for n in names if n not in over.names)
 
 
 def _share(m: Moments, over: Scope, names: tuple[Any, ...]) -> Moments:

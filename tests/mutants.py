@@ -31,6 +31,7 @@ class Mutant(NamedTuple):
 
 
 MOMENTS, NORMALIZE, RUNNING = "_moments.py", "_normalize.py", "_running.py"
+TRAINING, DEFERRED = "training.py", "_deferred.py"
 ACTIVE = "active(weights)"
 
 MUTANTS = [
@@ -582,6 +583,155 @@ MUTANTS = [
         " & (new.var >= 0)",
         "",
         "test_running.py",
+    ),
+    # Training steps.
+    Mutant(
+        "gradients add up over devices",
+        TRAINING,
+        "sums = lax.psum(vary(sums, names), names) if names else sums",
+        "sums = sums._replace(loss=lax.psum(vary(sums.loss, names), names)) if names else sums",
+        "test_training.py::test_uneven_weights",
+    ),
+    Mutant(
+        "the loss is divided last",
+        TRAINING,
+        "return own, (loss, new_stats, metrics)",
+        "return own / loss.weight, (loss, new_stats, metrics)",
+        "test_training.py::test_uneven_weights",
+    ),
+    Mutant(
+        "parameters are each device's own",
+        TRAINING,
+        "params = vary(state.params, names)",
+        "params = state.params",
+        "test_training.py::test_uneven_weights",
+    ),
+    Mutant(
+        "microbatches are strided",
+        TRAINING,
+        "x = jnp.reshape(x, (n // microbatches, microbatches, *x.shape[1:]))",
+        "x = jnp.moveaxis(jnp.reshape(x, (microbatches, -1, *x.shape[1:])), 0, 1)",
+        "test_training.py::test_microbatch_i_has_every_kth_example",
+    ),
+    Mutant(
+        "devices draw their own keys",
+        TRAINING,
+        "return jax.random.fold_in(key, lax.axis_index(names)) if names else key",
+        "return key",
+        "test_training.py::test_keys_are_new_everywhere",
+    ),
+    Mutant(
+        "a bad step leaves the statistics",
+        TRAINING,
+        "old = state.params, state.stats, _with",
+        "old = state.params, stats, _with",
+        "test_training.py::test_a_step_that_is_not_finite_is_taken_back",
+    ),
+    Mutant(
+        "a bad step leaves the optimizer",
+        TRAINING,
+        "_with_loss_scale(state.opt_state, opt_state)",
+        "opt_state",
+        "test_training.py::test_a_step_that_is_not_finite_is_taken_back",
+    ),
+    Mutant(
+        "a bad step changes the loss scale",
+        TRAINING,
+        "return new._replace(inner=old.inner) if _is_loss_scale(old) else old",
+        "return old",
+        "test_training.py::test_a_step_that_is_not_finite_is_taken_back",
+    ),
+    Mutant(
+        "a bad loss is a bad step",
+        TRAINING,
+        "finite = _all_finite((sums.loss, grads))",
+        "finite = _all_finite(grads)",
+        "test_training.py::test_a_loss_that_is_not_finite_is_enough",
+    ),
+    Mutant(
+        "a step without weight is no step",
+        TRAINING,
+        "taken = finite & (weight > 0)",
+        "taken = finite",
+        "test_training.py::test_a_step_without_weight_is_not_taken",
+    ),
+    Mutant(
+        "gradients are unscaled",
+        TRAINING,
+        "divisor = divisor * scale",
+        "divisor = divisor + 0 * scale",
+        "test_training.py::test_loss_scale_saves_small_gradients",
+    ),
+    Mutant(
+        "the loss scale grows",
+        TRAINING,
+        "grows = good_steps >= growth_interval",
+        "grows = good_steps > growth_interval",
+        "test_training.py::test_loss_scale_grows",
+    ),
+    Mutant(
+        "batches weigh as much as they have examples",
+        TRAINING,
+        "return Mean(mean.total * examples, mean.weight * examples)",
+        "return mean",
+        "test_training.py::test_evaluate_weighs_a_ragged_last_batch",
+    ),
+    Mutant(
+        "biases do not decay",
+        TRAINING,
+        'not in ("scale", "bias")',
+        'not in ("scale",)',
+        "test_training.py::test_decay_mask_goes_by_name",
+    ),
+    # Statistics that wait.
+    Mutant(
+        "microbatches are pooled",
+        DEFERRED,
+        "moments=tuple(map(pool, cell.moments))",
+        "moments=jax.tree.map(lambda v: v[0], cell.moments)",
+        "test_deferred.py::test_microbatches_pool",
+    ),
+    Mutant(
+        "devices are pooled",
+        DEFERRED,
+        "    if axis_name is not None:\n        cells",
+        "    if False:\n        cells",
+        "test_deferred.py::test_devices_pool",
+    ),
+    Mutant(
+        "pooled variances are within and between devices",
+        DEFERRED,
+        "(m.var + square(m.mean - mean))",
+        "m.var",
+        "test_deferred.py::test_devices_pool",
+    ),
+    Mutant(
+        "what layers have shared is not pooled again",
+        DEFERRED,
+        "return names if over.groups else tuple(n for n in names if n not in over.names)",
+        "return names",
+        "test_deferred.py::test_devices_pool",
+    ),
+    Mutant(
+        "each device brings its part of its group's count",
+        DEFERRED,
+        "return m._replace(count=m.count / size)",
+        "return m",
+        "test_deferred.py::test_devices_pool",
+    ),
+    Mutant(
+        "a layer called twice updates twice",
+        DEFERRED,
+        "(*earlier.moments, moments), (*earlier.rules, rule), (*earlier.over, over)",
+        "(moments,), (rule,), (over,)",
+        "test_deferred.py::test_linen",
+    ),
+    Mutant(
+        "waiting counts have all axes",
+        DEFERRED,
+        "count=moments.count + jnp.zeros_like(moments.var)",
+        "count=moments.count",
+        "test_deferred.py::test_linen",
     ),
 ]
 

@@ -58,6 +58,11 @@ def shard_map(step, check_vma=True):
     return jax.jit(run), lambda batch: batch
 
 
+def vmap(step):
+    run = jax.vmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, axis_size=4)
+    return jax.jit(run), pmap(step)[1]
+
+
 def shard_map_unchecked(step):
     return shard_map(step, check_vma=False)
 
@@ -178,7 +183,7 @@ def test_half_precision_gradients_add_up_in_float32():
     np.testing.assert_allclose(float(state.params), -(256 + 127.5) / 256, rtol=2**-8)
 
 
-@pytest.mark.parametrize("mode", [pmap, shard_map, shard_map_unchecked])
+@pytest.mark.parametrize("mode", [vmap, pmap, shard_map, shard_map_unchecked])
 def test_uneven_weights(mode):
     def loss_fn(params, stats, batch):
         x, w = batch
@@ -251,6 +256,16 @@ def test_a_step_that_is_not_finite_is_taken_back(mode, bad, scaled):
         assert (after.opt_state.scale, after.opt_state.good_steps) == (4, 0)
         before, after = (s._replace(opt_state=s.opt_state.inner, step=0) for s in (before, after))
     chex.assert_trees_all_equal(before._replace(step=0), after._replace(step=0))
+
+
+def test_a_loss_that_is_not_finite_is_enough():
+    def loss_fn(params, stats, x):
+        return params * x.mean() + jnp.inf, stats, {}  # the gradient is finite
+
+    step = jax.jit(training.make_train_step(loss_fn, optax.sgd(0.1)))
+    state, metrics = step(start(optax.sgd(0.1)), jnp.ones(4))
+    assert metrics["skipped"]
+    assert state.params == 1
 
 
 def test_a_step_without_weight_is_not_taken():
