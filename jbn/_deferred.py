@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jbn import _running
-from jbn._moments import Moments, pool, square
+from jbn._pool import Moments, pool, square
 from jbn._running import RunningStats, UpdateRule
 from jbn._sync import AxisName, Scope, varying
 
