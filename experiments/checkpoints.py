@@ -15,6 +15,7 @@ nothing but the number of the step::
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -59,4 +60,5 @@ def resume(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
     if newest is None:
         return state
     like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    return manager.restore(newest, args=ocp.args.StandardRestore(like))
+    restored: Any = manager.restore(newest, args=ocp.args.StandardRestore(like))
+    return restored

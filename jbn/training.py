@@ -255,8 +255,8 @@ def evaluate(
     {'mean': 3.0}
 
     Args:
-      metric_fn: (params, stats, batch) -> a dictionary of `Mean`s, or of plain means over the
-        batch, which then weigh as much as the batch has examples. It is compiled once for each
+      metric_fn: (params, stats, batch) -> a dictionary of values of `Mean`, or of plain means over
+        the batch, which then weigh as much as the batch has examples. It is compiled once for each
         shape of a batch; pass the same function each time. Batches sharded over devices are fine.
       state: of which params and stats are used.
       batches: any iterable; the last one may be smaller. Pad batches that must fill all devices,
