@@ -123,14 +123,13 @@ def _pool(shift: Array, m: Moments) -> tuple[Array, Moments]:
 
     count = total(m.count)
     share = (m.count / jnp.where(count > 0, count, jnp.ones_like(count))).astype(m.var.dtype)
-    has_data = m.count > 0
     # The K_i nearest to the mean: K_i - K is then small and exact.
     distance = jnp.abs(shift - total(share * (shift + m.mean)))
-    nearest = jnp.argmin(jnp.where(has_data, distance, jnp.inf), axis=0, keepdims=True)
+    nearest = jnp.argmin(distance, axis=0, keepdims=True)
     chosen = lax.broadcasted_iota(nearest.dtype, shift.shape, 0) == nearest
     new = total(jnp.where(chosen, shift, jnp.zeros_like(shift)))
     offset = (shift - new) + m.mean
-    offset = jnp.where(has_data, offset, jnp.zeros_like(offset))
+    offset = jnp.where(m.count > 0, offset, jnp.zeros_like(offset))
     mean = total(share * offset)
     between = square(offset - mean)
     between = jnp.where(jnp.isnan(between), jnp.zeros_like(between), between)  # of inf - inf

@@ -30,3 +30,10 @@ def x64():
     """The test runs with 64-bit types enabled, and only that test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def one_device():
+    """As on a machine with one device, where no batch is cut into blocks."""
+    with jax.set_mesh(jax.make_mesh((1,), ("only",), (jax.sharding.AxisType.Auto,))):
+        yield

@@ -31,6 +31,7 @@ class Mutant(NamedTuple):
 
 
 MOMENTS, NORMALIZE, RUNNING = "_moments.py", "_normalize.py", "_running.py"
+REFERENCE, POOL, SYNC, SHARDING = "_reference.py", "_pool.py", "_sync.py", "_sharding.py"
 TRAINING, DEFERRED = "training.py", "_deferred.py"
 ACTIVE = "active(weights)"
 
@@ -60,56 +61,42 @@ MUTANTS = [
     # Moments.
     Mutant(
         "half precision is summed in float32",
-        MOMENTS,
+        REFERENCE,
         "return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype",
         "return dtype",
         "test_moments.py",
     ),
     Mutant(
         "float64 is summed in float64",
-        MOMENTS,
+        REFERENCE,
         "return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype",
         "return jnp.float32",
         "test_moments.py",
     ),
     Mutant(
         "sums are of x - K",
-        MOMENTS,
+        REFERENCE,
         "return jnp.where(usable, shift, jnp.zeros_like(shift))",
         "return jnp.zeros_like(shift)",
         "test_normalize.py",
     ),
     Mutant(
         "K is robust to one odd row",
-        MOMENTS,
+        REFERENCE,
         "return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))",
         "return jnp.minimum(jnp.minimum(a, b), c)",
         "test_normalize.py",
     ),
     Mutant(
-        "K is the same on every instance",
-        MOMENTS,
-        "shift = over.max(shift.astype(accumulator(x.dtype)))",
-        "shift = shift.astype(accumulator(x.dtype))",
-        "test_sync.py",
-    ),
-    Mutant(
-        "K carries no gradient",
-        MOMENTS,
-        "x = lax.stop_gradient(x)\n    if axes.size == 0:",
-        "if axes.size == 0:",
-        "test_derivatives.py test_residuals.py test_sync.py",
-    ),
-    Mutant(
         "K is taken where the mask is",
-        MOMENTS,
+        REFERENCE,
         "_heaviest_row(x, weights, quarter, axes) for",
         "_row(x, quarter, axes) for",
         "test_degenerate.py test_normalize.py",
     ),
     Mutant(
         "K is finite",
-        MOMENTS,
+        REFERENCE,
         "return jnp.where(usable, shift, jnp.zeros_like(shift))",
         "return shift",
         "test_degenerate.py",
@@ -138,29 +125,22 @@ MUTANTS = [
     Mutant(
         "the mask counts",
         MOMENTS,
-        "return over.sum(own)\n",
-        "return jnp.zeros_like(own) + over.sum(axes.size)\n",
+        "return own * jnp.asarray(repeats, dtype)",
+        "return jnp.full_like(own, axes.size)",
         "test_moments.py",
     ),
     Mutant(
         "a mask that broadcasts counts every position",
         MOMENTS,
-        "own = own * jnp.asarray(repeats, dtype) + jnp",
-        "own = own + jnp",
+        "return own * jnp.asarray(repeats, dtype)",
+        "return own",
         "test_moments.py",
     ),
     Mutant(
         "counts are summed over the instances",
-        MOMENTS,
-        "return over.sum(own)\n",
-        "return own\n",
-        "test_sync.py",
-    ),
-    Mutant(
-        "counts without a mask are summed over the instances",
-        MOMENTS,
-        "axes.size * over.sum(1)",
-        "axes.size",
+        POOL,
+        "count = total(m.count)",
+        "count = m.count[:1]",
         "test_sync.py",
     ),
     Mutant(
@@ -201,30 +181,9 @@ MUTANTS = [
     ),
     Mutant(
         "K is put back",
-        MOMENTS,
+        POOL,
         "axes.squeeze(m.mean + shift)",
         "axes.squeeze(m.mean)",
-        "test_moments.py",
-    ),
-    Mutant(
-        "merge weighs by count",
-        MOMENTS,
-        "share = b.count / jnp.where(count > 0, count, jnp.ones_like(count))",
-        "share = jnp.where(count > 0, 0.5 * jnp.ones_like(count), jnp.zeros_like(count))",
-        "test_moments.py",
-    ),
-    Mutant(
-        "merge knows that the means differ",
-        MOMENTS,
-        " + share * (1 - share) * square(delta)",
-        "",
-        "test_moments.py",
-    ),
-    Mutant(
-        "merge of nothing and nothing is nothing",
-        MOMENTS,
-        "share = b.count / jnp.where(count > 0, count, jnp.ones_like(count))",
-        "share = b.count / count",
         "test_moments.py",
     ),
     # The transform.
@@ -322,9 +281,9 @@ MUTANTS = [
     ),
     Mutant(
         "the variance's derivative is around the mean",
-        NORMALIZE,
-        "half_dvar = mean_z_dx - dot(",
-        "half_dvar = mean_z_dx + 0 * dot(",
+        MOMENTS,
+        "mean_z_dx - dot(mean, mean_dx)",
+        "mean_z_dx",
         "test_derivatives.py",
     ),
     Mutant(
@@ -351,8 +310,8 @@ MUTANTS = [
     Mutant(
         "second derivatives go through the first",
         NORMALIZE,
-        "y, m = _normalize(rule, x, scale, bias, weights, shift)\n    mean, rstd",
-        "y, m = _normalize(rule, *map(lax.stop_gradient, (x, scale, bias)), weights, shift)\n"
+        "y, m, shift = _normalize(rule, x, scale, bias, weights)\n    mean, rstd",
+        "y, m, shift = _normalize(rule, *map(lax.stop_gradient, (x, scale, bias)), weights)\n"
         "    mean, rstd",
         "test_derivatives.py",
     ),
@@ -510,7 +469,7 @@ MUTANTS = [
     Mutant(
         "one value per feature is refused",
         "_batch_norm.py",
-        "        _check.several_values(axes)\n",
+        "        _check.several_values(axes, groups)\n",
         "        pass\n",
         "test_errors.py",
     ),
@@ -529,22 +488,15 @@ MUTANTS = [
         "test_derivatives.py",
     ),
     Mutant(
-        "the largest shift is that of the groups",
-        "_sync.py",
-        "return lax.pmax(x, self.axis_name, axis_index_groups=self.groups)",
-        "return x",
-        "test_sync.py",
-    ),
-    Mutant(
         "index groups reach the sum",
-        "_sync.py",
-        "return lax.psum(tree, self.axis_name, axis_index_groups=self.groups)",
-        "return lax.psum(tree, self.axis_name)",
+        SYNC,
+        "return lax.psum(tree, self.names, axis_index_groups=self.groups)",
+        "return lax.psum(tree, self.names)",
         "test_sync.py",
     ),
     Mutant(
         "K is a value of much weight",
-        MOMENTS,
+        REFERENCE,
         "index = jnp.argmax(jnp.roll(weights, -start, axis=0), axis=0, keepdims=True)",
         "index = jnp.argmax(jnp.roll(active(weights), -start, axis=0), axis=0, keepdims=True)",
         "test_moments.py",
@@ -558,7 +510,7 @@ MUTANTS = [
     ),
     Mutant(
         "K is found on an explicit mesh",
-        MOMENTS,
+        REFERENCE,
         "elif is_explicitly_sharded(x):",
         "elif False:",
         "test_sharding.py",
@@ -571,18 +523,125 @@ MUTANTS = [
         "test_sharding.py",
     ),
     Mutant(
-        "the count varies over the axes of x",
-        MOMENTS,
-        " + jnp.zeros_like(z.real, shape=own.shape)",
-        "",
-        "test_sharding.py",
-    ),
-    Mutant(
         "a negative variance does not enter",
         RUNNING,
         " & (new.var >= 0)",
         "",
         "test_running.py",
+    ),
+    # Pooling the moments of parts.
+    Mutant(
+        "parts weigh by their counts",
+        POOL,
+        "share = (m.count / jnp.where(count > 0, count, jnp.ones_like(count))).astype(m.var.dtype)",
+        "share = jnp.full_like(m.var, 1 / m.count.shape[0])",
+        "test_sync.py test_moments.py",
+    ),
+    Mutant(
+        "the means of parts differ",
+        POOL,
+        "share * (m.var + between)",
+        "share * m.var",
+        "test_sync.py test_moments.py",
+    ),
+    Mutant(
+        "nothing and nothing is nothing",
+        POOL,
+        "(m.count / jnp.where(count > 0, count, jnp.ones_like(count)))",
+        "(m.count / count)",
+        "test_moments.py",
+    ),
+    Mutant(
+        "each part has its own K",
+        POOL,
+        "offset = (shift - new) + m.mean",
+        "offset = m.mean",
+        "test_sync.py",
+    ),
+    Mutant(
+        "K is near the mean of the whole",
+        POOL,
+        "nearest = jnp.argmin(",
+        "nearest = jnp.argmax(",
+        "test_sync.py",
+    ),
+    Mutant(
+        "infinities of two parts do not become NaN",
+        POOL,
+        "between = jnp.where(jnp.isnan(between), jnp.zeros_like(between), between)",
+        "between = 1 * between",
+        "test_sync.py",
+    ),
+    Mutant(
+        "running statistics are pooled over groups",
+        POOL,
+        "    shift, m = _send(collect, 1, shift, m, counts_differ)\n"
+        "    shift, m = _pool(shift, m)\n",
+        "    shift, m = shift[0], jax.tree.map(lambda v: v[0], m)\n",
+        "test_groups.py test_sync.py",
+    ),
+    Mutant(
+        "counts that differ are sent",
+        POOL,
+        "*((m.count + jnp.zeros_like(m.var),) if counts_differ else ()))",
+        "*((m.count + jnp.zeros_like(m.var),) if False else ()))",
+        "test_sync.py",
+    ),
+    Mutant(
+        "index groups reach the gathering",
+        SYNC,
+        "return lax.all_gather(x, self.names, axis_index_groups=self.groups)",
+        "return lax.all_gather(x, self.names)",
+        "test_sync.py",
+    ),
+    Mutant(
+        "only members of the group count",
+        SYNC,
+        "return jnp.asarray(self._table()) == self._group()",
+        "return jnp.asarray(self._table()) >= 0",
+        "test_sync.py",
+    ),
+    Mutant(
+        "instances are in the order of their names",
+        SYNC,
+        "x = jnp.moveaxis(x, [axes.index(name) for name in self.names], range(len(axes)))",
+        "x = 1 * x",
+        "test_sync.py",
+    ),
+    Mutant(
+        "a gathered value is the same everywhere",
+        SYNC,
+        'to="invarying"',
+        'to="varying"',
+        "test_sync.py test_sharding.py test_errors.py",
+    ),
+    Mutant(
+        "groups are consecutive",
+        SHARDING,
+        "shape[old] = axes.shape[at : at + 2] if size != 1 else (1, 1)",
+        "shape[old] = axes.shape[at + 1 : at - 1 : -1] if size != 1 else (1, 1)",
+        "test_groups.py",
+    ),
+    Mutant(
+        "blocks are collected whole",
+        SHARDING,
+        "return jnp.sum(jnp.where(own, x[None], jnp.zeros_like(x[None])), axis=1)",
+        "return jnp.broadcast_to(x[:1], x.shape)",
+        "test_sync.py",
+    ),
+    Mutant(
+        "a block lies on one device",
+        SHARDING,
+        "return math.gcd(n, devices // math.gcd(devices, axes.groups))",
+        "return 1",
+        "test_collectives.py::test_a_layer_needs_one_collective_each_way",
+    ),
+    Mutant(
+        "local statistics do not leave as everybody's",
+        "_batch_norm.py",
+        "        _check.as_replicated_as(old.mean, m.mean)\n",
+        "        pass\n",
+        "test_errors.py",
     ),
     # Training steps.
     Mutant(

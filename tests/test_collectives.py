@@ -101,6 +101,13 @@ def test_sizes(shape, n):
     assert hlo.n_bytes(shape) == n
 
 
+def test_without_an_op_name_that_of_an_operand_counts():
+    text = TPU.replace(', metadata={op_name="jit(f)/layer1/slice"}', "").replace(
+        "slice(%param)", 'slice(%param), metadata={op_name="jit(f)/layer2/stack"}'
+    )
+    assert [c.op_name for c in hlo.collectives(text)][1] == "jit(f)/layer2/stack"
+
+
 COMPUTATIONS = """\
 %one (p: f32[2]) -> f32[2] {
   ROOT %p = f32[2]{0} parameter(0)

@@ -8,6 +8,8 @@ import pytest
 import jbn
 from tests import cases, compiled, oracle, tolerance
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def parts(shape, seed=0):
     """scale, bias and dy for x of this shape."""

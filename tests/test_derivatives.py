@@ -15,6 +15,8 @@ from jax.test_util import check_grads
 import jbn
 from tests import cases, compiled, oracle, tolerance
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def gradients(case, data):
     """(dx, dscale, dbias) of sum(dy y) + sum(dmean mean) + sum(dvar var)."""

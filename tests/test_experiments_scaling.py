@@ -348,9 +348,9 @@ def test_judge_counts_by_running_statistics_or_by_groups(shared_by):
         [apply(scaling.as_input(images[i : i + size])) for i in range(0, n, size)]
     )
     losses = -jax.nn.log_softmax(logits)[jnp.arange(n), labels[:n]]
-    assert float(got.images) == n
-    assert int(got.correct) == int((logits.argmax(-1) == labels[:n]).sum())
-    assert_close(got.loss, losses.sum(), jnp.float32, 64)
+    np.testing.assert_array_equal(got.predicted, logits.argmax(-1))
+    assert float(got.accuracy) == pytest.approx(np.mean(logits.argmax(-1) == labels[:n]))
+    assert_close(got.loss, losses.mean(), jnp.float32, 64)
 
 
 def test_judged_images_come_from_all_of_a_sorted_set():
@@ -371,6 +371,7 @@ def test_smoke(tmp_path, capsys):
     ]
     for run in runs:
         assert 0 <= run["test_accuracy"] <= 1
+        assert 0 < run["agreement"] < 1
         assert np.isfinite([run["train_by_batch_loss"], run["train_by_running_loss"]]).all()
     results = [row for row in rest if row["kind"] == "summary"]
     assert [r["same_as"] for r in results] == [None, None, "synchronised"]

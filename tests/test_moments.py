@@ -9,6 +9,8 @@ import pytest
 import jbn
 from tests import cases, compiled, oracle, tolerance
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def fields(m, shape):
     """The three arrays in float64, the count with one value per channel."""

@@ -11,6 +11,8 @@ import pytest
 import jbn
 from tests import cases, compiled, oracle, tolerance
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def forward(case, data, **kwargs):
     """(y, moments)."""

@@ -9,6 +9,8 @@ import pytest
 import jbn
 from tests import cases, compiled, oracle, tolerance
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape)

@@ -9,6 +9,8 @@ import pytest
 import jbn
 from tests import cases
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 CHANNELS = 5
 CASES = [
     cases.Case((16, 8, CHANNELS), dtype=dtype, mask=mask)
