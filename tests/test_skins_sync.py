@@ -151,10 +151,7 @@ def test_nnx_maps_with_an_axis_name(transform):
     )
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"axis_index_groups": [[0, 1, 2, 3]]}], ids=["all", "index"]
-)
-def test_nnx_shard_map(options):
+def test_nnx_shard_map():
     layer = fresh(axis_name="batch")
     run = nnx.shard_map(
         lambda layer, x: layer(x),
