@@ -28,7 +28,9 @@ class Collective(NamedTuple):
     kind: str  # one of KINDS
     sent: int  # bytes of the operands: what a device contributes
     received: int  # bytes of the results: what a device ends up with
-    op_name: str  # where in the traced program it comes from, such as "jit(f)/layer0/psum"
+    op_name: (
+        str  # where in the traced program it, or what it sends, comes from: "jit(f)/layer0/psum"
+    )
 
 
 def collectives(hlo_text: str) -> list[Collective]:
@@ -39,23 +41,27 @@ def collectives(hlo_text: str) -> list[Collective]:
     """
     found = []
     size: dict[str, int] = {}  # of the values of one computation, in bytes
+    origin: dict[str, str] = {}  # of these values, an op_name
     for line in hlo_text.splitlines():
         if line.endswith("{") and not line[0].isspace():
-            size = {}
+            size, origin = {}, {}
         if not (match := _INSTRUCTION.match(line)):
             continue
         name, result, operation, rest = match.groups()
         size[name] = n_bytes(result)
+        operands = elements("(" + rest)
+        values = [value for operand in operands for value in _NAME.findall(operand)]
+        # An operation that XLA has put in the place of another may have lost its own.
+        own = _OP_NAME.search(rest)
+        origin[name] = own[1] if own else next(filter(None, map(origin.get, values)), "")
         kind = operation.removesuffix("-start")
         if kind not in KINDS:
             continue
         if operation.endswith("-start") and kind != "all-reduce":
             result = elements(result)[1]  # of (operands, results, contexts ...)
-        operands = elements("(" + rest)
-        # Some printers repeat the type of an operand, some give its name alone.
-        sent = sum(n_bytes(o) or sum(size.get(n, 0) for n in _NAME.findall(o)) for o in operands)
-        op_name = _OP_NAME.search(rest)
-        found.append(Collective(kind, sent, n_bytes(result), op_name[1] if op_name else ""))
+        # Some printers repeat the types of the operands, some give their names alone.
+        sent = sum(map(n_bytes, operands)) or sum(size.get(value, 0) for value in values)
+        found.append(Collective(kind, sent, n_bytes(result), origin[name]))
     return found
 
 
