@@ -108,16 +108,16 @@ def scaling(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
 
     ``results`` are the summaries of ``experiments.scaling``: means, and a value for every seed.
     """
-    figure = new_figure(9.0, 3.4)
-    accuracy, gap = figure.subplots(1, 2)
+    figure = new_figure(10.5, 3.3)
+    accuracy, agreement, gap = figure.subplots(1, 3)
     draw_scaling(accuracy, results, "test_accuracy", "test_accuracies", 100)
-    accuracy.set_title("(a) test accuracy, running statistics", loc="left")
-    accuracy.set_ylabel("test accuracy [%]")
+    accuracy.set_title("(a) test accuracy [%]", loc="left")
     accuracy.legend(loc="upper left", fontsize=9)
+    draw_scaling(agreement, results, "agreement", "agreements", 100)
+    agreement.set_title("(b) same class in train and eval [%]", loc="left")
     draw_scaling(gap, results, "gap", "gaps", 1)
     gap.axhline(0, color="black", linewidth=0.7)
-    gap.set_title("(b) train/eval gap, same training images", loc="left")
-    gap.set_ylabel("loss by running statistics\nminus by the batch's [nats]")
+    gap.set_title("(c) loss in eval - in train [nats]", loc="left")
     save(figure, path)
 
 
@@ -129,10 +129,11 @@ def draw_scaling(
         mine = [row for row in results if row["statistics"] == statistics]
         devices = [row["devices"] for row in mine]
         means = [unit * row[mean] for row in mine]
-        axes.plot(devices, means, color=color, linestyle=dashes, marker=marker, label=statistics)
+        axes.plot(devices, means, color=color, linestyle=dashes, marker=marker, markersize=4,
+                  label=statistics)  # fmt: skip
         for row in mine:
             values = unit * np.asarray(row[each])
-            axes.plot([row["devices"]] * len(values), values, ".", color=color, markersize=4)
+            axes.plot([row["devices"]] * len(values), values, ".", color=color, markersize=3)
     devices = sorted({row["devices"] for row in results})
     axes.set_xscale("log", base=2)
     axes.set_xticks(devices, [str(n) for n in devices])

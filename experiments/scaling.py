@@ -85,11 +85,11 @@ class Case(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """Sums over images; divide last."""
+    """How a network does on a set of images."""
 
-    loss: Array  # [] nats
-    correct: Array  # []
-    images: Array  # []
+    loss: Array  # [] nats, mean over the images
+    accuracy: Array  # []
+    predicted: Array  # [N] int32, the class of each image
 
 
 # --- Which runs there are -----------------------------------------------------------------------
@@ -240,18 +240,18 @@ def judge(
     """
     net, size = network(config), shared_by or 1
 
-    def one_group(group: tuple[Array, Array]) -> Judgement:
+    def one_group(group: tuple[Array, Array]) -> tuple[Array, Array]:
         pixels, truth = group
         train = shared_by is not None
         logits, _ = net.apply(variables, as_input(pixels), train, mutable=["batch_stats"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, truth)
-        hits = (logits.argmax(-1) == truth).sum(dtype=jnp.float32)
-        return Judgement(losses.sum(), hits, jnp.float32(size))
+        return losses, logits.argmax(-1).astype(jnp.int32)
 
     n = len(images) // size * size
     groups = images[:n].reshape(-1, size, *images.shape[1:]), labels[:n].reshape(-1, size)
-    judgements = lax.map(one_group, groups, batch_size=max(1, JUDGED_AT_ONCE // size))
-    return jax.tree.map(jnp.sum, judgements)
+    losses, predicted = lax.map(one_group, groups, batch_size=max(1, JUDGED_AT_ONCE // size))
+    predicted = predicted.reshape(-1)
+    return Judgement(losses.mean(), jnp.mean(predicted == labels[:n]), predicted)
 
 
 def spread_out(n_images: int, wanted: int) -> np.ndarray:
@@ -260,21 +260,28 @@ def spread_out(n_images: int, wanted: int) -> np.ndarray:
 
 
 def measure(config: Config, photos: data.Photos, case: Case, variables: Any) -> dict[str, Any]:
-    """Accuracy on both sets; on the training images by the batch's and by running statistics."""
+    """Accuracy on both sets; on the training images by the batch's and by running statistics.
+
+    And how often these two agree on the class of a training image.
+    """
     shared_by = config.per_device * sharing(case.statistics, case.devices)
     seen = image_order(len(photos.train_images), config.images, case.seed)[: config.judged]
     tested = spread_out(len(photos.test_images), config.judged)
     train_set = photos.train_images[seen], photos.train_labels[seen]
     test_set = photos.test_images[tested], photos.test_labels[tested]
-    results: dict[str, Any] = {"shared_by": shared_by}
-    for name, (images, labels), by in (
-        ("train_by_batch", train_set, shared_by),
-        ("train_by_running", train_set, None),
-        ("test", test_set, None),
-    ):
-        total = judge(config, variables, jnp.asarray(images), jnp.asarray(labels), by)
-        results[f"{name}_accuracy"] = float(total.correct / total.images)
-        results[f"{name}_loss"] = float(total.loss / total.images)
+    sets = {
+        "train_by_batch": (*train_set, shared_by),
+        "train_by_running": (*train_set, None),
+        "test": (*test_set, None),
+    }
+    judged = {name: judge(config, variables, *map(jnp.asarray, (images, labels)), by)
+              for name, (images, labels, by) in sets.items()}  # fmt: skip
+    one_way = judged["train_by_batch"].predicted
+    agreement = jnp.mean(one_way == judged["train_by_running"].predicted[: len(one_way)])
+    results = {"shared_by": shared_by, "agreement": float(agreement)}
+    for name, judgement in judged.items():
+        results |= {f"{name}_accuracy": float(judgement.accuracy)}
+        results |= {f"{name}_loss": float(judgement.loss)}
     return results
 
 
@@ -337,6 +344,8 @@ def summaries(config: Config, rows: list[dict[str, Any]]) -> list[dict[str, Any]
                 "test_accuracy": float(np.mean(accuracies)),
                 "train_accuracy_by_batch": float(np.mean(values("train_by_batch_accuracy"))),
                 "train_accuracy_by_running": float(np.mean(values("train_by_running_accuracy"))),
+                "agreements": values("agreement"),  # of predictions by batch and by running
+                "agreement": float(np.mean(values("agreement"))),
                 "gaps": gaps.tolist(),  # nats
                 "gap": float(gaps.mean()),
             }
@@ -347,14 +356,15 @@ def summaries(config: Config, rows: list[dict[str, Any]]) -> list[dict[str, Any]
 def table(results: list[dict[str, Any]]) -> str:
     """The results, one setting a line; what ran under another name is shown there."""
     header = "devices", "statistics", "images that share", "test", "seeds", "train, by batch"
-    lines = [[*header, "train, by running", "gap [nats]"]]
+    lines = [[*header, "train, by running", "agree", "gap [nats]"]]
     for r in results:
         if r["same_as"]:
             continue
         others = [o["statistics"] for o in results
                   if (o["same_as"], o["devices"]) == (r["statistics"], r["devices"])]  # fmt: skip
         seeds = " ".join(f"{a:.1%}" for a in r["test_accuracies"])
-        accuracies = [r[k] for k in ("train_accuracy_by_batch", "train_accuracy_by_running")]
+        names = "train_accuracy_by_batch", "train_accuracy_by_running", "agreement"
+        accuracies = [r[name] for name in names]
         lines.append(
             [str(r["devices"]), " = ".join([r["statistics"], *others]), str(r["shared_by"]),
              f"{r['test_accuracy']:.1%}", seeds, *(f"{a:.1%}" for a in accuracies),
