@@ -74,28 +74,26 @@ def core(axis_name, dtype, update=UPDATE, axis_index_groups=None):
 class LinenNet(nn.Module):
     axis_name: str | None
     dtype: jnp.dtype
-    norm: type = jbn.linen.BatchNorm
 
     @nn.compact
     def __call__(self, x, mask):
         for features in SIZES[1:-1]:
             x = nn.Dense(features, use_bias=False, param_dtype=self.dtype)(x)
-            x = self.norm(
+            x = jbn.linen.BatchNorm(
                 use_running_average=False,
                 param_dtype=self.dtype,
                 force_float32_reductions=False,
                 axis_name=self.axis_name,
-                momentum=0.9,
-                **({"update": UPDATE} if self.norm is jbn.linen.BatchNorm else {}),
+                update=UPDATE,
             )(x, mask=mask[:, None])
             x = nn.relu(x)
         return nn.Dense(SIZES[-1], param_dtype=self.dtype)(x)
 
 
-def linen(axis_name, dtype, norm=jbn.linen.BatchNorm):
-    net = LinenNet(axis_name, dtype, norm)
+def linen(axis_name, dtype):
+    net = LinenNet(axis_name, dtype)
     example = batch(1, 8, dtype)
-    variables = net.init(jax.random.key(2), example["x"], example["mask"])
+    variables = jax.jit(net.init)(jax.random.key(2), example["x"], example["mask"])
 
     def loss_fn(params, stats, batch):
         logits, updates = net.apply(
