@@ -28,9 +28,7 @@ class Collective(NamedTuple):
     kind: str  # one of KINDS
     sent: int  # bytes of the operands: what a device contributes
     received: int  # bytes of the results: what a device ends up with
-    op_name: (
-        str  # where in the traced program it, or what it sends, comes from: "jit(f)/layer0/psum"
-    )
+    op_name: str  # where it, or what it sends, is in the traced program: "jit(f)/layer0/psum"
 
 
 def collectives(hlo_text: str) -> list[Collective]:
@@ -51,9 +49,12 @@ def collectives(hlo_text: str) -> list[Collective]:
         size[name] = n_bytes(result)
         operands = elements("(" + rest)
         values = [value for operand in operands for value in _NAME.findall(operand)]
-        # An operation that XLA has put in the place of another may have lost its own.
+        # An operation that XLA has put in the place of another may have lost its own. Names nest, so
+        # the longest of the operands' says the most; a constant's may be just "jit(f)".
         own = _OP_NAME.search(rest)
-        origin[name] = own[1] if own else next(filter(None, map(origin.get, values)), "")
+        origin[name] = (
+            own[1] if own else max((origin.get(v, "") for v in values), key=len, default="")
+        )
         kind = operation.removesuffix("-start")
         if kind not in KINDS:
             continue

@@ -101,11 +101,19 @@ def test_sizes(shape, n):
     assert hlo.n_bytes(shape) == n
 
 
-def test_without_an_op_name_that_of_an_operand_counts():
-    text = TPU.replace(', metadata={op_name="jit(f)/layer1/slice"}', "").replace(
-        "slice(%param)", 'slice(%param), metadata={op_name="jit(f)/layer2/stack"}'
-    )
-    assert [c.op_name for c in hlo.collectives(text)][1] == "jit(f)/layer2/stack"
+NAMELESS = """\
+ENTRY %main (p: f32[2]) -> f32[8] {
+  %zero = f32[] constant(0), metadata={op_name="jit(f)"}
+  %p = f32[2]{0} parameter(0), metadata={op_name="jit(f)/layer2/stack"}
+  %zeros = f32[8]{0} broadcast(%zero), dimensions={}
+  %row = f32[8]{0} dynamic-update-slice(%zeros, %p, %zero)
+  ROOT %sum = f32[8]{0} all-reduce(%row), to_apply=%add
+}
+"""
+
+
+def test_an_operation_without_a_name_has_that_of_what_it_sends():
+    assert hlo.collectives(NAMELESS) == [Collective("all-reduce", 32, 32, "jit(f)/layer2/stack")]
 
 
 COMPUTATIONS = """\
