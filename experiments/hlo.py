@@ -49,12 +49,11 @@ def collectives(hlo_text: str) -> list[Collective]:
         size[name] = n_bytes(result)
         operands = elements("(" + rest)
         values = [value for operand in operands for value in _NAME.findall(operand)]
-        # An operation that XLA has put in the place of another may have lost its own. Names nest, so
-        # the longest of the operands' says the most; a constant's may be just "jit(f)".
+        # An operation that XLA has put in the place of another may have lost its name. Names nest,
+        # so the longest of the operands' says the most; a constant's may be just "jit(f)".
+        inherited = max((origin.get(value, "") for value in values), key=len, default="")
         own = _OP_NAME.search(rest)
-        origin[name] = (
-            own[1] if own else max((origin.get(v, "") for v in values), key=len, default="")
-        )
+        origin[name] = own[1] if own else inherited
         kind = operation.removesuffix("-start")
         if kind not in KINDS:
             continue
