@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 pytest.importorskip("tqdm")
 
+import jbn
 from experiments import collectives, hlo
 from experiments.hlo import Collective, Traffic
 from tests import executions
@@ -177,17 +178,28 @@ def test_each_mode_compiles_for_the_cpu(tmp_path, capsys):
     assert "| inference" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("mode", collectives.MODES[:4:3], ids=lambda mode: mode.name)
+@pytest.mark.parametrize("mode", collectives.MODES, ids=lambda mode: mode.name)
 def test_ghost_batches_need_no_collective(mode):
     text = collectives.compiled("backward", mode, "ghost", jax.devices())
     assert hlo.collectives(text) == []
 
 
-def test_a_layer_needs_one_collective_each_way():
-    text = collectives.compiled("backward", collectives.MODES[3], "masked", jax.devices())
+@pytest.mark.parametrize("statistics", ["plain", "masked"])
+@pytest.mark.parametrize("mode", collectives.MODES, ids=lambda mode: mode.name)
+def test_a_layer_needs_one_collective_each_way(mode, statistics):
+    text = collectives.compiled("backward", mode, statistics, jax.devices())
     *layers, elsewhere = collectives.by_layer(hlo.collectives(text))
     assert [sum(layer.counts.values()) for layer in layers] == [2, 2, 2]
     assert not elsewhere.counts
+
+
+def test_under_pmap_too():
+    def layer(x, dy):
+        return jax.grad(lambda x: (dy * jbn.normalize(x, axis_name="i")[0]).sum())(x)
+
+    x = jnp.ones((8, 4, 3))
+    text = jax.pmap(layer, axis_name="i").lower(x, x).compile().as_text()
+    assert [c.kind for c in hlo.collectives(text)] == ["all-gather", "all-reduce"]
 
 
 def test_a_pod_that_is_not_here():
