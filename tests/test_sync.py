@@ -27,7 +27,7 @@ class Kind(NamedTuple):
 
     name: str
     dtype: str = "float32"
-    offset: float = 2.0
+    offsets: tuple = (2.0,)  # of the data, whose standard deviation is 1
     mask: str | None = None  # examples | features
     weights: bool = False
     groups: bool = False
@@ -38,25 +38,22 @@ class Kind(NamedTuple):
 
 
 KINDS = (
-    Kind("plain"),
-    Kind("masked", mask="examples"),
+    Kind("plain", offsets=(2.0, 1e4)),
+    Kind("masked", mask="examples", offsets=(2.0, -1e4)),
     Kind("features", mask="features"),
     Kind("weights", weights=True),
-    Kind("groups", groups=True),
+    Kind("groups", groups=True, offsets=(2.0, 1e4)),
     Kind("groups_masked", groups=True, mask="examples"),
     Kind("index_groups", index_groups=[[0, 3], [1, 2]], mask="examples"),
     Kind("unequal_index_groups", index_groups=[[2], [3, 0, 1]], mask="examples"),
     Kind("bfloat16", dtype="bfloat16", mask="examples"),
     Kind("float16", dtype="float16"),
-    Kind("far", offset=1e4),
-    Kind("far_masked", offset=-1e4, mask="examples"),
-    Kind("far_groups", offset=1e4, groups=True),
 )
 
 
-def make(kind):
+def make(kind, offset=2.0):
     """(rows, params): the arrays of one batch."""
-    case = cases.Case((ROWS, PLACES, CHANNELS), dtype=kind.dtype, offset=kind.offset)
+    case = cases.Case((ROWS, PLACES, CHANNELS), dtype=kind.dtype, offset=offset)
     data = cases.make(case)
     rows = {"x": data.x, "dy": data.dy}
     # The four instances keep 3, 0, 1 and 4 of their examples.
@@ -108,8 +105,6 @@ def matrix(kinds, modes=executions.ALL):
 
 @matrix(KINDS)
 def test_y_statistics_and_gradient_are_those_of_the_oracle(mode, kind):
-    rows, params = make(kind)
-
     def layer(params, rows, axis_name):
         stats = jbn.init_stats(CHANNELS)
         keywords = {**arguments(kind, mode), **support(rows), "axis_name": axis_name}
@@ -125,8 +120,15 @@ def test_y_statistics_and_gradient_are_those_of_the_oracle(mode, kind):
 
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, rows["x"])
 
-    (dparams, dx), (y, stats) = mode.run(program, params, rows)
-    ratio, n = abs(kind.offset), ROWS * PLACES
+    for offset in kind.offsets:  # one compilation
+        rows, params = make(kind, offset)
+        result = mode.run(program, params, rows)
+        assert_oracle(kind, mode, params, rows, abs(offset), *result)
+
+
+def assert_oracle(kind, mode, params, rows, ratio, gradients, outputs):
+    (dparams, dx), (y, stats) = gradients, outputs
+    n = ROWS * PLACES
     close, none = tolerance.assert_close, np.zeros(CHANNELS)
     dscale, dbias = np.zeros(CHANNELS), np.zeros(CHANNELS)
     for part in parts(kind, mode):
@@ -138,17 +140,17 @@ def test_y_statistics_and_gradient_are_those_of_the_oracle(mode, kind):
         close(np.asarray(dx)[part], expected[0], kind.dtype, n, ratio=ratio)
         dscale, dbias = dscale + expected[1], dbias + expected[2]
         if kind.index_groups:
-            assert_statistics(stats, m, sorted({r // SHARE for r in part}), ratio)
+            assert_statistics(stats, m, sorted({r // SHARE for r in part}))
     if not kind.index_groups:
-        assert_statistics(stats, oracle.moments(rows["x"], **support(rows)), range(4), ratio)
+        assert_statistics(stats, oracle.moments(rows["x"], **support(rows)), range(4))
     close(dparams.scale, dscale, "float32", n, magnitude=n, ratio=ratio)
     close(dparams.bias, dbias, "float32", n, magnitude=n)
 
 
-def assert_statistics(stats, m, instances, ratio):
+def assert_statistics(stats, m, instances):
     for instance in instances:
         mean, var, count = (v[instance] for v in stats)
-        tolerance.assert_close(mean, m.mean, "float32", ROWS * PLACES, ratio=1.0)
+        tolerance.assert_close(mean, m.mean, "float32", ROWS * PLACES)
         tolerance.assert_close(var, m.var, "float32", ROWS * PLACES)
         np.testing.assert_array_equal(count, np.broadcast_to(m.count > 0, (CHANNELS,)))
 
@@ -168,7 +170,7 @@ def test_second_derivatives_are_those_of_the_textbook(mode, kind, x64):
         return y, m.var if m.var.ndim == 1 else m.var.mean(0)
 
     def second(f):
-        """Forward over reverse and reverse over reverse of a loss of y, and y's cube's for good."""
+        """Forward over reverse and reverse over reverse, of a loss that is not linear in y."""
 
         def program(params, rows):
             def loss(x):
