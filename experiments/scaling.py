@@ -18,7 +18,7 @@ Command::
     python -m experiments.scaling --smoke            # seconds, on made-up images: does it run?
 
 Expected test accuracy after 16,000 images: 38 % on one device; on eight 39 % with local statistics,
-42 % with ghost batches of 4 images and 46 % with synchronised ones. 20 minutes on two busy CPU cores.
+42 % with ghost batches of 4 images and 46 % with synchronised ones. 20 minutes on two CPU cores.
 
 The devices are virtual: shares of one CPU. They compute what as many real ones would, only slower.
 
