@@ -125,10 +125,12 @@ def derivative(
     return mean_dx, mean_z_dx - dot(mean, mean_dx)
 
 
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def measure(problem: Problem, x: Array, weights: Array | None) -> tuple[Array, Moments]:
     """K, for each feature a value of x near its mean, and the moments of x - K, over the scope.
 
-    Not to be differentiated: `_measure`, here, and `_normalize` have the rules.
+    Not to be differentiated: `_measure`, here, and `_normalize` have the rules. Jitted, so that
+    without jit around it is one program, and layers of one shape are traced once.
     """
     axes, over = problem
     blocks = _sharding.blocks(axes, x)

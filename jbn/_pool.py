@@ -60,8 +60,8 @@ def pool(m: Moments) -> Moments:
 
     >>> import jax.numpy as jnp, jbn
     >>> x = jnp.arange(12.0).reshape(6, 2)
-    >>> print(jbn.pool(jbn.moments(x, groups=3)).var, jbn.moments(x).var)
-    [11.666667 11.666667] [11.666667 11.666667]
+    >>> jbn.pool(jbn.moments(x, groups=3)).mean
+    Array([5., 6.], dtype=float32)
 
     Args:
       m: mean and var are [k, C]; count is [k, C] or [k] or, the same for each, [].

@@ -131,10 +131,10 @@ def test_arguments_are_those_of_flax_then_our_own():
     def names(cls):
         return [f.name for f in dataclasses.fields(cls) if f.name not in ("parent", "name")]
 
-    assert names(BatchNorm) == [*names(nn.BatchNorm), "update"]
+    assert names(BatchNorm) == [*names(nn.BatchNorm), "update", "groups"]
     theirs = {f.name: f.default for f in dataclasses.fields(nn.BatchNorm)}
     ours = {f.name: f.default for f in dataclasses.fields(BatchNorm)}
-    assert ours == theirs | {"update": None}
+    assert ours == theirs | {"update": None, "groups": None}
     call = list(inspect.signature(nn.BatchNorm.__call__).parameters.values())
     assert list(inspect.signature(BatchNorm.__call__).parameters) == [
         *(p.name for p in call),

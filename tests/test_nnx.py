@@ -127,8 +127,8 @@ def test_arguments_are_those_of_flax_then_our_own():
         return list(inspect.signature(function).parameters.values())
 
     ours, theirs = parameters(BatchNorm.__init__), parameters(nnx.BatchNorm.__init__)
-    assert [(p.name, p.kind) for p in ours[:-1]] == [(p.name, p.kind) for p in theirs]
-    assert (ours[-1].name, ours[-1].default) == ("update", None)
+    assert [(p.name, p.kind) for p in ours[:-2]] == [(p.name, p.kind) for p in theirs]
+    assert [(p.name, p.default) for p in ours[-2:]] == [("update", None), ("groups", None)]
     for p, q in zip(ours, theirs, strict=False):
         if not p.name.endswith("_init"):  # initialisers are new functions every time
             assert p.default == q.default, p.name
