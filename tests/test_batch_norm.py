@@ -10,8 +10,6 @@ import pytest
 import jbn
 from tests import cases, compiled, oracle, tolerance
 
-pytestmark = pytest.mark.usefixtures("one_device")
-
 RULES = [jbn.ema(0.9), jbn.ema(0.9, debias=True, unbiased=True), jbn.cumulative()]
 CASE = cases.Case((32, 5))
 
