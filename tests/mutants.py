@@ -606,7 +606,7 @@ MUTANTS = [
         SYNC,
         "x = jnp.moveaxis(x, [axes.index(name) for name in self.names], range(len(axes)))",
         "x = 1 * x",
-        "test_sync.py",
+        "test_sync.py::test_index_groups_count_in_the_order_of_the_names",
     ),
     Mutant(
         "a gathered value is the same everywhere",

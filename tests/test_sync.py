@@ -247,6 +247,26 @@ def test_one_of_two_axis_names():
         tolerance.assert_close(y[half], expected, "float32", 24, ratio=2)
 
 
+def test_index_groups_count_in_the_order_of_the_names():
+    # Two devices of two instances each. Device by device these are 0, 1, 2, 3; by the names given
+    # they are 0, 2, 1, 3, as for jax.lax.axis_index.
+    rows, params = make(KINDS[0])
+    options = {"axis_name": ("mapped", "device"), "axis_index_groups": [[2], [3, 0, 1]]}
+    instance = lambda x: jbn.normalize(x, *params, **options)[0]  # noqa: E731
+    run = jax.shard_map(
+        jax.vmap(instance, axis_name="mapped"),
+        mesh=executions.mesh((2,), ("device",)),
+        in_specs=P("device"),
+        out_specs=P("device"),
+        check_vma=False,
+    )
+    y = np.asarray(jax.jit(run)(executions.cut(4, rows["x"])))
+    for group in [1], [0, 2, 3]:
+        x = executions.rejoin(executions.cut(4, rows["x"])[group])
+        expected, _ = oracle.normalize(x, *params)
+        tolerance.assert_close(executions.rejoin(y[group]), expected, "float32", 36, ratio=2)
+
+
 def test_one_example_per_instance_is_a_batch():
     # x has no axis of its own to reduce: all examples lie on the named one.
     data = cases.make(cases.Case((8, CHANNELS)))
