@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
@@ -190,7 +190,7 @@ def _weights(axes: Axes, weights: Array) -> Array:
             f"weights must be floating point; got {weights.dtype}. Pass a bool array as mask=, "
             f"and convert others: weights.astype(jnp.float32)."
         )
-    weights = lax.stop_gradient(_broadcastable("weights", weights, axes))
+    weights = _broadcastable("weights", weights, axes)
     # A negative or NaN weight counts as none.
     return jnp.where(weights > 0, weights, jnp.zeros_like(weights))
 

@@ -187,7 +187,7 @@ def shifted_moments(x: Array, shift: Array, weights: Array | None, axes: Axes) -
     # Squares that overflow leave var = inf, not inf - inf: y is then the bias, and the running
     # statistics leave the feature out.
     var = jnp.where(jnp.isinf(mean_square), mean_square, mean_square - square(mean))
-    return Moments(count, mean, jnp.where(var < 0, jnp.zeros_like(var), var))
+    return Moments(count, mean, jnp.maximum(var, 0))
 
 
 def _count(z: Array, weights: Array | None, axes: Axes) -> Array:
