@@ -175,19 +175,27 @@ def download_mnist(url: str = MIRROR, sha256: Mapping[str, str] = MNIST_SHA256) 
       OSError: a file could not be fetched.
       ValueError: a file came, but is not the one expected.
     """
-    try:
-        import pooch
-    except ImportError as error:
-        raise ImportError(
-            "--download needs the package pooch, which is not installed: pip install pooch, "
-            f"or fetch the four files from {url} yourself and give their folder with --data-dir."
-        ) from error
+    pooch = _import_pooch(
+        f"fetch the four files from {url} yourself and give their folder with --data-dir"
+    )
     url = url.rstrip("/") + "/"
     registry = {f"{name}.gz": f"sha256:{digest}" for name, digest in sha256.items()}
     cache = pooch.create(pooch.os_cache("jbn-mnist"), url, registry=registry)
     with _download_explained("MNIST", url):
         paths = [Path(cache.fetch(name, progressbar=True)) for name in registry]
     return paths[0].parent
+
+
+def _import_pooch(instead: str) -> Any:
+    """The package that downloads; without it an error that says what to do instead."""
+    try:
+        import pooch
+    except ImportError as error:
+        raise ImportError(
+            "--download needs the package pooch, which is not installed: pip install pooch, or "
+            f"{instead}."
+        ) from error
+    return pooch
 
 
 @contextlib.contextmanager
@@ -340,13 +348,7 @@ def download_cifar10(url: str = CIFAR10_URL, sha256: str = CIFAR10_SHA256) -> Pa
       OSError: the archive could not be fetched.
       ValueError: an archive came, but is not the one expected.
     """
-    try:
-        import pooch
-    except ImportError as error:
-        raise ImportError(
-            "--download needs the package pooch, which is not installed: pip install pooch, "
-            f"or fetch and unpack {url} yourself and give the folder with --data-dir."
-        ) from error
+    pooch = _import_pooch(f"fetch and unpack {url} yourself and give the folder with --data-dir")
     cache: Any = pooch.os_cache("jbn-cifar10")  # pooch declares a str, and wants a path
     with _download_explained("CIFAR-10", url):
         paths = pooch.retrieve(

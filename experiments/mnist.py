@@ -40,7 +40,7 @@ from tqdm import tqdm
 from experiments import data, figures
 from experiments.mnist_sweep import Grid, sweep
 from experiments.models import NETS, SIZES, init_mlp
-from experiments.records import Records
+from experiments.records import Records, aligned
 from experiments.training import BATCH, Learner, chunks, evaluate, train_chunk
 
 PERCENTILES = (15, 50, 85)
@@ -180,11 +180,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         inputs = f"{row['spread_first']:.2g} -> {row['spread_last']:.2g}"
         rest = f"{row['train_loss']:.4f}", inputs, f"{row['seconds']:.0f} s"
         lines.append([row["net"], *steps, *accuracies, *rest])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
+    return aligned(lines)
 
 
 # --- Command line -------------------------------------------------------------------------------

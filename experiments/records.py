@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,15 @@ class Records:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A table for the terminal: columns as wide as their widest cell, to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
 
 
 def rounded(value: float) -> float | None:

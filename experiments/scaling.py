@@ -56,7 +56,7 @@ import jbn.linen
 import jbn.training
 from experiments import data, figures
 from experiments.models import ResNet, matmul_conv
-from experiments.records import Records
+from experiments.records import Records, aligned
 
 # In this order the first of several that are the same on so many devices is the one that runs.
 STATISTICS = ("local", "synchronised", "ghost")
@@ -373,11 +373,7 @@ def table(results: list[dict[str, Any]]) -> str:
              f"{r['test_accuracy']:.1%}", seeds, *(f"{a:.1%}" for a in accuracies),
              f"{r['gap']:+.3f}"]
         )  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
+    return aligned(lines)
 
 
 # --- Command line -------------------------------------------------------------------------------
