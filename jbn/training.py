@@ -524,24 +524,27 @@ def _structure(stats: Tree) -> Any:
     return jax.tree.structure(stats, is_leaf=is_waiting)
 
 
+def _varying_leaves(tree: Tree, names: tuple[Any, ...]) -> list[str]:
+    """Where in the tree the arrays are that differ between devices, as far as JAX knows."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [jax.tree_util.keystr(path) for path, leaf in leaves if varying(leaf) & set(names)]
+
+
 def _check_replicated(state: TrainState, names: tuple[Any, ...]) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if varying(leaf) & set(names):
-            raise ValueError(
-                f"state{jax.tree_util.keystr(path)} varies over axis_name={names}: every device "
-                f"must hold the same state. Give shard_map in_specs=(P(), P({names[0]!r})) for "
-                f"(state, batch)."
-            )
+    for path in _varying_leaves(state, names):
+        raise ValueError(
+            f"state{path} varies over axis_name={names}: every device must hold the same state. "
+            f"Give shard_map in_specs=(P(), P({names[0]!r})) for (state, batch)."
+        )
 
 
 def _check_synchronised(stats: Tree, names: tuple[Any, ...]) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(stats):
-        if varying(leaf) & set(names):
-            raise ValueError(
-                f"the new statistics at {jax.tree_util.keystr(path)} differ between the devices of "
-                f"axis_name={names}: the layer normalises on each device alone. Give the layer "
-                f"axis_name too, or leave out pool_stats=False."
-            )
+    for path in _varying_leaves(stats, names):
+        raise ValueError(
+            f"the new statistics at {path} differ between the devices of axis_name={names}: the "
+            f"layer normalises on each device alone. Give the layer axis_name too, or leave out "
+            f"pool_stats=False."
+        )
 
 
 def _is_loss_scale(node: Any) -> bool:

@@ -181,15 +181,17 @@ class Block(nn.Module):
         return nn.relu(jbn.linen.BatchNorm(use_running_average=False)(x)), None
 
 
+# Each lifted layer has parameters and statistics of its own.
+OF_ITS_OWN = {
+    "variable_axes": {"params": 0, "batch_stats": 0},
+    "split_rngs": {"params": True},
+}
+
+
 class Scanned(nn.Module):
     @nn.compact
     def __call__(self, x):
-        blocks = nn.scan(
-            Block,
-            variable_axes={"params": 0, "batch_stats": 0},
-            split_rngs={"params": True},
-            length=3,
-        )
+        blocks = nn.scan(Block, **OF_ITS_OWN, length=3)
         return blocks()(x, None)[0]
 
 
@@ -202,13 +204,7 @@ class Rematerialised(nn.Module):
 class Mapped(nn.Module):
     @nn.compact
     def __call__(self, x):
-        blocks = nn.vmap(
-            Block,
-            variable_axes={"params": 0, "batch_stats": 0},
-            split_rngs={"params": True},
-            in_axes=None,
-            axis_size=3,
-        )
+        blocks = nn.vmap(Block, **OF_ITS_OWN, in_axes=None, axis_size=3)
         return blocks()(x)[0]
 
 
