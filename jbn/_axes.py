@@ -72,12 +72,11 @@ class Axes(NamedTuple):
     def unsqueeze(self, values: Array) -> Array:
         """The inverse of `squeeze`, also for values of which some axes have size 1."""
         where = [1] * len(self.shape)
-        if self.group is None:
-            for i, n in zip(self.features, values.shape, strict=True):
-                where[i] = n
-            return values.reshape(where)
-        for i, n in zip(self.features, values.shape[1:], strict=True):
+        sizes = values.shape if self.group is None else values.shape[1:]
+        for i, n in zip(self.features, sizes, strict=True):
             where[i] = n
+        if self.group is None:
+            return values.reshape(where)
         del where[self.group]
         return jnp.moveaxis(values.reshape(values.shape[0], *where), 0, self.group)
 

@@ -90,6 +90,7 @@ def batch_norm(
     axes = resolve(x.shape, axis)
     old = _check.stats(read(stats), axes)
     _check.holds_mean(old, x.dtype)
+    over = scope(axis_name, axis_index_groups)
     if axis_name is None:
         _check.several_values(axes, groups)
     y, m = normalize_pooled(
@@ -99,14 +100,13 @@ def batch_norm(
         epsilon=epsilon,
         mask=mask,
         weights=weights,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
+        over=over,
         groups=groups,
         dtype=dtype,
     )
     if not waits(stats):
         _check.as_replicated_as(old.mean, m.mean)
-    return y, absorb(update, old, m, given=stats, over=scope(axis_name, axis_index_groups))
+    return y, absorb(update, old, m, given=stats, over=over)
 
 
 def batch_norm_inference(

@@ -16,7 +16,7 @@ from jbn._batch_norm import batch_norm_inference
 from jbn._deferred import absorb, read
 from jbn._normalize import Params, normalize_pooled
 from jbn._running import RunningStats, UpdateRule
-from jbn._sync import AxisName, scope
+from jbn._sync import AxisName, Scope, scope
 
 
 def training(
@@ -43,8 +43,7 @@ def training(
     if jnp.iscomplexobj(x):
         old = old._replace(mean=old.mean.astype(x.dtype))
     old = _check.stats(old, axes)
-    if axis_name is None:
-        axis_index_groups = None  # as in Flax
+    over = Scope() if axis_name is None else scope(axis_name, axis_index_groups)  # as in Flax
     y, moments = normalize_pooled(
         x,
         *params,
@@ -52,12 +51,10 @@ def training(
         epsilon=epsilon,
         mask=_of_rank(mask, x.ndim),
         weights=_of_rank(weights, x.ndim),
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
+        over=over,
         groups=groups,
         dtype=dtype,
     )
-    over = scope(axis_name, axis_index_groups)
     return y.reshape(shape), absorb(update, old, moments, given=stats, over=over)
 
 

@@ -62,7 +62,8 @@ def moments(
       TypeError: x is not floating point, or mask is not bool.
       ValueError: axis, mask, weights or groups do not fit x's shape.
     """
-    problem, x, weights = prepare(x, axis, mask, weights, axis_name, axis_index_groups, groups)
+    over = scope(axis_name, axis_index_groups)
+    problem, x, weights = prepare(x, axis, mask, weights, over, groups)
     shift, m = _measure(problem, x, weights)
     return restore(m, shift, problem.axes)
 
@@ -82,14 +83,12 @@ def prepare(
     axis: int | Sequence[int],
     mask: ArrayLike | None,
     weights: ArrayLike | None,
-    axis_name: AxisName | None,
-    axis_index_groups: Sequence[Sequence[int]] | None,
+    over: Scope,
     groups: int | None,
 ) -> tuple[Problem, Array, Array | None]:
     """Checks all arguments; where there are groups, x and its weights with an axis for them."""
     x = _check.floating(x)
     axes = resolve(x.shape, axis)
-    over = scope(axis_name, axis_index_groups)
     _check.reduction_axis(axes, over.names)
     weights = _check.participation(axes, mask, weights)
     if groups is None:

@@ -29,7 +29,7 @@ from jbn._axes import Axes
 from jbn._moments import Problem, derivative, measure, only_active, prepare, shifted
 from jbn._pool import Moments, pool_groups, restore
 from jbn._reference import accumulator
-from jbn._sync import AxisName
+from jbn._sync import AxisName, Scope, scope
 
 
 class Params(NamedTuple):
@@ -103,7 +103,7 @@ def normalize(
       TypeError: x is not floating point, or mask is not bool.
       ValueError: axis, scale, bias, mask, weights or groups do not fit x's shape, or epsilon < 0.
     """
-    prepared = prepare(x, axis, mask, weights, axis_name, axis_index_groups, groups)
+    prepared = prepare(x, axis, mask, weights, scope(axis_name, axis_index_groups), groups)
     y, shift, m = _transform(jnp.asarray(x), prepared, scale, bias, epsilon, dtype)
     return y, restore(m, shift, prepared[0].axes)
 
@@ -117,13 +117,12 @@ def normalize_pooled(
     epsilon,
     mask,
     weights,
-    axis_name,
-    axis_index_groups,
+    over: Scope,
     groups,
     dtype,
 ) -> tuple[Array, Moments]:
     """`normalize`, but with the moments of all groups together: what running statistics take in."""
-    prepared = prepare(x, axis, mask, weights, axis_name, axis_index_groups, groups)
+    prepared = prepare(x, axis, mask, weights, over, groups)
     y, shift, m = _transform(x, prepared, scale, bias, epsilon, dtype)
     return y, pool_groups(m, shift, prepared[0].axes, counts_differ=prepared[2] is not None)
 

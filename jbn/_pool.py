@@ -146,13 +146,12 @@ def restore(m: Moments, shift: Array, axes: Axes) -> Moments:
 
 def pool_groups(m: Moments, shift: Array, axes: Axes, counts_differ: bool) -> Moments:
     """`restore`, of all groups taken together."""
-    if axes.group is None:
-        return restore(m, shift, axes)
-    shift, m = axes.squeeze(shift), jax.tree.map(axes.squeeze, m)
-    shift, m = _send(collect, 1, shift, m, counts_differ)
-    shift, m = _pool(shift, m)
-    count = m.count.reshape(()) if math.prod(m.count.shape) == 1 else m.count
-    return Moments(count, m.mean + shift, m.var)
+    if axes.group is not None:
+        groups = axes.squeeze(shift), jax.tree.map(axes.squeeze, m)
+        axes = axes.whole
+        shift, m = pool_blocks(axes, *groups, counts_differ)
+        shift, m = axes.unsqueeze(shift), jax.tree.map(axes.unsqueeze, m)
+    return restore(m, shift, axes)
 
 
 def square(x: Array) -> Array:

@@ -1,8 +1,8 @@
 """Named axes: which program instances share statistics, and how they tell each other.
 
 Two operations do all the work. `Scope.gather` brings the moments of every instance to every
-instance, before `_moments` pools them; `Scope.sum` adds up numbers, and is linear, so that JAX can
-transpose it in a backward pass. Each is one collective.
+instance, before `_pool` makes one of them; `Scope.sum` adds up numbers, and is linear, so that JAX
+can transpose it in a backward pass. Each is one collective.
 """
 
 import math
