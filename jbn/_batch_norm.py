@@ -10,6 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jbn import _check
 from jbn._axes import resolve
 from jbn._deferred import absorb, read, waits
+from jbn._epilogue import Activation, epilogue
 from jbn._normalize import Params, affine, apply, normalize_pooled
 from jbn._reference import accumulator
 from jbn._running import RunningStats, UpdateRule, ema
@@ -29,15 +30,18 @@ def batch_norm(
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     groups: int | None = None,
+    activation: Activation | None = None,
+    residual: ArrayLike | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[Array, RunningStats]:
     """Batch Normalization in training: by the batch's own statistics (Alg. 1).
 
         y     = scale * (x - mean) / sqrt(var + epsilon) + bias,   mean, var of this batch
+        y     = activation(y + residual)                           if given
         stats = update(stats, Moments(count, mean, var))
 
-    Before a nonlinearity, as in section 3.2: `y = jax.nn.relu(batch_norm(conv(x), ...)[0])`, with
-    no bias in the convolution.
+    Before a nonlinearity, as in section 3.2: `batch_norm(conv(x), ..., activation=jax.nn.relu)`,
+    with no bias in the convolution.
 
     >>> import jax.numpy as jnp, jbn
     >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
@@ -67,21 +71,24 @@ def batch_norm(
       groups: normalise each of this many equal, consecutive parts of the batch by statistics of its
         own ("ghost" batches). The running statistics take in those of the whole batch: the mean of
         all values, and the variance within and between the groups.
+      activation: an elementwise function, such as `jax.nn.relu`.
+      residual: of x's shape, is added before the activation, as at the end of a residual block.
       dtype: of y; by default x's.
 
     Returns:
       y, of x's shape, and the updated statistics, of the types of `stats`. Statistics carry no
       gradient. A feature in which the batch has no data, or a NaN or infinity, keeps its
       statistics as they were; y shows it (NaN in the whole feature, or in the place of the
-      infinity). Where squares of x overflow, y is the bias.
+      infinity). Where squares of x overflow, y is the bias. Of activation and residual a backward
+      pass keeps the residual alone: no mask, no sum.
 
     Raises:
       NameError: no vmap, pmap or shard_map binds axis_name.
-      TypeError: x is not floating point, mask is not bool, or params, stats or update are of
-        another kind.
-      ValueError: axis, params, stats, mask, weights or groups do not fit x's shape; epsilon < 0;
-        x has one value per feature; or, in a shard_map that checks what varies, the statistics of
-        one device would become those of all.
+      TypeError: x or residual is not floating point, mask is not bool, activation is not callable,
+        or params, stats or update are of another kind.
+      ValueError: axis, params, stats, mask, weights, groups or residual do not fit x's shape;
+        epsilon < 0; activation changes the shape; x has one value per feature; or, in a shard_map
+        that checks what varies, the statistics of one device would become those of all.
 
     PyTorch's `momentum` is 1 - decay, and its running variance is the unbiased one:
     `update=jbn.ema(0.9, unbiased=True)` is its default. Flax's default is `update=jbn.ema(0.99)`.
@@ -102,6 +109,8 @@ def batch_norm(
         weights=weights,
         over=over,
         groups=groups,
+        activation=activation,
+        residual=residual,
         dtype=dtype,
     )
     if not waits(stats):
@@ -116,11 +125,14 @@ def batch_norm_inference(
     *,
     axis: int | Sequence[int] = -1,
     epsilon: float = 1e-5,
+    activation: Activation | None = None,
+    residual: ArrayLike | None = None,
     dtype: DTypeLike | None = None,
 ) -> Array:
     """Batch Normalization at inference: by the running statistics (Alg. 2, line 11).
 
         y = scale * (x - stats.mean) / sqrt(stats.var + epsilon) + bias
+        y = activation(y + residual)    if given
 
     >>> import jax.numpy as jnp, jbn
     >>> stats = jbn.init_stats(1)._replace(mean=jnp.array([1.0]), var=jnp.array([4.0]))
@@ -133,22 +145,28 @@ def batch_norm_inference(
       stats: the running statistics, [C] each.
       axis: the feature axis or axes, C.
       epsilon: as in training.
+      activation: as in training.
+      residual: as in training.
       dtype: of y; by default x's.
 
     Returns:
       y, of x's shape, by one affine map per feature; differentiable in x, params and stats.
 
     Raises:
-      TypeError: x is not floating point, or params or stats are of another kind.
-      ValueError: axis, params or stats do not fit x's shape, or epsilon < 0.
+      TypeError: x or residual is not floating point, activation is not callable, or params or stats
+        are of another kind.
+      ValueError: axis, params, stats or residual do not fit x's shape, epsilon < 0, or activation
+        changes the shape.
     """
     x = _check.floating(x)
     axes = resolve(x.shape, axis)
     stats = _check.stats(read(stats), axes)
     scale, bias = affine(*_check.params(params), axes, accumulator(x.dtype))
+    dtype = x.dtype if dtype is None else dtype
     transform = _inference(_check.epsilon(epsilon))
-    y = transform(x, axes.expand(stats.mean), axes.expand(stats.var), scale, bias)
-    return y.astype(x.dtype if dtype is None else dtype)
+    transform = epilogue(activation, residual, x).after(transform, dtype)
+    (y,) = transform(x, axes.expand(stats.mean), axes.expand(stats.var), scale, bias)
+    return y.astype(dtype)
 
 
 @functools.lru_cache(maxsize=64)
@@ -156,6 +174,6 @@ def _inference(epsilon: float):
     """`apply` such that a backward pass keeps x in x's dtype; cached to be traced once a shape."""
 
     def transform(x, mean, var, scale, bias):
-        return apply(x.astype(accumulator(x.dtype)), mean, var, scale, bias, epsilon)
+        return (apply(x.astype(accumulator(x.dtype)), mean, var, scale, bias, epsilon),)
 
     return jax.checkpoint(transform, prevent_cse=False)

@@ -14,15 +14,47 @@ from jbn._axes import Axes
 from jbn._sync import bound_axes, varying
 
 
-def floating(x: ArrayLike) -> Array:
+def floating(x: ArrayLike, name: str = "x") -> Array:
     """x as an array, of floating point (complex included)."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
-            f"x must be floating point; got {x.dtype}, of shape {x.shape}. Convert it first: "
-            f"x.astype(jnp.float32)."
+            f"{name} must be floating point; got {x.dtype}, of shape {x.shape}. Convert it first: "
+            f"{name}.astype(jnp.float32)."
         )
     return x
+
+
+def activation(function: Any) -> Any:
+    """A function of an array, or None."""
+    if function is None or callable(function):
+        return function
+    raise TypeError(
+        f"activation must be a function of an array, such as jax.nn.relu; got {function!r}."
+    )
+
+
+def elementwise(result: Any, y: Array) -> Array:
+    """What an activation made of y; it must keep y's shape."""
+    if getattr(result, "shape", None) == y.shape:
+        return result
+    raise ValueError(
+        f"activation must be elementwise: it was given an array of shape {y.shape} and returned "
+        f"{getattr(result, 'shape', result)}. Apply it behind the layer instead."
+    )
+
+
+def residual(values: ArrayLike | None, x: Array) -> Array | None:
+    """What is added to y, of x's shape, or None."""
+    if values is None:
+        return None
+    values = floating(values, "residual")
+    if values.shape == x.shape:
+        return values
+    raise ValueError(
+        f"residual is added to y and must have x's shape, {x.shape}; got {values.shape}. Fit it "
+        f"first, as the 1x1 convolution of a shortcut does."
+    )
 
 
 def epsilon(value: float) -> float:

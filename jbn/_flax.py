@@ -14,6 +14,7 @@ from jbn import _check
 from jbn._axes import resolve
 from jbn._batch_norm import batch_norm_inference
 from jbn._deferred import absorb, read
+from jbn._epilogue import Activation
 from jbn._normalize import Params, normalize_pooled
 from jbn._running import RunningStats, UpdateRule
 from jbn._sync import AxisName, Scope, scope
@@ -32,6 +33,8 @@ def training(
     axis_name: AxisName | None,
     axis_index_groups: Sequence[Sequence[int]] | None,
     groups: int | None,
+    activation: Activation | None,
+    residual: ArrayLike | None,
     dtype: DTypeLike,
 ) -> tuple[Array, RunningStats]:
     """`jbn.batch_norm` with y of `dtype`, for all that Flax accepts."""
@@ -39,6 +42,7 @@ def training(
     shape, axes = x.shape, resolve(x.shape, axis)
     if not axes.reduction and axis_name is None:  # a single example is a batch of one
         x, axes = x[None], resolve((1, *x.shape), tuple(i + 1 for i in axes.features))
+        residual = None if residual is None else jnp.asarray(residual)[None]
     old = read(stats)
     if jnp.iscomplexobj(x):
         old = old._replace(mean=old.mean.astype(x.dtype))
@@ -53,6 +57,8 @@ def training(
         weights=_of_rank(weights, x.ndim),
         over=over,
         groups=groups,
+        activation=activation,
+        residual=residual,
         dtype=dtype,
     )
     return y.reshape(shape), absorb(update, old, moments, given=stats, over=over)
@@ -63,13 +69,11 @@ def inference(
     params: Params,
     stats: RunningStats,
     *,
-    axis: int | Sequence[int],
-    epsilon: float,
     dtype: DTypeLike,
+    **options,
 ) -> Array:
     """`jbn.batch_norm_inference` with y of `dtype`, for all that Flax accepts."""
-    x = _as_float(x, dtype)
-    return batch_norm_inference(x, params, stats, axis=axis, epsilon=epsilon, dtype=dtype)
+    return batch_norm_inference(_as_float(x, dtype), params, stats, dtype=dtype, **options)
 
 
 def _as_float(x: ArrayLike, dtype: DTypeLike) -> Array:

@@ -64,7 +64,7 @@ def moments(
     """
     over = scope(axis_name, axis_index_groups)
     problem, x, weights = prepare(x, axis, mask, weights, over, groups)
-    shift, m = _measure(problem, x, weights)
+    shift, m = differentiable_measure(problem, x, weights)
     return restore(m, shift, problem.axes)
 
 
@@ -99,14 +99,16 @@ def prepare(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _measure(problem: Problem, x: Array, weights: Array | None) -> tuple[Array, Moments]:
+def differentiable_measure(
+    problem: Problem, x: Array, weights: Array | None
+) -> tuple[Array, Moments]:
     return measure(problem, x, weights)
 
 
-@_measure.defjvp
+@differentiable_measure.defjvp
 def _measure_jvp(problem: Problem, primals, tangents):
     x, weights = primals
-    shift, m = _measure(problem, x, weights)
+    shift, m = differentiable_measure(problem, x, weights)
     z, dx = shifted(x, shift, weights), only_active(tangents[0].astype(shift.dtype), weights)
     dmean, half_dvar = derivative(problem, z, dx, m.count, m.mean, weights)
     dm = Moments(jnp.zeros_like(m.count), dmean, 2 * half_dvar)
@@ -128,8 +130,8 @@ def derivative(
 def measure(problem: Problem, x: Array, weights: Array | None) -> tuple[Array, Moments]:
     """K, for each feature a value of x near its mean, and the moments of x - K, over the scope.
 
-    Not to be differentiated: `_measure`, here, and `_normalize` have the rules. Jitted, so that
-    without jit around it is one program, and layers of one shape are traced once.
+    Not to be differentiated: `differentiable_measure` and `_normalize` have the rules. Jitted, so
+    that without jit around it is one program, and layers of one shape are traced once.
     """
     axes, over = problem
     blocks = _sharding.blocks(axes, x)

@@ -26,7 +26,16 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check, _sharding
 from jbn._axes import Axes
-from jbn._moments import Problem, derivative, measure, only_active, prepare, shifted
+from jbn._epilogue import Activation, Epilogue, epilogue, named
+from jbn._moments import (
+    Problem,
+    derivative,
+    differentiable_measure,
+    measure,
+    only_active,
+    prepare,
+    shifted,
+)
 from jbn._pool import Moments, pool_groups, restore
 from jbn._reference import accumulator
 from jbn._sync import AxisName, Scope, scope
@@ -66,11 +75,14 @@ def normalize(
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     groups: int | None = None,
+    activation: Activation | None = None,
+    residual: ArrayLike | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[Array, Moments]:
     """Normalises every feature of x by the moments of x itself (Alg. 1).
 
         mean = E[x],  var = E[(x - mean)^2],  y = scale (x - mean) / sqrt(var + epsilon) + bias
+        y = activation(y + residual)    if given
 
     >>> import jax.numpy as jnp, jbn
     >>> y, m = jbn.normalize(jnp.array([[1.0], [3.0]]))
@@ -91,20 +103,26 @@ def normalize(
       axis_name: take the moments over these named axes (of vmap, pmap, shard_map) as well.
       axis_index_groups: as in `jax.lax.psum`.
       groups: normalise each of this many equal, consecutive parts of the batch by its own moments.
+      activation: an elementwise function, such as `jax.nn.relu`.
+      residual: of x's shape, is added before the activation.
       dtype: of y; by default x's.
 
     Returns:
       y, of x's shape, and the moments. Both are differentiable in x, scale and bias to any order.
       A masked position shows x normalised by the others' moments, as a constant: what it holds
       touches no other value and its gradient is 0. A feature without any data gives its bias.
+      Of activation and residual a backward pass keeps the residual alone: no mask, no sum.
 
     Raises:
       NameError: no vmap, pmap or shard_map binds axis_name.
-      TypeError: x is not floating point, or mask is not bool.
-      ValueError: axis, scale, bias, mask, weights or groups do not fit x's shape, or epsilon < 0.
+      TypeError: x or residual is not floating point, mask is not bool, or activation not callable.
+      ValueError: axis, scale, bias, mask, weights, groups or residual do not fit x's shape, epsilon
+        < 0, or activation changes the shape.
     """
     prepared = prepare(x, axis, mask, weights, scope(axis_name, axis_index_groups), groups)
-    y, shift, m = _transform(jnp.asarray(x), prepared, scale, bias, epsilon, dtype)
+    x = jnp.asarray(x)
+    then = epilogue(activation, residual, x)
+    y, shift, m = _transform(x, prepared, scale, bias, epsilon, then, dtype)
     return y, restore(m, shift, prepared[0].axes)
 
 
@@ -119,21 +137,30 @@ def normalize_pooled(
     weights,
     over: Scope,
     groups,
+    activation,
+    residual,
     dtype,
 ) -> tuple[Array, Moments]:
     """`normalize`, but with the moments of all groups together: what running statistics take in."""
     prepared = prepare(x, axis, mask, weights, over, groups)
-    y, shift, m = _transform(x, prepared, scale, bias, epsilon, dtype)
+    then = epilogue(activation, residual, x)
+    y, shift, m = _transform(x, prepared, scale, bias, epsilon, then, dtype)
     return y, pool_groups(m, shift, prepared[0].axes, counts_differ=prepared[2] is not None)
 
 
-def _transform(x, prepared, scale, bias, epsilon, dtype) -> tuple[Array, Array, Moments]:
+def _transform(
+    x, prepared, scale, bias, epsilon, then: Epilogue, dtype
+) -> tuple[Array, Array, Moments]:
     problem, divided, weights = prepared
     dtype = np.dtype(x.dtype if dtype is None else dtype)
-    rule = _Rule(problem, _check.epsilon(epsilon), dtype)
+    rule = _Rule(problem, _check.epsilon(epsilon), np.dtype(then.dtype(x.dtype, dtype)))
+
+    def transform(divided, scale, bias, weights):
+        y, m, shift = _normalize(rule, divided, scale, bias, weights)
+        return _sharding.join(y, x, problem.axes), shift, m
+
     scale, bias = affine(scale, bias, problem.axes, accumulator(x.dtype))
-    y, m, shift = _normalize(rule, divided, scale, bias, weights)
-    return _sharding.join(y, x, problem.axes), shift, m
+    return then.after(transform, dtype)(divided, scale, bias, weights)
 
 
 def affine(scale, bias, axes: Axes, dtype: DTypeLike) -> tuple[Array, Array]:
@@ -177,19 +204,25 @@ class _Rule(NamedTuple):
 def _normalize(rule: _Rule, x, scale, bias, weights) -> tuple[Array, Moments, Array]:
     """y, the moments of z = x - K, and K. Per-feature values have the shape (1, ..., C)."""
     shift, m = measure(rule.problem, x, weights)
+    return _apply(rule, x, scale, bias, weights, m, shift), m, shift
+
+
+def _apply(rule: _Rule, x, scale, bias, weights, m: Moments, shift: Array) -> Array:
     if weights is not None:
         # Without data the bias. Plus zeros: of the sharding of the counts.
         scale = scale + jnp.zeros_like(m.count, scale.dtype)
         scale = jnp.where(m.count > 0, scale, jnp.zeros_like(scale))
     y = apply(x.astype(shift.dtype) - shift, m.mean, m.var, scale, bias, rule.epsilon)
-    return y.astype(rule.dtype), m, shift
+    return y.astype(rule.dtype)
 
 
 @_normalize.defjvp
 def _normalize_jvp(rule: _Rule, primals, tangents):
     x, scale, bias, weights = primals
     dx, dscale, dbias, _ = tangents  # weights are constants, and so is K
-    y, m, shift = _normalize(rule, x, scale, bias, weights)
+    # The two by themselves, so that whoever computes y again need not measure again.
+    shift, m = named(differentiable_measure(rule.problem, x, weights))
+    y = _apply(rule, x, scale, bias, weights, m, shift)
     mean, rstd = location(m.mean, m.var, rule.epsilon)
     dy, dmean, dvar = _differential(rule)(
         (x, weights, shift), (m.count, mean, rstd, scale), (dx, dscale, dbias)

@@ -11,6 +11,7 @@ from jax import Array
 
 from jbn import _flax
 from jbn._axes import resolve
+from jbn._epilogue import Activation
 from jbn._normalize import Params
 from jbn._running import RunningStats, UpdateRule, ema
 
@@ -52,10 +53,13 @@ class BatchNorm(nn.BatchNorm):
         default `jbn.ema(momentum)`.
       groups: normalise each of this many equal, consecutive parts of the batch by statistics of its
         own; those in `batch_stats` are of the whole batch. `init` ignores it.
+      activation: an elementwise function, such as `jax.nn.relu`, applied to y at last. As part of
+        the layer it costs the backward pass no memory.
     """
 
     update: UpdateRule | None = None
     groups: int | None = None
+    activation: Activation | None = None
 
     @nn.compact
     def __call__(
@@ -65,6 +69,7 @@ class BatchNorm(nn.BatchNorm):
         *,
         mask: Array | None = None,
         weights: Array | None = None,
+        residual: Array | None = None,
     ) -> Array:
         """Normalises x; in training also updates `batch_stats`.
 
@@ -73,6 +78,7 @@ class BatchNorm(nn.BatchNorm):
           use_running_average: if True, normalise with the statistics in `batch_stats`.
           mask: bool, broadcasts against x. False: the value takes no part.
           weights: real and not negative, broadcasts against x: how much each value counts.
+          residual: of x's shape, is added before the activation.
 
         Returns:
           y, of x's shape. `init` does not update the statistics, and ignores `axis_name`.
@@ -86,23 +92,26 @@ class BatchNorm(nn.BatchNorm):
         dtype = canonicalize_dtype(x, *params, dtype=self.dtype)
         mean, var, *count = (v.value for v in variables)
         stats = RunningStats(mean, var, *(count or [jnp.zeros(var.shape, jnp.float32)]))
+        shared = {
+            "axis": self.axis,
+            "epsilon": self.epsilon,
+            "activation": self.activation,
+            "residual": residual,
+            "dtype": dtype,
+        }
         if inference:
-            return _flax.inference(
-                x, params, stats, axis=self.axis, epsilon=self.epsilon, dtype=dtype
-            )
+            return _flax.inference(x, params, stats, **shared)
         y, stats = _flax.training(
             x,
             params,
             stats,
             ema(self.momentum) if self.update is None else self.update,
-            axis=self.axis,
-            epsilon=self.epsilon,
             mask=None if mask is None else jnp.asarray(mask, bool),
             weights=weights,
             axis_name=None if self.is_initializing() else self.axis_name,
             axis_index_groups=self.axis_index_groups,
             groups=None if self.is_initializing() else self.groups,
-            dtype=dtype,
+            **shared,
         )
         if not self.is_initializing():
             for variable, value in zip(variables, stats, strict=False):

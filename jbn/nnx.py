@@ -16,6 +16,7 @@ from jax import Array
 
 from jbn import _flax
 from jbn._deferred import read
+from jbn._epilogue import Activation
 from jbn._normalize import Params
 from jbn._running import RunningStats, UpdateRule, ema
 from jbn._sync import AxisName
@@ -63,6 +64,8 @@ class BatchNorm(nnx.BatchNorm):
         `nnx.BatchStat`s. By default `jbn.ema(momentum)`.
       groups: normalise each of this many equal, consecutive parts of the batch by statistics of its
         own; the stored ones are of the whole batch.
+      activation: an elementwise function, such as `jax.nn.relu`, applied to y at last. As part of
+        the layer it costs the backward pass no memory.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class BatchNorm(nnx.BatchNorm):
         scale_metadata: Mapping[str, Any] = _NO_METADATA,
         update: UpdateRule | None = None,
         groups: int | None = None,
+        activation: Activation | None = None,
     ):
         super().__init__(
             num_features,
@@ -111,6 +115,7 @@ class BatchNorm(nnx.BatchNorm):
         )
         self.update = update
         self.groups = groups
+        self.activation = activation
         if update is not None:
             self.count = nnx.BatchStat(jnp.zeros(num_features, jnp.float32))
 
@@ -121,6 +126,7 @@ class BatchNorm(nnx.BatchNorm):
         *,
         mask: Array | None = None,
         weights: Array | None = None,
+        residual: Array | None = None,
     ) -> Array:
         """Normalises x; in training also updates the stored statistics.
 
@@ -130,6 +136,7 @@ class BatchNorm(nnx.BatchNorm):
             constructor's.
           mask: bool, broadcasts against x. False: the value takes no part.
           weights: real and not negative, broadcasts against x: how much each value counts.
+          residual: of x's shape, is added before the activation.
 
         Returns:
           y, of x's shape.
@@ -148,10 +155,15 @@ class BatchNorm(nnx.BatchNorm):
         x, _, _, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
         params = Params(scale, bias)
         dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
+        shared = {
+            "axis": self.axis,
+            "epsilon": self.epsilon,
+            "activation": self.activation,
+            "residual": residual,
+            "dtype": dtype,
+        }
         if inference:
-            return _flax.inference(
-                x, params, stats, axis=self.axis, epsilon=self.epsilon, dtype=dtype
-            )
+            return _flax.inference(x, params, stats, **shared)
         if mask is not None and jnp.asarray(mask).dtype != jnp.bool_:
             raise ValueError(f"mask must be bool; got {jnp.asarray(mask).dtype}.")
         y, stats = _flax.training(
@@ -159,14 +171,12 @@ class BatchNorm(nnx.BatchNorm):
             params,
             stats,
             ema(self.momentum) if self.update is None else self.update,
-            axis=self.axis,
-            epsilon=self.epsilon,
             mask=mask,
             weights=weights,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             groups=self.groups,
-            dtype=dtype,
+            **shared,
         )
         for variable, value in zip(variables, stats, strict=False):
             _store(variable, value)
