@@ -11,7 +11,7 @@ Flax modules live in `jbn.linen` and `jbn.nnx`, which this package does not impo
 """
 
 from jbn._batch_norm import batch_norm, batch_norm_inference
-from jbn._epilogue import checkpoint_policy
+from jbn._checkpoint import checkpoint_policy
 from jbn._moments import moments
 from jbn._normalize import Params, init_params, normalize
 from jbn._pool import Moments, merge, pool

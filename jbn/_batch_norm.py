@@ -10,8 +10,14 @@ from jax.typing import ArrayLike, DTypeLike
 from jbn import _check
 from jbn._axes import resolve
 from jbn._deferred import absorb, read, waits
-from jbn._epilogue import Activation, epilogue
-from jbn._normalize import Params, affine, apply, normalize_pooled
+from jbn._normalize import (
+    Activation,
+    Params,
+    affine,
+    location,
+    normalize_pooled,
+    transform,
+)
 from jbn._reference import accumulator
 from jbn._running import RunningStats, UpdateRule, ema
 from jbn._sync import AxisName, scope
@@ -163,17 +169,20 @@ def batch_norm_inference(
     stats = _check.stats(read(stats), axes)
     scale, bias = affine(*_check.params(params), axes, accumulator(x.dtype))
     dtype = x.dtype if dtype is None else dtype
-    transform = _inference(_check.epsilon(epsilon))
-    transform = epilogue(activation, residual, x).after(transform, dtype)
-    (y,) = transform(x, axes.expand(stats.mean), axes.expand(stats.var), scale, bias)
-    return y.astype(dtype)
+    activation = _check.activation(activation, x.shape, accumulator(x.dtype))
+    run = _inference(_check.epsilon(epsilon), activation)
+    mean, var = axes.expand(stats.mean), axes.expand(stats.var)
+    return run(x, mean, var, scale, bias, _check.residual(residual, x)).astype(dtype)
 
 
 @functools.lru_cache(maxsize=64)
-def _inference(epsilon: float):
-    """`apply` such that a backward pass keeps x in x's dtype; cached to be traced once a shape."""
+def _inference(epsilon: float, activation: Activation | None):
+    """y, such that a backward pass keeps x in x's dtype; cached to be traced once a shape."""
 
-    def transform(x, mean, var, scale, bias):
-        return (apply(x.astype(accumulator(x.dtype)), mean, var, scale, bias, epsilon),)
+    def run(x, mean, var, scale, bias, residual):
+        x = x.astype(accumulator(x.dtype))
+        mean, rstd = location(mean.astype(x.dtype), var, epsilon)
+        y = transform(x, mean, rstd, scale, bias, residual)
+        return y if activation is None else activation(y)
 
-    return jax.checkpoint(transform, prevent_cse=False)
+    return jax.checkpoint(run, prevent_cse=False)

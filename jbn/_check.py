@@ -1,14 +1,16 @@
 """What a user can get wrong, said once and clearly, while tracing."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jbn._axes import Axes
 from jbn._sync import bound_axes, varying
@@ -25,23 +27,38 @@ def floating(x: ArrayLike, name: str = "x") -> Array:
     return x
 
 
-def activation(function: Any) -> Any:
-    """A function of an array, or None."""
-    if function is None or callable(function):
-        return function
-    raise TypeError(
-        f"activation must be a function of an array, such as jax.nn.relu; got {function!r}."
-    )
+def activation(function: Any, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+    """A hashable function of an array of this shape that does the same in every call, or None."""
+    if function is None:
+        return None
+    if not callable(function):
+        raise TypeError(
+            f"activation must be a function of an array, such as jax.nn.relu; got {function!r}."
+        )
+    try:
+        hash(function)
+    except TypeError:
+        raise TypeError(
+            f"activation must be hashable, because it is static; got {function!r}."
+        ) from None
+    return _static(function, shape, np.dtype(dtype))
 
 
-def elementwise(result: Any, y: Array) -> Array:
-    """What an activation made of y; it must keep y's shape."""
-    if getattr(result, "shape", None) == y.shape:
-        return result
-    raise ValueError(
-        f"activation must be elementwise: it was given an array of shape {y.shape} and returned "
-        f"{getattr(result, 'shape', result)}. Apply it behind the layer instead."
-    )
+@functools.lru_cache(maxsize=256)  # does not keep a function for which it raises
+def _static(function: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+    trace = jax.make_jaxpr(function, return_shape=True)
+    program, result = trace(jax.ShapeDtypeStruct(shape, dtype))
+    if any(isinstance(value, Tracer) for value in program.consts):
+        raise TypeError(
+            f"activation must be static, but {function!r} uses a traced value, such as a learned "
+            f"slope. Apply it behind the layer: activation(y)."
+        )
+    if getattr(result, "shape", None) != shape:
+        raise ValueError(
+            f"activation must be elementwise: it was given an array of shape {shape} and returned "
+            f"{getattr(result, 'shape', result)}. Apply it behind the layer: activation(y)."
+        )
+    return function
 
 
 def residual(values: ArrayLike | None, x: Array) -> Array | None:

@@ -14,8 +14,7 @@ from jbn import _check
 from jbn._axes import resolve
 from jbn._batch_norm import batch_norm_inference
 from jbn._deferred import absorb, read
-from jbn._epilogue import Activation
-from jbn._normalize import Params, normalize_pooled
+from jbn._normalize import Activation, Params, normalize_pooled
 from jbn._running import RunningStats, UpdateRule
 from jbn._sync import AxisName, Scope, scope
 

@@ -15,7 +15,7 @@ autodiff would keep xhat, which is float32 even where x is bfloat16.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check, _sharding
 from jbn._axes import Axes
-from jbn._epilogue import Activation, Epilogue, epilogue, named
+from jbn._checkpoint import named
 from jbn._moments import (
     Problem,
     derivative,
@@ -39,6 +39,8 @@ from jbn._moments import (
 from jbn._pool import Moments, pool_groups, restore
 from jbn._reference import accumulator
 from jbn._sync import AxisName, Scope, scope
+
+Activation = Callable[[Array], Array]
 
 
 class Params(NamedTuple):
@@ -121,8 +123,7 @@ def normalize(
     """
     prepared = prepare(x, axis, mask, weights, scope(axis_name, axis_index_groups), groups)
     x = jnp.asarray(x)
-    then = epilogue(activation, residual, x)
-    y, shift, m = _transform(x, prepared, scale, bias, epsilon, then, dtype)
+    y, shift, m = _transform(x, prepared, scale, bias, epsilon, activation, residual, dtype)
     return y, restore(m, shift, prepared[0].axes)
 
 
@@ -143,24 +144,23 @@ def normalize_pooled(
 ) -> tuple[Array, Moments]:
     """`normalize`, but with the moments of all groups together: what running statistics take in."""
     prepared = prepare(x, axis, mask, weights, over, groups)
-    then = epilogue(activation, residual, x)
-    y, shift, m = _transform(x, prepared, scale, bias, epsilon, then, dtype)
+    y, shift, m = _transform(x, prepared, scale, bias, epsilon, activation, residual, dtype)
     return y, pool_groups(m, shift, prepared[0].axes, counts_differ=prepared[2] is not None)
 
 
 def _transform(
-    x, prepared, scale, bias, epsilon, then: Epilogue, dtype
+    x, prepared, scale, bias, epsilon, activation, residual, dtype
 ) -> tuple[Array, Array, Moments]:
     problem, divided, weights = prepared
+    activation = _check.activation(activation, divided.shape, accumulator(x.dtype))
     dtype = np.dtype(x.dtype if dtype is None else dtype)
-    rule = _Rule(problem, _check.epsilon(epsilon), np.dtype(then.dtype(x.dtype, dtype)))
-
-    def transform(divided, scale, bias, weights):
-        y, m, shift = _normalize(rule, divided, scale, bias, weights)
-        return _sharding.join(y, x, problem.axes), shift, m
-
+    rule = _Rule(problem, _check.epsilon(epsilon), activation, dtype)
+    residual = _check.residual(residual, x)
+    if residual is not None:
+        residual = _sharding.divide(residual, problem.axes)
     scale, bias = affine(scale, bias, problem.axes, accumulator(x.dtype))
-    return then.after(transform, dtype)(divided, scale, bias, weights)
+    y, m, shift = _layer(rule, divided, scale, bias, weights, residual)
+    return _sharding.join(y, x, problem.axes), shift, m
 
 
 def affine(scale, bias, axes: Axes, dtype: DTypeLike) -> tuple[Array, Array]:
@@ -174,10 +174,12 @@ def affine(scale, bias, axes: Axes, dtype: DTypeLike) -> tuple[Array, Array]:
     )
 
 
-def apply(z: Array, mean: Array, var: Array, scale: Array, bias: Array, epsilon: float) -> Array:
-    """scale (z - mean) / sqrt(var + epsilon) + bias, in z's dtype (Alg. 1, lines 3 and 4)."""
-    mean, rstd = location(mean.astype(z.dtype), var, epsilon)
-    return (z - mean) * (scale.astype(z.dtype) * rstd) + bias.astype(z.dtype)
+def transform(
+    z: Array, mean: Array, rstd: Array, scale: Array, bias: Array, residual: Array | None
+) -> Array:
+    """scale (z - mean) rstd + bias + residual, in z's dtype (Alg. 1, lines 3 and 4)."""
+    y = (z - mean) * (scale.astype(z.dtype) * rstd) + bias.astype(z.dtype)
+    return y if residual is None else y + residual.astype(z.dtype)
 
 
 def location(mean: Array, var: Array, epsilon: float) -> tuple[Array, Array]:
@@ -197,35 +199,43 @@ class _Rule(NamedTuple):
 
     problem: Problem
     epsilon: float
+    activation: Activation | None
     dtype: np.dtype  # of y
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalize(rule: _Rule, x, scale, bias, weights) -> tuple[Array, Moments, Array]:
+def _normalize(rule: _Rule, x, scale, bias, weights, residual) -> tuple[Array, Moments, Array]:
     """y, the moments of z = x - K, and K. Per-feature values have the shape (1, ..., C)."""
     shift, m = measure(rule.problem, x, weights)
-    return _apply(rule, x, scale, bias, weights, m, shift), m, shift
+    return _apply(rule, x, scale, bias, weights, residual, m, shift), m, shift
 
 
-def _apply(rule: _Rule, x, scale, bias, weights, m: Moments, shift: Array) -> Array:
+# Not inlined: layers of one shape are then traced, differentiated and lowered once a program.
+_layer = jax.jit(_normalize, static_argnums=0)
+
+
+def _apply(rule: _Rule, x, scale, bias, weights, residual, m: Moments, shift: Array) -> Array:
     if weights is not None:
         # Without data the bias. Plus zeros: of the sharding of the counts.
         scale = scale + jnp.zeros_like(m.count, scale.dtype)
         scale = jnp.where(m.count > 0, scale, jnp.zeros_like(scale))
-    y = apply(x.astype(shift.dtype) - shift, m.mean, m.var, scale, bias, rule.epsilon)
-    return y.astype(rule.dtype)
+    mean, rstd = location(m.mean, m.var, rule.epsilon)
+    y = transform(x.astype(shift.dtype) - shift, mean, rstd, scale, bias, residual)
+    return (y if rule.activation is None else rule.activation(y)).astype(rule.dtype)
 
 
 @_normalize.defjvp
 def _normalize_jvp(rule: _Rule, primals, tangents):
-    x, scale, bias, weights = primals
-    dx, dscale, dbias, _ = tangents  # weights are constants, and so is K
+    x, scale, bias, weights, residual = primals
+    dx, dscale, dbias, _, dresidual = tangents  # weights are constants, and so is K
     # The two by themselves, so that whoever computes y again need not measure again.
     shift, m = named(differentiable_measure(rule.problem, x, weights))
-    y = _apply(rule, x, scale, bias, weights, m, shift)
+    y = _apply(rule, x, scale, bias, weights, residual, m, shift)
     mean, rstd = location(m.mean, m.var, rule.epsilon)
     dy, dmean, dvar = _differential(rule)(
-        (x, weights, shift), (m.count, mean, rstd, scale), (dx, dscale, dbias)
+        (x, weights, residual, shift),
+        (m.count, mean, rstd, scale, bias),
+        (dx, dscale, dbias, dresidual),
     )
     dm = Moments(jnp.zeros_like(m.count), dmean, dvar)
     return (y, m, shift), (dy, dm, jnp.zeros_like(shift))
@@ -233,23 +243,40 @@ def _normalize_jvp(rule: _Rule, primals, tangents):
 
 @functools.lru_cache(maxsize=1024)
 def _differential(rule: _Rule):
-    """The linear map (dx, dscale, dbias) -> (dy, dmean, dvar) that the module's docstring gives.
+    """The linear map (dx, dscale, dbias, dresidual) -> (dy, dmean, dvar) of the docstring above.
 
     Cached, so that layers of one shape are traced once.
     """
 
     def differential(data, constants, tangents):
-        x, weights, shift = data
-        count, mean, rstd, scale = constants
-        dx, dscale, dbias = (t.astype(shift.dtype) for t in tangents)
+        x, weights, residual, shift = data
+        count, mean, rstd, scale, bias = constants
+        dx, dscale, dbias, dresidual = jax.tree.map(lambda t: t.astype(shift.dtype), tangents)
         dx = only_active(dx, weights)
         z = shifted(x, shift, weights)
         mean_dx, half_dvar = derivative(rule.problem, z, dx, count, mean, weights)
         a = scale.astype(shift.dtype) * rstd
         mean_xhat_dx = jnp.where(rstd == 0, 0, rstd * half_dvar.astype(rstd.dtype))
         xhat = (z - mean) * rstd
-        dy = a * dx + (dbias - a * mean_dx) + xhat * (dscale - a * mean_xhat_dx)
+        own = a * dx if dresidual is None else a * dx + dresidual
+        others = (dbias - a * mean_dx) + xhat * (dscale - a * mean_xhat_dx)
+        dy = _through(rule.activation, z, (mean, rstd, scale, bias), residual, own, others)
         return only_active(dy, weights).astype(rule.dtype), mean_dx, 2 * half_dvar
 
     # prevent_cse=False: the compiler may keep what it wants; only autodiff must not.
     return jax.checkpoint(differential, prevent_cse=False)
+
+
+def _through(activation: Activation | None, z, vectors, residual, own, others) -> Array:
+    """The derivative of the activation, whose input is computed again, along own + others."""
+    if activation is None:
+        return own + others
+    at = transform(z, *vectors, residual)
+    if residual is not None:  # its gradient is needed as an array, so both parts may share it
+        return jax.jvp(activation, (at,), (own + others,))[1]
+    # Backwards, `others` gives the sums over the batch, and `own` the pass over x that follows. The
+    # input of the activation is computed in each by itself: to the compiler the barrier makes them
+    # two. Else it keeps the mask, or the masked cotangent, for the second, which is more traffic.
+    hidden: tuple[Array, Array, Array, Array] = lax.optimization_barrier(vectors)
+    again = transform(z, *hidden, residual)
+    return jax.jvp(activation, (at,), (own,))[1] + jax.jvp(activation, (again,), (others,))[1]

@@ -16,8 +16,7 @@ from jax import Array
 
 from jbn import _flax
 from jbn._deferred import read
-from jbn._epilogue import Activation
-from jbn._normalize import Params
+from jbn._normalize import Activation, Params
 from jbn._running import RunningStats, UpdateRule, ema
 from jbn._sync import AxisName
 

@@ -69,6 +69,8 @@ def test_value_and_gradient_are_those_of_the_composition(form, case, groups):
         y, pull = jax.vjp(run, data.x, data.scale, data.bias, r)
         return y, pull(dy)
 
+    # A masked position is a constant, of the residual as well.
+    data = data._replace(dy=np.where(data.valid, data.dy, np.zeros_like(data.dy)))
     run = jax.jit(value_and_gradient, static_argnums=0)
     actual, expected = run(fused, data.dy), run(composed, data.dy)
     chex.assert_trees_all_equal_dtypes(actual, expected)
@@ -86,20 +88,28 @@ def test_every_order_is_that_of_the_composition(form, x64):
 
     def of(f):
         outputs = lambda *at: f(form, *at, r, **data.support)  # noqa: E731
-        return run(outputs, at, directions, (data.dy, data.dmean, data.dvar))
+        cotangents = np.where(data.valid, data.dy, 0.0), data.dmean, data.dvar
+        return run(outputs, at, directions, cotangents)
 
     chex.assert_trees_all_close(of(fused), of(composed), rtol=1e-10, atol=1e-10)
 
 
-def test_an_activation_may_close_over_what_is_differentiated():
-    # As with a learned slope: the activation is no static argument anywhere.
+def test_an_activation_may_hold_constants():
+    x, slope = jax.random.normal(jax.random.key(0), SHAPE), jnp.float32(0.1)
+    leaky = lambda y: jnp.where(y > 0, y, slope * y)  # noqa: E731
+    actual = jax.jit(lambda x: jbn.normalize(x, activation=leaky)[0])(x)
+    chex.assert_trees_all_close(actual, leaky(jbn.normalize(x)[0]), rtol=1e-5, atol=1e-6)
+
+
+def test_an_activation_with_a_learned_slope_goes_behind_the_layer():
     x = jax.random.normal(jax.random.key(0), SHAPE)
-    run = lambda bn: lambda slope: bn(lambda y: jnp.where(y > 0, y, slope * y)).sum()  # noqa: E731
-    ours = run(lambda f: jbn.normalize(x, activation=f)[0])
-    behind = run(lambda f: f(jbn.normalize(x)[0]))
-    for slope in (0.1, 0.7):
-        actual, expected = jax.jit(jax.grad(ours))(slope), jax.jit(jax.grad(behind))(slope)
-        chex.assert_trees_all_close(actual, expected, rtol=1e-5)
+
+    def loss(slope):
+        return jbn.normalize(x, activation=lambda y: jnp.where(y > 0, y, slope * y))[0].sum()
+
+    for transformed in (jax.jit(loss), jax.grad(loss)):
+        with pytest.raises(TypeError, match="static.*learned slope. Apply it behind the layer"):
+            transformed(0.1)
 
 
 # --- What is kept --------------------------------------------------------------------------------
@@ -271,6 +281,11 @@ def test_shard_map():
 # --- What a careless user types ------------------------------------------------------------------
 
 
+class Unhashable(list):
+    def __call__(self, y):
+        return y
+
+
 @pytest.mark.parametrize("inference", [False, True], ids=["training", "inference"])
 @pytest.mark.parametrize(
     ("given", "error", "message"),
@@ -278,13 +293,25 @@ def test_shard_map():
         ({"activation": "relu"}, TypeError, r"function of an array, such as jax\.nn\.relu; got"),
         ({"activation": jnp.sum}, ValueError, r"elementwise.*\(4, 2\).*returned \(\)"),
         ({"activation": lambda y: None}, ValueError, "returned None"),
+        ({"activation": Unhashable()}, TypeError, "must be hashable"),
         ({"residual": jnp.ones((4, 1))}, ValueError, r"x's shape, \(4, 2\); got \(4, 1\)"),
         ({"residual": jnp.ones((4, 2), int)}, TypeError, "residual must be floating point"),
     ],
-    ids=["name", "not elementwise", "nothing", "shape", "int"],
+    ids=["name", "not elementwise", "nothing", "unhashable", "shape", "int"],
 )
 def test_errors(inference, given, error, message):
     x, params, stats = jnp.ones((4, 2)), jbn.init_params(2), jbn.init_stats(2)
     call = jbn.batch_norm_inference if inference else jbn.batch_norm
     with pytest.raises(error, match=message):
         call(x, params, stats, **given)
+
+
+@pytest.mark.parametrize("form", ["add relu", "add silu"])
+def test_a_masked_position_is_a_constant_of_the_residual_too(form):
+    case = cases.Case(SHAPE, mask="positions")
+    data, r = cases.make(case, masked=np.nan), residual_of(case)
+    run = lambda x, r: fused(form, x, data.scale, data.bias, r, **data.support)[0]  # noqa: E731
+    dx, dr = jax.jit(lambda x, r: jax.vjp(run, x, r)[1](data.dy))(data.x, r)
+    chex.assert_tree_all_finite((dx, dr))
+    np.testing.assert_array_equal(np.asarray(dr)[~data.valid], 0)
+    assert np.any(np.asarray(dr)[data.valid] != 0)

@@ -22,7 +22,7 @@ LAYERS = (
     {"_batch_norm"},
     {"_deferred"},
     {"_normalize", "_running"},
-    {"_epilogue", "_moments"},
+    {"_checkpoint", "_moments"},
     {"_check", "_reference", "_pool"},
     {"_sharding", "_sync"},
     {"_axes"},

@@ -1,0 +1,36 @@
+"""What a backward pass keeps, where `jax.checkpoint` asks."""
+
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+_NAME = "jbn.moments"
+_policy = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_saveable,
+    jax.checkpoint_policies.save_only_these_names(_NAME),
+)
+
+
+def named(moments: Any) -> Any:
+    """`moments`, any tree of arrays, under the name by which checkpoint policies know them."""
+    return jax.tree.map(lambda values: checkpoint_name(values, _NAME), moments)
+
+
+def checkpoint_policy(primitive: Any, *args: Any, **params: Any) -> Any:
+    """What to keep for the backward pass: for `jax.checkpoint(f, policy=jbn.checkpoint_policy)`.
+
+    Keeps the results of convolutions and matrix products, and the moments of every Batch
+    Normalization in f, [C] each; normalisation, activations and the rest are computed again. No
+    convolution and no reduction over a batch is.
+
+    >>> import jax, jax.numpy as jnp, jbn
+    >>> def layer(x, kernel):
+    ...     return jbn.normalize(x @ kernel, activation=jax.nn.relu)[0]
+    >>> lean = jax.checkpoint(layer, policy=jbn.checkpoint_policy)
+    >>> jax.grad(lambda x: lean(x, jnp.eye(2)).max())(jnp.array([[1.0, 2.0], [3.0, 2.0]])).shape
+    (2, 2)
+
+    With Flax: `nn.remat(Block, policy=jbn.checkpoint_policy)`, `nnx.remat(policy=...)(f)`.
+    """
+    return _policy(primitive, *args, **params)
