@@ -27,6 +27,7 @@ import argparse
 import ctypes
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import os
 import pathlib
@@ -511,6 +512,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from jbn import native  # and not this copy of it, of the name __main__
-
-    sys.exit(native.main())
+    # Not this copy of the file, which is named __main__: a kernel is registered once.
+    sys.exit(importlib.import_module("jbn.native").main())
