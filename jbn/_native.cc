@@ -1,9 +1,9 @@
 // The two reductions of Batch Normalization in one read of memory, over all threads.
 //
 //   sums:  (sum_r z, sum_r z^2)     z = float32(x) - K
-//   pair:  (sum_r t, sum_r z t)     with a gate: t where (z - M) A + B > 0, and 0 elsewhere
+//   pair:  (sum_r t, sum_r z t)     with a gate: t where z A + B > 0, and 0 elsewhere
 //
-// x, t: [R, C] row by row, each float32, bfloat16 or float16; K, M, A, B and the results: [C] float32.
+// x, t: [R, C] row by row, each float32, bfloat16 or float16; K, A, B and the results: [C] float32.
 //
 // The rows are cut into chunks, by their number alone, so that results do not depend on how many
 // threads there are. Inside a chunk, float32 accumulators take kBlock rows at most, kUnrolled at a
@@ -76,7 +76,7 @@ struct Float16 {
 struct Operands {
   const void* x;
   const void* t;         // pair only
-  const float* vectors;  // [4, width]: K, M, A, B
+  const float* vectors;  // [3, width]: K, A, B
   int64_t width;
 };
 
@@ -100,7 +100,6 @@ struct PairTerms {
   const typename X::Stored* __restrict__ x;
   const typename T::Stored* __restrict__ t;
   const float* __restrict__ shift;
-  const float* __restrict__ mean;
   const float* __restrict__ scale;
   const float* __restrict__ bias;
 
@@ -108,14 +107,13 @@ struct PairTerms {
       : x(static_cast<const typename X::Stored*>(in.x) + first),
         t(static_cast<const typename T::Stored*>(in.t) + first),
         shift(in.vectors + channel),
-        mean(shift + in.width),
-        scale(mean + in.width),
+        scale(shift + in.width),
         bias(scale + in.width) {}
 
   inline void add(int64_t i, int64_t c, float& sum, float& product) const {
     const float z = X::load(x[i]) - shift[c];
     float value = T::load(t[i]);
-    if constexpr (kGated) value = (z - mean[c]) * scale[c] + bias[c] > 0 ? value : 0.0f;
+    if constexpr (kGated) value = z * scale[c] + bias[c] > 0 ? value : 0.0f;
     sum += value;
     product += z * value;
   }
@@ -232,7 +230,7 @@ void reduce(ffi::ThreadPool& pool, Accumulate accumulate, Operands in, int64_t e
   // Narrow arrays are read as [R / fold, fold C]; the rows that are left over, as one wide row.
   const int64_t fold = channels < kNarrow ? 2 * kNarrow / channels : 1;
   const Cut cut(rows / fold, fold * channels, element_bytes);
-  std::vector<float> repeated(4 * cut.width);
+  std::vector<float> repeated(3 * cut.width);
   for (size_t i = 0; i < vectors.size(); ++i)
     repeat(vectors[i], channels, fold, repeated.data() + i * cut.width);
   in.vectors = repeated.data();
@@ -323,9 +321,9 @@ ffi::Error pair(ffi::ThreadPool pool, ffi::AnyBuffer x, Vector shift, ffi::AnyBu
 }
 
 ffi::Error gated_pair(ffi::ThreadPool pool, ffi::AnyBuffer x, Vector shift, ffi::AnyBuffer t,
-                      Vector mean, Vector scale, Vector bias, Result first, Result second) {
+                      Vector scale, Vector bias, Result first, Result second) {
   return run(pool, pair_of<true>(x.element_type(), t.element_type()), x, &t,
-             {&shift, &mean, &scale, &bias}, first, second);
+             {&shift, &scale, &bias}, first, second);
 }
 
 }  // namespace
@@ -353,7 +351,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jbn_gated_pair, gated_pair,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<Vector>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<Vector>()
                                   .Arg<Vector>()
                                   .Arg<Vector>()
                                   .Ret<Vector>()

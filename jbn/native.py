@@ -19,8 +19,8 @@ pair and spread are primitives of JAX, each the transpose of the other, so deriv
 order are made of them. On CPU, in a program for one device, sums and pair are the kernel's; in
 every other place, for other dtypes and under vmap all three are their equations in jax.numpy.
 
-With `gate=(M, A, B)`, pair reads t, and spread gives its result, only where (z - M) A + B > 0; all
-else is 0. That is the derivative of relu((z - M) A + B), without an array for the mask.
+With `gate=(A, B)`, pair reads t, and spread gives its result, only where z A + B > 0; all else is
+0. That is the derivative of relu(z A + B), without an array for the mask.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
-Gate = tuple[Array, Array, Array]
+Gate = tuple[Array, Array]
 
 _SOURCE = pathlib.Path(__file__).with_name("_native.cc")
 # No -ffast-math: NaN and infinity are data here. The kernel says itself what may be reordered.
@@ -167,7 +167,7 @@ def pair(x: Array, shift: Array, t: Array, *, gate: Gate | None = None) -> tuple
       x: [..., C], floating point.
       shift: [C], K; its dtype is that of z and of the results.
       t: [..., C], floating point of any size.
-      gate: (M, A, B), [C] each, of shift's dtype. t counts as 0 unless (z - M) A + B > 0.
+      gate: (A, B), [C] each, of shift's dtype. t counts as 0 unless z A + B > 0.
 
     Raises:
       ValueError: shift or gate are not [C], or t is not of x's shape.
@@ -194,7 +194,7 @@ def spread(
       u: [C], of shift's dtype.
       v: [C], of shift's dtype.
       w: [..., C], floating point; None for 0. Here so that the sum is rounded to dtype only once.
-      gate: (M, A, B), [C] each, of shift's dtype. The result is 0 unless (z - M) A + B > 0.
+      gate: (A, B), [C] each, of shift's dtype. The result is 0 unless z A + B > 0.
       dtype: of the result. A cotangent of it goes into `pair` as it is.
 
     Raises:
@@ -229,8 +229,8 @@ def _shifted(x: Array, shift: Array) -> Array:
 def _gated(values: Array, x: Array, shift: Array, gate: Sequence[Array]) -> Array:
     if not gate:
         return values
-    mean, scale, bias = (_row(vector, x) for vector in gate)
-    active = (_shifted(x, shift) - mean) * scale + bias > 0
+    scale, bias = (_row(vector, x) for vector in gate)
+    active = _shifted(x, shift) * scale + bias > 0
     return jnp.where(active, values, jnp.zeros_like(values))
 
 
