@@ -1,0 +1,569 @@
+"""How fast is Batch Normalization? jbn beside Flax, Haiku, Equinox and PyTorch, on this machine.
+
+All libraries take turns in one process (`experiments.timing`), do the same mathematics on the same
+numbers (`experiments.peers`), and are reported as ratios over flax.linen within a round, with the
+quartiles of that ratio: 0.50 is half of flax.linen's time. Parts (``--part``):
+
+op         one layer, forward and forward+backward: BN, BN+ReLU, BN+add+ReLU; float32 and bfloat16
+step       whole training steps: a small ResNet on random images of CIFAR-10's shape; of ResNet-50
+           the compilation and the memory, and with ``--run`` or on an accelerator the time, too
+dispatch   tiny layers: a call, tracing and lowering, compiling; tracing and lowering ResNet-50
+inference  one layer with the running statistics, and folded into y = a x + b
+
+**Of copy.** A layer moves memory, so its floor is a copy of x, measured in the same rounds. The
+bytes that are useful, counted in elements of x: forward 3 (x twice, once for the statistics, and
+y), backward 5 (x and dy twice, and dx), hence forward+backward 8. Adding a residual r reads it
+forward (4), and backward (7) reads x, dy and r for the two sums, writes dr, reads x and dr again,
+and writes dx: 11. Inference 2, with a residual 3; a copy 2. "Of copy" is useful bytes a second over
+those of the copy. A layer that keeps x in a cache between its two reads can exceed 100 %.
+**Bytes/element** is XLA's own count of what the compiled program accesses, where there is one.
+
+Command::
+
+    pip install -e '.[experiments,peers]'
+    python -m jbn.native                 # optional: jbn's C++ sums, for the row "jbn native"
+    python -m experiments.speed          # about 8 minutes on two CPU cores
+    python -m experiments.speed --quick  # under a minute: does everything run?
+    python -m experiments.speed --part op --update FILE    # write jbn's ratios down, and later
+    python -m experiments.speed --part op --check FILE     # exit with 1 if they have become worse
+
+The same commands run on CPUs, GPUs and TPUs: on JAX's default device. On Linux the process starts
+itself again with glibc's allocator told to keep its memory (`timing.ALLOCATOR` says why).
+"""
+
+from __future__ import annotations
+
+import sys
+
+from experiments import timing
+
+if __name__ == "__main__":
+    timing.restart_with_allocator("experiments.speed", sys.argv[1:])
+
+import argparse
+import functools
+import gc
+import itertools
+import math
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen
+from rich.console import Console
+from tqdm import tqdm
+
+import jbn.linen
+from experiments import models, peers, speed_report
+from experiments.peers import BASELINE, FORMS, PASSES, Case, Program
+from experiments.records import Records
+from experiments.speed_report import Row
+
+DTYPES = ("float32", "bfloat16")
+COPY = "copy"  # the name of the floor among the libraries
+FOLDED = "jbn folded"
+
+SOME_SHAPES = ((32, 56, 56, 64), (32, 28, 28, 256), (32, 7, 7, 2048), (4096, 1024), (256, 128))
+TINY_SHAPES = ((8, 4), (256, 128))
+RESNET50_SHAPES = (  # [H, W, C] of all layers of Batch Normalization for images of 224 x 224
+    (112, 112, 64),
+    (56, 56, 64),
+    (56, 56, 128),
+    (56, 56, 256),
+    (28, 28, 128),
+    (28, 28, 256),
+    (28, 28, 512),
+    (14, 14, 256),
+    (14, 14, 512),
+    (14, 14, 1024),
+    (7, 7, 512),
+    (7, 7, 2048),
+)
+MLP_SHAPE = (60, 100)  # of the paper's network for digits
+
+USEFUL = {  # elements that have to be moved, for each element of x; the module's docstring says why
+    ("bn", "forward"): 3,
+    ("bn_relu", "forward"): 3,
+    ("bn_add_relu", "forward"): 4,
+    ("bn", "forward+backward"): 8,
+    ("bn_relu", "forward+backward"): 8,
+    ("bn_add_relu", "forward+backward"): 11,
+    ("bn", "inference"): 2,
+    ("bn_relu", "inference"): 2,
+    ("bn_add_relu", "inference"): 3,
+}
+
+
+class Config(NamedTuple):
+    """What is measured, and how long."""
+
+    shapes: Sequence[tuple[int, ...]] = SOME_SHAPES
+    dtypes: Sequence[str] = DTYPES
+    forms: Sequence[str] = FORMS
+    libraries: Sequence[str] = ()  # names in `peers.PEERS`
+    rounds: int = 21
+    batch: int = 32  # images a training step
+    run: bool = False  # ResNet-50's steps, too
+    quick: bool = False
+
+
+# --- op and inference ----------------------------------------------------------------------------
+
+
+def op(config: Config) -> Iterator[Row]:
+    """One layer in training."""
+    for shape, dtype, form, which in bar(
+        config.shapes, config.dtypes, config.forms, PASSES, about="op"
+    ):
+        case = Case(shape, dtype, form, which)
+        programs = programs_of(config, case) | {COPY: peers.copy_program(case)}
+        yield from time_programs("op", case, programs, config)
+
+
+def inference(config: Config) -> Iterator[Row]:
+    """One layer with its running statistics; and folded into an affine map."""
+    for shape, dtype, form in bar(config.shapes, config.dtypes, config.forms, about="inference"):
+        case = Case(shape, dtype, form, "inference")
+        programs = programs_of(config, case)
+        programs |= {FOLDED: peers.folded_program(case), COPY: peers.copy_program(case)}
+        yield from time_programs("inference", case, programs, config)
+
+
+def programs_of(config: Config, case: Case) -> dict[str, Program]:
+    return {name: peers.PEERS[name].program(case) for name in config.libraries}
+
+
+def time_programs(
+    part: str, case: Case, programs: Mapping[str, Program], config: Config
+) -> list[Row]:
+    """Rows of programs that compute the same layer."""
+    samples = timing.interleave({name: p.run for name, p in programs.items()}, config.rounds)
+    itemsize = jnp.dtype(case.dtype).itemsize
+    about = part, "x".join(map(str, case.shape)), case.dtype, case.form, case.which
+    rows = []
+    for name, program in programs.items():
+        useful = 2 if name == COPY else USEFUL[case.form, case.which]
+        row = Row(*about, name, **times(samples, name), **analysis(program, case.elements))
+        row = row._replace(bandwidth=useful * itemsize * case.elements / samples.median(name))
+        if COPY in programs:
+            row = row._replace(of_copy=useful / 2 * samples.ratio(COPY, name).median)
+        rows.append(row)
+    return rows
+
+
+def times(samples: timing.Samples, name: str) -> dict[str, Any]:
+    """The fields of a row that say how long."""
+    fields: dict[str, Any] = {"seconds": samples.median(name)}
+    if BASELINE in samples.seconds:
+        ratio = samples.ratio(name, BASELINE)
+        fields |= {"ratio": ratio.median, "low": ratio.low, "high": ratio.high}
+    return fields
+
+
+def analysis(program: Program, elements: int | None = None) -> dict[str, Any]:
+    """The fields of a row that XLA knows: bytes accessed, an element, and temporaries."""
+    if program.compiled is None:
+        return {}
+    cost = program.compiled.cost_analysis() or {}  # None: on some platforms XLA does not count
+    memory = program.compiled.memory_analysis()
+    fields: dict[str, Any] = {}
+    if elements and cost.get("bytes accessed", 0) > 0:
+        fields["accessed"] = cost["bytes accessed"] / elements
+    if memory is not None:
+        fields["temporaries"] = memory.temp_size_in_bytes
+    return fields
+
+
+# --- Training steps ------------------------------------------------------------------------------
+
+NORMS = {  # what goes into a network's slot, and the setting to trace it in
+    BASELINE: (linen.BatchNorm, peers.PEERS[BASELINE].setting),
+    "jbn": (jbn.linen.BatchNorm, peers.PEERS["jbn"].setting),
+    "jbn native": (jbn.linen.BatchNorm, peers.PEERS["jbn native"].setting),
+}
+
+
+class TrainingStep(NamedTuple):
+    """A step of SGD with momentum, (state, images, labels) -> (state, loss); shapes of those."""
+
+    step: Callable[..., Any]
+    state: Any
+    images: Any
+    labels: Any
+    init: Callable[[jax.Array], Any]  # key -> state
+
+    def lower(self) -> Any:
+        """Traced and lowered; the state's memory is used again for the new one."""
+        step = jax.jit(self.step, donate_argnums=0)
+        return step.trace(self.state, self.images, self.labels).lower()
+
+
+def training_step(net: linen.Module, images: tuple[int, ...]) -> TrainingStep:
+    """Softmax cross-entropy of a network from `experiments.models`, on images [N, H, W, C]."""
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    x = jax.ShapeDtypeStruct(images, jnp.float32)
+    labels = jax.ShapeDtypeStruct(images[:1], jnp.int32)
+
+    def init(key):
+        variables = net.init(key, jnp.zeros(images, x.dtype), train=False)
+        return variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
+
+    def step(state, images, labels):
+        params, stats, opt_state = state
+
+        def loss(params):
+            variables = {"params": params, "batch_stats": stats}
+            logits, new = net.apply(variables, images, train=True, mutable=["batch_stats"])
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), new["batch_stats"]
+
+        (value, new_stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), new_stats, opt_state), value
+
+    return TrainingStep(step, jax.eval_shape(init, jax.random.key(0)), x, labels, init)
+
+
+def small_resnet(norm: Any) -> linen.Module:
+    """On a CPU with convolutions that XLA does fast there, or they would hide all else."""
+    conv: Any = linen.Conv
+    if jax.default_backend() == "cpu":
+        conv = functools.partial(linen.Conv, conv_general_dilated=models.matmul_conv)
+    return models.ResNet(norm=norm, conv=conv)
+
+
+def tiny_resnet(norm: Any) -> linen.Module:
+    """For a quick run: compiles in a second."""
+    return models.ResNet(widths=(4,), blocks=(1,), norm=norm)
+
+
+def resnet50(norm: Any) -> linen.Module:
+    return getattr(models, "ResNet50")(norm=norm)  # noqa: B009
+
+
+def step(config: Config) -> Iterator[Row]:
+    """Whole training steps."""
+    names = [name for name in NORMS if name in config.libraries]
+    images = config.batch, 32, 32, 3
+    if config.quick:
+        yield from time_steps("tiny ResNet", tiny_resnet, images, names, config)
+        return
+    yield from time_steps("small ResNet", small_resnet, images, names, config)
+    if hasattr(models, "ResNet50"):
+        shape = (config.batch, 224, 224, 3)
+        run = config.run or jax.default_backend() != "cpu"
+        yield from time_steps("ResNet-50", resnet50, shape, names, config, run)
+
+
+def time_steps(
+    network: str,
+    make: Callable[[Any], linen.Module],
+    images: tuple[int, ...],
+    names: Sequence[str],
+    config: Config,
+    run: bool = True,
+) -> Iterator[Row]:
+    """The time of a step, if it is to be run, and the memory it needs beside its arguments."""
+    programs = {}
+    for (name,) in bar(names, about=f"{network}: compiling"):
+        norm, setting = NORMS[name]
+        with setting():
+            training = training_step(make(functools.partial(norm, momentum=peers.DECAY)), images)
+            programs[name] = runner(training, training.lower().compile(), run)
+    samples = None
+    if run:
+        samples = timing.interleave({n: p.run for n, p in programs.items()}, config.rounds)
+    for name, program in programs.items():
+        about = "step", f"{network}, batch {images[0]}", "float32", "-", "step", name
+        yield Row(*about, **(times(samples, name) if samples else {}), **analysis(program))
+
+
+def runner(training: TrainingStep, compiled: Any, run: bool) -> Program:
+    """Goes on training with the same images at each call; allocates nothing unless it is to run."""
+    if not run:
+        return Program(lambda: None, compiled)
+    state = jax.jit(training.init)(jax.random.key(0))
+    images = jax.random.normal(jax.random.key(1), training.images.shape, training.images.dtype)
+    labels = jnp.arange(len(images), dtype=training.labels.dtype) % 10
+
+    def call() -> Any:
+        nonlocal state
+        state, loss = compiled(state, images, labels)
+        return jax.block_until_ready((state, loss))
+
+    return Program(call, compiled)
+
+
+# --- dispatch ------------------------------------------------------------------------------------
+
+
+def dispatch(config: Config) -> Iterator[Row]:
+    """What a layer costs besides moving memory: calls of tiny layers, tracing, compiling."""
+    for shape, which in bar(TINY_SHAPES, PASSES, about="dispatch: calls"):
+        case = Case(shape, which=which)
+        for row in time_programs("dispatch", case, programs_of(config, case), config):
+            yield row._replace(quantity=f"{which}, a call", bandwidth=None, temporaries=None)
+    over_jax = [name for name in config.libraries if peers.PEERS[name].layer]
+    for shape in TINY_SHAPES:
+        case = Case(shape, form="bn_relu")
+        stages = {name: functools.partial(layer_stages, name, case) for name in over_jax}
+        about = "x".join(map(str, shape)), "float32", "bn_relu"
+        yield from time_stages(about, stages, max(config.rounds // 3, 2))
+    yield from net_dispatch(config)
+
+
+def net_dispatch(config: Config) -> Iterator[Row]:
+    """Tracing and compiling the training step of a whole network."""
+    name, make, size = "tiny ResNet", tiny_resnet, 32
+    if not config.quick:
+        name, make, size = "ResNet-50", resnet50, 224
+    images = config.batch, size, size, 3
+    stages = {
+        library: functools.partial(net_stages, library, make, images, not config.quick)
+        for library in NORMS
+        if library in config.libraries
+    }
+    about = f"training step of {name}", "float32", "-"
+    yield from time_stages(about, stages, 2 if config.quick else 5)
+
+
+class Stages(NamedTuple):
+    """Seconds of what happens before the first call."""
+
+    trace: float  # Python runs, and the result is written as StableHLO
+    compile: float | None
+
+
+def layer_stages(name: str, case: Case) -> Stages:
+    peer = peers.PEERS[name]
+    assert peer.layer is not None
+    with peer.setting():
+        host = peers.data(case)
+        layer = peer.layer(case, host)
+        args = peers.arguments(layer, case, host)
+        f = jax.jit(peers.function_of(layer, case.which))
+        return time_both(lambda: f.trace(*args).lower())
+
+
+def net_stages(
+    name: str, make: Callable[[Any], linen.Module], images: tuple[int, ...], compile: bool
+) -> Stages:
+    norm, setting = NORMS[name]
+    with setting():
+        net = make(functools.partial(norm, momentum=peers.DECAY))
+        return time_both(training_step(net, images).lower, compile)
+
+
+def time_both(lower: Callable[[], Any], compile: bool = True) -> Stages:
+    """Tracing and compiling from nothing: JAX's caches are emptied, and garbage is collected."""
+    jax.clear_caches()
+    gc.collect()
+    began = time.perf_counter()
+    lowered = lower()
+    traced = time.perf_counter()
+    if not compile:
+        return Stages(traced - began, None)
+    lowered.compile()
+    return Stages(traced - began, time.perf_counter() - traced)
+
+
+def time_stages(
+    about: tuple[str, str, str], stages: Mapping[str, Callable[[], Stages]], rounds: int
+) -> Iterator[Row]:
+    """Rows of both stages; the first round, in which Python itself warms up, is left out."""
+    found: dict[str, list[Stages]] = {name: [] for name in stages}
+    for (number,) in bar(range(rounds + 1), about=f"dispatch: {about[0]}"):
+        for name in timing.shuffled(stages, number):
+            found[name].append(stages[name]())
+    for quantity, seconds_of in STAGES.items():
+        seconds = {n: [seconds_of(s) for s in values[1:]] for n, values in found.items()}
+        if None in itertools.chain(*seconds.values()):
+            continue  # not compiled
+        samples = timing.Samples(seconds)
+        for name in stages:
+            yield Row("dispatch", *about, quantity, name, **times(samples, name))
+
+
+STAGES: dict[str, Callable[[Stages], Any]] = {
+    "trace+lower": lambda s: s.trace,
+    "compile": lambda s: s.compile,
+    "trace+lower+compile": lambda s: s.compile and s.trace + s.compile,
+}
+
+PARTS = {"op": op, "step": step, "dispatch": dispatch, "inference": inference}
+
+
+# --- Command line --------------------------------------------------------------------------------
+
+
+def bar(*axes: Any, about: str) -> Iterator[tuple[Any, ...]]:
+    """All combinations, with a progress bar."""
+    return iter(tqdm(list(itertools.product(*axes)), desc=about, file=sys.stderr, leave=False))
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m experiments.speed",
+        description="jbn's Batch Normalization beside Flax's, Haiku's, Equinox's and PyTorch's: "
+        "times as ratios over flax.linen within interleaved rounds. Below 1 is faster.",
+    )
+    add = p.add_argument
+    add(
+        "--part",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="what to measure; default: all",
+    )
+    add("--shapes", nargs="+", default=["some"], metavar="SHAPE",
+        help="some (default), resnet50 (all of it, and the MLP's), or 32x56x56x64 ...")  # fmt: skip
+    add("--batch", type=positive, default=32, metavar="N",
+        help="images in resnet50's shapes and in training steps; default: 32")  # fmt: skip
+    add("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="default: both")
+    add("--form", nargs="+", choices=FORMS, default=FORMS, help="default: all")
+    add("--libraries", nargs="+", choices=peers.PEERS, metavar="NAME",
+        help=f"of {', '.join(peers.PEERS)}; default: all that are installed")  # fmt: skip
+    add("--rounds", type=positive, default=21, metavar="N", help="default: 21")
+    add("--run", action="store_true", help="run ResNet-50's training steps on a CPU, too")
+    add("--quick", action="store_true", help="two small shapes, one dtype and form, 3 rounds")
+    add("--out", type=Path, default=Path("results/speed"), metavar="DIR",
+        help="for speed.jsonl and speed.png; default: results/speed")  # fmt: skip
+    add("--markdown", type=Path, metavar="FILE", help="write the tables there, too")
+    add("--update", type=Path, metavar="FILE", help="write jbn's mean ratios there")
+    add("--check", type=Path, metavar="FILE",
+        help="compare jbn's mean ratios with those; exit with 1 if one became worse")  # fmt: skip
+    add("--tolerance", type=float, default=0.15, metavar="FRACTION",
+        help="by how much a mean ratio may be worse; default: 0.15")  # fmt: skip
+    return p
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def shapes_of(names: Sequence[str], batch: int) -> list[tuple[int, ...]]:
+    """The shapes that arguments of ``--shapes`` stand for.
+
+    Raises:
+      ValueError: a name is none of "some" and "resnet50", nor numbers such as "32x56x56x64".
+    """
+    shapes: list[tuple[int, ...]] = []
+    for name in names:
+        if name == "some":
+            shapes += SOME_SHAPES
+        elif name == "resnet50":
+            shapes += [(batch, *shape) for shape in RESNET50_SHAPES] + [MLP_SHAPE]
+        else:
+            sizes = name.split("x")
+            if len(sizes) < 2 or not all(size.isdecimal() and int(size) for size in sizes):
+                raise ValueError(
+                    f"--shapes {name} is not a shape. Expected some, resnet50, or sizes above 0 "
+                    f"with the channels last, as in 32x56x56x64 or 256x128."
+                )
+            shapes.append(tuple(map(int, sizes)))
+    for shape in shapes:
+        if math.prod(shape[:-1]) < 2:
+            raise ValueError(f"shape {shape} has one value a channel: there is no variance in it.")
+    return shapes
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """The configuration that the command line asks for."""
+    installed = peers.installed()
+    libraries = args.libraries or list(installed)
+    for name in libraries:
+        if name not in installed:
+            raise ValueError(f"{name} cannot run here. To change that: {peers.PEERS[name].install}")
+    if args.quick:
+        shapes = ((8, 8, 8, 32), (256, 128))
+        return Config(shapes, DTYPES[:1], ("bn_relu",), libraries, 3, 8, False, True)
+    shapes = shapes_of(args.shapes, args.batch)
+    return Config(shapes, args.dtype, args.form, libraries, args.rounds, args.batch, args.run)
+
+
+def measure(parts: Sequence[str], config: Config, records: Records) -> list[Row]:
+    """All rows; each is written as soon as it is there."""
+    rows = []
+    for part in parts:
+        for row in {"op": op, "step": step, "dispatch": dispatch, "inference": inference}[part](
+            config
+        ):
+            records.write("speed", **row._asdict())
+            rows.append(row)
+    return rows
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that are compared."""
+    packages = ("jax", "flax", "dm-haiku", "equinox", "torch")
+    found = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    return {name: found[name] for name in packages if name in found}
+
+
+NOTE = (
+    f"Times as ratios over {BASELINE}'s, median (quartiles); below 1 is faster. "
+    f"Of copy, bytes/element, temporaries: jbn : {BASELINE}."
+)
+
+
+def report(rows: Sequence[Row], args: argparse.Namespace, about: str) -> None:
+    """Tables in the terminal and in Markdown; the figure."""
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    tables = list(speed_report.tables(rows))
+    for table in tables:
+        console.print(speed_report.terminal_table(table))
+    console.print(NOTE, markup=False)
+    if args.markdown:
+        text = "\n".join(map(speed_report.markdown_table, tables))
+        args.markdown.write_text(f"{about} {NOTE}\n\n{text}", encoding="utf-8")
+    from experiments import figures  # matplotlib takes a second to import
+
+    if any(row.part == "op" for row in rows):
+        figures.speed(args.out / "speed.png", rows)
+        print(f"figure:  {args.out / 'speed.png'}")
+    print(f"numbers: {args.out / 'speed.jsonl'}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line, or from Python with arguments; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(argv)
+    try:
+        config = config_of(args)
+        if args.check and not args.check.exists():
+            raise ValueError(f"there is no file {args.check}. Write it with --update {args.check}.")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    for name, install in peers.missing().items():
+        print(f"without {name}: {install}", file=sys.stderr)
+    command = shlex.join(["python", "-m", "experiments.speed", *argv])
+    device = jax.devices()[0].device_kind
+    with Records(args.out / "speed.jsonl", command=command, versions=versions()) as records:
+        rows = measure(args.part, config, records)
+    listed = ", ".join(f"{name} {version}" for name, version in versions().items())
+    report(rows, args, f"`{command}` on {device}, with {listed}.")
+    if args.update:
+        speed_report.write_baseline(
+            args.update, rows, command=command, device=device, versions=versions()
+        )
+    if not args.check:
+        return 0
+    try:
+        status, said = speed_report.check(args.check, rows, args.tolerance)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(said)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
