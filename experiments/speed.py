@@ -182,11 +182,26 @@ def analysis(program: Program, elements: int | None = None) -> dict[str, Any]:
 
 # --- Training steps ------------------------------------------------------------------------------
 
-NORMS = {  # what goes into a network's slot, and the setting to trace it in
-    BASELINE: (linen.BatchNorm, peers.PEERS[BASELINE].setting),
-    "jbn": (jbn.linen.BatchNorm, peers.PEERS["jbn"].setting),
-    "jbn native": (jbn.linen.BatchNorm, peers.PEERS["jbn native"].setting),
+
+class Slot(NamedTuple):
+    """What goes into the slots of the networks in `experiments.models`."""
+
+    norm: Any
+    fused: bool  # whether the norm does the ReLU and the addition, too
+    peer: str  # of which a network is made: a name in `peers.PEERS`
+
+
+SLOTS = {
+    BASELINE: Slot(linen.BatchNorm, False, BASELINE),
+    "jbn": Slot(jbn.linen.BatchNorm, True, "jbn"),
+    "jbn drop-in": Slot(jbn.linen.BatchNorm, False, "jbn"),  # only the import has changed
+    "jbn native": Slot(jbn.linen.BatchNorm, True, "jbn native"),
 }
+
+
+def slots_of(config: Config) -> list[str]:
+    """Names of the networks whose libraries are to be measured."""
+    return [name for name, slot in SLOTS.items() if slot.peer in config.libraries]
 
 
 class TrainingStep(NamedTuple):
@@ -230,62 +245,77 @@ def training_step(net: linen.Module, images: tuple[int, ...]) -> TrainingStep:
     return TrainingStep(step, jax.eval_shape(init, jax.random.key(0)), x, labels, init)
 
 
-def small_resnet(norm: Any) -> linen.Module:
+class Network(NamedTuple):
+    """A network from `experiments.models`, and what it is trained with."""
+
+    name: str
+    make: Callable[..., linen.Module]  # takes norm, fused, dtype
+    size: int  # pixels, height and width
+    batch: int
+    dtype: str = "float32"  # that the layers compute in
+
+    def training(self, slot: Slot) -> TrainingStep:
+        norm = functools.partial(slot.norm, momentum=peers.DECAY)
+        dtype = None if self.dtype == "float32" else jnp.dtype(self.dtype)
+        net = self.make(norm=norm, fused=slot.fused, dtype=dtype)
+        return training_step(net, (self.batch, self.size, self.size, 3))
+
+    def about(self) -> tuple[str, str, str]:
+        """The fields of a row: case, dtype, form."""
+        return f"{self.name}, batch {self.batch}", self.dtype, "-"
+
+
+def small_resnet(**slots: Any) -> linen.Module:
     """On a CPU with convolutions that XLA does fast there, or they would hide all else."""
-    conv: Any = linen.Conv
     if jax.default_backend() == "cpu":
-        conv = functools.partial(linen.Conv, conv_general_dilated=models.matmul_conv)
-    return models.ResNet(norm=norm, conv=conv)
+        slots["conv"] = functools.partial(linen.Conv, conv_general_dilated=models.matmul_conv)
+    return models.ResNet(**slots)
 
 
-def tiny_resnet(norm: Any) -> linen.Module:
+def tiny_resnet(**slots: Any) -> linen.Module:
     """For a quick run: compiles in a second."""
-    return models.ResNet(widths=(4,), blocks=(1,), norm=norm)
-
-
-def resnet50(norm: Any) -> linen.Module:
-    return getattr(models, "ResNet50")(norm=norm)  # noqa: B009
+    return models.ResNet(widths=(4,), blocks=(1,), **slots)
 
 
 def step(config: Config) -> Iterator[Row]:
     """Whole training steps."""
-    names = [name for name in NORMS if name in config.libraries]
-    images = config.batch, 32, 32, 3
     if config.quick:
-        yield from time_steps("tiny ResNet", tiny_resnet, images, names, config)
+        yield from time_steps(Network("tiny ResNet", tiny_resnet, 32, config.batch), config)
         return
-    yield from time_steps("small ResNet", small_resnet, images, names, config)
-    if hasattr(models, "ResNet50"):
-        shape = (config.batch, 224, 224, 3)
-        run = config.run or jax.default_backend() != "cpu"
-        yield from time_steps("ResNet-50", resnet50, shape, names, config, run)
+    on_cpu = jax.default_backend() == "cpu"
+    for dtype in config.dtypes:
+        if dtype == "float32" or not on_cpu:  # on CPUs convolutions in bfloat16 are emulated
+            small = Network("small ResNet", small_resnet, 32, config.batch, dtype)
+            yield from time_steps(small, config)
+        resnet50 = Network("ResNet-50", models.ResNet50, 224, config.batch, dtype)
+        yield from time_steps(resnet50, config, run=config.run or not on_cpu)
 
 
-def time_steps(
-    network: str,
-    make: Callable[[Any], linen.Module],
-    images: tuple[int, ...],
-    names: Sequence[str],
-    config: Config,
-    run: bool = True,
-) -> Iterator[Row]:
+def time_steps(network: Network, config: Config, run: bool = True) -> Iterator[Row]:
     """The time of a step, if it is to be run, and the memory it needs beside its arguments."""
-    programs = {}
-    for (name,) in bar(names, about=f"{network}: compiling"):
-        norm, setting = NORMS[name]
-        with setting():
-            training = training_step(make(functools.partial(norm, momentum=peers.DECAY)), images)
-            programs[name] = runner(training, training.lower().compile(), run)
-    samples = None
-    if run:
-        samples = timing.interleave({n: p.run for n, p in programs.items()}, config.rounds)
+    programs, compiling = {}, {}
+    for (name,) in bar(slots_of(config), about=f"{network.name}: compiling"):
+        with peers.PEERS[SLOTS[name].peer].setting():
+            training = network.training(SLOTS[name])
+            lowered = training.lower()
+            began = time.perf_counter()
+            compiled = lowered.compile()
+            compiling[name] = time.perf_counter() - began
+            programs[name] = runner(training, compiled, run)
+    samples = timing.Samples({name: [seconds] for name, seconds in compiling.items()})
     for name, program in programs.items():
-        about = "step", f"{network}, batch {images[0]}", "float32", "-", "step", name
-        yield Row(*about, **(times(samples, name) if samples else {}), **analysis(program))
+        about = "step", *network.about(), "compile, once", name
+        yield Row(*about, **times(samples, name), **analysis(program))
+    if not run:
+        return
+    samples = timing.interleave({n: p.run for n, p in programs.items()}, config.rounds)
+    for name, program in programs.items():
+        about = "step", *network.about(), "step", name
+        yield Row(*about, **times(samples, name), **analysis(program))
 
 
 def runner(training: TrainingStep, compiled: Any, run: bool) -> Program:
-    """Goes on training with the same images at each call; allocates nothing unless it is to run."""
+    """Trains with the same images at each call; allocates nothing unless it is to run."""
     if not run:
         return Program(lambda: None, compiled)
     state = jax.jit(training.init)(jax.random.key(0))
@@ -320,17 +350,14 @@ def dispatch(config: Config) -> Iterator[Row]:
 
 def net_dispatch(config: Config) -> Iterator[Row]:
     """Tracing and compiling the training step of a whole network."""
-    name, make, size = "tiny ResNet", tiny_resnet, 32
-    if not config.quick:
-        name, make, size = "ResNet-50", resnet50, 224
-    images = config.batch, size, size, 3
+    network = Network("ResNet-50", models.ResNet50, 224, config.batch)
+    if config.quick:
+        network = Network("tiny ResNet", tiny_resnet, 32, config.batch)
     stages = {
-        library: functools.partial(net_stages, library, make, images, not config.quick)
-        for library in NORMS
-        if library in config.libraries
+        name: functools.partial(net_stages, name, network, not config.quick)
+        for name in slots_of(config)
     }
-    about = f"training step of {name}", "float32", "-"
-    yield from time_stages(about, stages, 2 if config.quick else 5)
+    yield from time_stages(network.about(), stages, 2 if config.quick else 5)
 
 
 class Stages(NamedTuple):
@@ -351,13 +378,10 @@ def layer_stages(name: str, case: Case) -> Stages:
         return time_both(lambda: f.trace(*args).lower())
 
 
-def net_stages(
-    name: str, make: Callable[[Any], linen.Module], images: tuple[int, ...], compile: bool
-) -> Stages:
-    norm, setting = NORMS[name]
-    with setting():
-        net = make(functools.partial(norm, momentum=peers.DECAY))
-        return time_both(training_step(net, images).lower, compile)
+def net_stages(name: str, network: Network, compile: bool) -> Stages:
+    slot = SLOTS[name]
+    with peers.PEERS[slot.peer].setting():
+        return time_both(network.training(slot).lower, compile)
 
 
 def time_both(lower: Callable[[], Any], compile: bool = True) -> Stages:
