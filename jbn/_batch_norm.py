@@ -182,7 +182,7 @@ def _inference(epsilon: float, activation: Activation | None):
     def run(x, mean, var, scale, bias, residual):
         x = x.astype(accumulator(x.dtype))
         mean, rstd = location(mean.astype(x.dtype), var, epsilon)
-        y = transform(x, mean, rstd, scale, bias, residual)
+        y = transform(x - mean, scale.astype(x.dtype) * rstd, bias.astype(x.dtype), residual)
         return y if activation is None else activation(y)
 
     return jax.checkpoint(run, prevent_cse=False)

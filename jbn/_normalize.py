@@ -174,12 +174,33 @@ def affine(scale, bias, axes: Axes, dtype: DTypeLike) -> tuple[Array, Array]:
     )
 
 
-def transform(
-    z: Array, mean: Array, rstd: Array, scale: Array, bias: Array, residual: Array | None
-) -> Array:
-    """scale (z - mean) rstd + bias + residual, in z's dtype (Alg. 1, lines 3 and 4)."""
-    y = (z - mean) * (scale.astype(z.dtype) * rstd) + bias.astype(z.dtype)
+def transform(z: Array, a: Array, c: Array, residual: Array | None) -> Array:
+    """a z + c + residual, in z's dtype (Alg. 1, lines 3 and 4)."""
+    y = z * a + c
     return y if residual is None else y + residual.astype(z.dtype)
+
+
+class Place(NamedTuple):
+    """Where a feature lies, as few numbers as possible: in a pass over x each has its price.
+
+    scale (x - mean) / sqrt(var + epsilon) + bias is scale rstd (z - rest) + bias, z = x - center.
+    """
+
+    center: Array  # the mean, rounded
+    rest: Array  # the mean - center
+    rstd: Array  # 1 / sqrt(var + epsilon)
+
+    def fold(self, scale: Array, bias: Array) -> tuple[Array, Array]:
+        """(a, c) of y = a z + c."""
+        a = scale.astype(self.rstd.dtype) * self.rstd
+        return a, bias.astype(self.rstd.dtype) - a * self.rest
+
+
+def place(shift: Array, m: Moments, epsilon: float) -> Place:
+    """Of a feature of which m are the moments of x - shift."""
+    mean, rstd = location(m.mean, m.var, epsilon)
+    center = shift + mean
+    return Place(center, mean - (center - shift), rstd)
 
 
 def location(mean: Array, var: Array, epsilon: float) -> tuple[Array, Array]:
@@ -219,8 +240,8 @@ def _apply(rule: _Rule, x, scale, bias, weights, residual, m: Moments, shift: Ar
         # Without data the bias. Plus zeros: of the sharding of the counts.
         scale = scale + jnp.zeros_like(m.count, scale.dtype)
         scale = jnp.where(m.count > 0, scale, jnp.zeros_like(scale))
-    mean, rstd = location(m.mean, m.var, rule.epsilon)
-    y = transform(x.astype(shift.dtype) - shift, mean, rstd, scale, bias, residual)
+    at = place(shift, m, rule.epsilon)
+    y = transform(x.astype(shift.dtype) - at.center, *at.fold(scale, bias), residual)
     return (y if rule.activation is None else rule.activation(y)).astype(rule.dtype)
 
 
@@ -231,10 +252,9 @@ def _normalize_jvp(rule: _Rule, primals, tangents):
     # The two by themselves, so that whoever computes y again need not measure again.
     shift, m = named(differentiable_measure(rule.problem, x, weights))
     y = _apply(rule, x, scale, bias, weights, residual, m, shift)
-    mean, rstd = location(m.mean, m.var, rule.epsilon)
     dy, dmean, dvar = _differential(rule)(
-        (x, weights, residual, shift),
-        (m.count, mean, rstd, scale, bias),
+        (x, weights, _kept(rule, y, residual)),
+        (m.count, place(shift, m, rule.epsilon), scale, bias),
         (dx, dscale, dbias, dresidual),
     )
     dm = Moments(jnp.zeros_like(m.count), dmean, dvar)
@@ -249,34 +269,46 @@ def _differential(rule: _Rule):
     """
 
     def differential(data, constants, tangents):
-        x, weights, residual, shift = data
-        count, mean, rstd, scale, bias = constants
-        dx, dscale, dbias, dresidual = jax.tree.map(lambda t: t.astype(shift.dtype), tangents)
+        x, weights, kept = data
+        count, at, scale, bias = constants
+        dtype = at.center.dtype
+        dx, dscale, dbias, dresidual = jax.tree.map(lambda t: t.astype(dtype), tangents)
         dx = only_active(dx, weights)
-        z = shifted(x, shift, weights)
-        mean_dx, half_dvar = derivative(rule.problem, z, dx, count, mean, weights)
-        a = scale.astype(shift.dtype) * rstd
-        mean_xhat_dx = jnp.where(rstd == 0, 0, rstd * half_dvar.astype(rstd.dtype))
-        xhat = (z - mean) * rstd
+        z = shifted(x, at.center, weights)
+        mean_dx, half_dvar = derivative(rule.problem, z, dx, count, at.rest, weights)
+        a, c = at.fold(scale, bias)
+        # Where rstd is 0, as y is the bias, the sums over z may be infinite.
+        mean_xhat_dx = jnp.where(at.rstd == 0, 0, at.rstd * half_dvar.astype(dtype))
+        slope = jnp.where(at.rstd == 0, 0, at.rstd * (dscale - a * mean_xhat_dx))
         own = a * dx if dresidual is None else a * dx + dresidual
-        others = (dbias - a * mean_dx) + xhat * (dscale - a * mean_xhat_dx)
-        dy = _through(rule.activation, z, (mean, rstd, scale, bias), residual, own, others)
+        others = z * slope + (dbias - a * mean_dx - at.rest * slope)
+        dy = _through(rule.activation, z, a, c, kept, own, others)
         return only_active(dy, weights).astype(rule.dtype), mean_dx, 2 * half_dvar
 
     # prevent_cse=False: the compiler may keep what it wants; only autodiff must not.
     return jax.checkpoint(differential, prevent_cse=False)
 
 
-def _through(activation: Activation | None, z, vectors, residual, own, others) -> Array:
-    """The derivative of the activation, whose input is computed again, along own + others."""
+def _through(activation: Activation | None, z, a, c, kept, own, others) -> Array:
+    """The derivative of the activation along own + others; `kept` is as `_kept` says."""
     if activation is None:
         return own + others
-    at = transform(z, *vectors, residual)
-    if residual is not None:  # its gradient is needed as an array, so both parts may share it
-        return jax.jvp(activation, (at,), (own + others,))[1]
+    if kept is not None:  # the residual's gradient is an array, which both parts may use
+        if activation is jax.nn.relu:
+            return jnp.where(kept > 0, own + others, 0)
+        return jax.jvp(activation, (transform(z, a, c, kept),), (own + others,))[1]
     # Backwards, `others` gives the sums over the batch, and `own` the pass over x that follows. The
     # input of the activation is computed in each by itself: to the compiler the barrier makes them
     # two. Else it keeps the mask, or the masked cotangent, for the second, which is more traffic.
-    hidden: tuple[Array, Array, Array, Array] = lax.optimization_barrier(vectors)
-    again = transform(z, *hidden, residual)
-    return jax.jvp(activation, (at,), (own,))[1] + jax.jvp(activation, (again,), (others,))[1]
+    first, second = transform(z, a, c, None), transform(z, *lax.optimization_barrier((a, c)), None)
+    return jax.jvp(activation, (first,), (own,))[1] + jax.jvp(activation, (second,), (others,))[1]
+
+
+def _kept(rule: _Rule, y: Array, residual: Array | None) -> Array | None:
+    """What the derivative of the activation needs besides x, or None.
+
+    The residual. Of relu y itself: what comes next keeps it anyway, as it may not the residual.
+    """
+    if rule.activation is None or residual is None:
+        return None
+    return y if rule.activation is jax.nn.relu else residual
