@@ -159,6 +159,9 @@ SPEED_COLORS = {"flax.nnx": "#bdbdbd", "jbn": "#2166ac", "jbn native": "#67a9cf"
                 "copy": "black"}  # fmt: skip
 
 
+SPEED_TOP = 2.6  # bars above that are cut, and say so
+
+
 def speed(path: Path, rows: Sequence[Any], form: str = "bn_relu") -> None:
     """Bars of the ratio of times over flax.linen, a group for each shape; whiskers are quartiles.
 
@@ -176,8 +179,10 @@ def speed(path: Path, rows: Sequence[Any], form: str = "bn_relu") -> None:
         own = [row for row in rows if (row.dtype, row.quantity) == (dtype, quantity)]
         draw_speed(axes, own)
         axes.set_title(f"{own[0].form}, {dtype}, {quantity}", loc="left", fontsize=10)
+    top = min(max(row.ratio for row in rows) * 1.08, SPEED_TOP)
     for axes in grid[:, 0]:
         axes.set_ylabel("time / flax.linen's")
+        axes.set_ylim(0, top)
     grid.flat[0].legend(fontsize=7, ncols=2)
     save(figure, path)
 
@@ -194,6 +199,10 @@ def draw_speed(axes: Axes, rows: Sequence[Any]) -> None:
         spread = [ratio - [row.low for row in own], [row.high for row in own] - ratio]
         axes.bar(at, ratio, width, yerr=np.maximum(spread, 0), color=SPEED_COLORS[library],
                  label=library, error_kw={"linewidth": 0.7, "ecolor": "#444444"})  # fmt: skip
+        for x, value in zip(at, ratio, strict=True):
+            if value > SPEED_TOP:
+                axes.text(x, SPEED_TOP, f" {value:.1f}", rotation=90, va="top", ha="center",
+                          fontsize=6, color="white")  # fmt: skip
     axes.axhline(1, color="black", linewidth=0.7)
     axes.set_xticks(range(len(cases)), cases, fontsize=7, rotation=15)
     axes.grid(alpha=0.3, axis="y")

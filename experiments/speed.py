@@ -28,7 +28,7 @@ Command::
     python -m experiments.speed --part op --check FILE     # exit with 1 if they have become worse
 
 The same commands run on CPUs, GPUs and TPUs: on JAX's default device. On Linux the process starts
-itself again with glibc's allocator told to keep its memory (`timing.ALLOCATOR` says why).
+itself again with what glibc and OpenMP have to be told (`timing.ENVIRONMENT` says why).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import sys
 from experiments import timing
 
 if __name__ == "__main__":
-    timing.restart_with_allocator("experiments.speed", sys.argv[1:])
+    timing.restart_with_environment("experiments.speed", sys.argv[1:])
 
 import argparse
 import functools

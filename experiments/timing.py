@@ -18,24 +18,27 @@ from typing import NamedTuple
 
 import numpy as np
 
-# By default glibc asks the kernel for new, empty pages for every large array and hands them back
-# with it: on a CPU a program that writes 25 MB then waits for 6,000 page faults in each call, up to
-# nine times its own work, and that is what would be measured. With these settings freed memory is
-# used again. glibc reads them when a process starts, hence `restart_with_allocator`.
-ALLOCATOR = {
+# What the process has to be started with, as glibc and OpenMP read it once. By default glibc asks the
+# kernel for new, empty pages for every large array and hands them back with it: on a CPU a program
+# that writes 25 MB then waits for 6,000 page faults in each call, up to nine times its own work, and
+# that is what would be measured. So freed memory is kept for the next array. OpenMP's threads,
+# PyTorch's, spin while they wait: into the next competitor's turn, and, where something else runs
+# beside the benchmark, for up to 100 ms at each call. So they sleep.
+ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",  # no array gets a mapping of its own
     "MALLOC_TRIM_THRESHOLD_": "100000000000",  # bytes: nothing is handed back
     "MALLOC_TOP_PAD_": "536870912",  # bytes: grow by half a gigabyte at once
+    "OMP_WAIT_POLICY": "passive",  # costs PyTorch a few microseconds a call
 }
 
 
-def restart_with_allocator(module: str, argv: Sequence[str]) -> None:
-    """Starts ``python -m module argv`` again in place of this process, if it lacks `ALLOCATOR`.
+def restart_with_environment(module: str, argv: Sequence[str]) -> None:
+    """Starts ``python -m module argv`` again in place of this process, if it lacks `ENVIRONMENT`.
 
     To be called before JAX is imported: a JAX that had a TPU or the memory of a GPU would still
     hold it. What the user has set stays as it is.
     """
-    missing = {name: value for name, value in ALLOCATOR.items() if name not in os.environ}
+    missing = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     if missing and sys.platform == "linux":
         command = [sys.executable, "-m", module, *argv]
         os.execve(sys.executable, command, {**os.environ, **missing})

@@ -62,15 +62,15 @@ def test_short_calls_are_repeated():
     assert timing.calls_for(lambda: None, at_least=1e-3) > 100
 
 
-def test_the_process_restarts_with_the_allocator(tmp_path):
+def test_the_process_restarts_with_its_environment(tmp_path):
     (tmp_path / "script.py").write_text(
         "import os, sys\nfrom experiments import timing\n"
-        "timing.restart_with_allocator('script', sys.argv[1:])\n"
+        "timing.restart_with_environment('script', sys.argv[1:])\n"
         "print(os.environ['MALLOC_MMAP_MAX_'], os.environ['MALLOC_TOP_PAD_'], sys.argv[1:], "
         "'jax' in sys.modules)\n"
     )
     path = os.pathsep.join([str(tmp_path), os.getcwd()])
-    env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    env = {k: v for k, v in os.environ.items() if k not in timing.ENVIRONMENT}
     env |= {"PYTHONPATH": path, "MALLOC_TOP_PAD_": "7"}  # what the user has set stays
     command = [sys.executable, "-m", "script", "--a", "b c"]
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
