@@ -541,7 +541,7 @@ NOTE = (
 
 def report(rows: Sequence[Row], args: argparse.Namespace, about: str) -> None:
     """Tables in the terminal and in Markdown; the figure."""
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     tables = list(speed_report.tables(rows))
     for table in tables:
         console.print(speed_report.terminal_table(table))

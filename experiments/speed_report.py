@@ -123,7 +123,7 @@ def terminal_table(table: TableText) -> Table:
     """For rich; columns of words to the left, those of numbers to the right."""
     out = Table(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in table.header:
-        out.add_column(name, justify="left" if name in WORDS else "right")
+        out.add_column(name, justify="left" if name in WORDS else "right", overflow="fold")
     for line in table.cells:
         out.add_row(*line)
     return out

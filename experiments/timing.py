@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-# What the process has to be started with, as glibc and OpenMP read it once. By default glibc asks the
-# kernel for new, empty pages for every large array and hands them back with it: on a CPU a program
-# that writes 25 MB then waits for 6,000 page faults in each call, up to nine times its own work, and
-# that is what would be measured. So freed memory is kept for the next array. OpenMP's threads,
-# PyTorch's, spin while they wait: into the next competitor's turn, and, where something else runs
-# beside the benchmark, for up to 100 ms at each call. So they sleep.
+# What the process has to be started with, as glibc and OpenMP read it once. By default glibc asks
+# the kernel for new, empty pages for every large array and hands them back with it: on a CPU a
+# program that writes 25 MB then waits for 6,000 page faults in each call, up to nine times its own
+# work, and that is what would be measured. So freed memory is kept for the next array. OpenMP's
+# threads, PyTorch's, spin while they wait: into the next competitor's turn, and, where something
+# else runs beside the benchmark, for up to 100 ms at each call. So they sleep.
 ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",  # no array gets a mapping of its own
     "MALLOC_TRIM_THRESHOLD_": "100000000000",  # bytes: nothing is handed back
