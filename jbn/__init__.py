@@ -10,6 +10,8 @@ Flax modules live in `jbn.linen` and `jbn.nnx`, which this package does not impo
 ``import jbn`` costs jax alone.
 """
 
+import os
+
 from jbn._batch_norm import batch_norm, batch_norm_inference
 from jbn._checkpoint import checkpoint_policy
 from jbn._moments import moments
@@ -41,3 +43,8 @@ __all__ = [
     # What a backward pass keeps
     "checkpoint_policy",
 ]
+
+if os.environ.get("JBN_NATIVE", "0") not in ("", "0"):
+    from jbn import native
+
+    native.from_environment()

@@ -13,14 +13,14 @@ That is done for what one device has of the batch; `_pool` makes the moments of 
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jbn import _check, _sharding
+from jbn import _check, _kernels, _sharding
 from jbn._axes import Axes, resolve
 from jbn._pool import Moments, dot, pool_blocks, pool_instances, restore, square
 from jbn._reference import active, reference
@@ -76,6 +76,7 @@ class Problem(NamedTuple):
 
     axes: Axes
     over: Scope
+    kernel: Any = None  # for the sums; None for XLA's own
 
 
 def prepare(
@@ -92,7 +93,7 @@ def prepare(
     _check.reduction_axis(axes, over.names)
     weights = _check.participation(axes, mask, weights)
     if groups is None:
-        return Problem(axes, over), x, weights
+        return Problem(axes, over, _kernels.suited(axes, x, weights, over.names)), x, weights
     split = axes.split(_check.groups(groups, axes))
     x = _sharding.divide(x, split)
     return Problem(split, over), x, None if weights is None else _sharding.divide(weights, split)
@@ -109,20 +110,31 @@ def differentiable_measure(
 def _measure_jvp(problem: Problem, primals, tangents):
     x, weights = primals
     shift, m = differentiable_measure(problem, x, weights)
-    z, dx = shifted(x, shift, weights), only_active(tangents[0].astype(shift.dtype), weights)
-    dmean, half_dvar = derivative(problem, z, dx, m.count, m.mean, weights)
+    dx = only_active(tangents[0].astype(shift.dtype), weights)
+    dmean, half_dvar = derivative(problem, x, shift, dx, m.count, m.mean, weights)
     dm = Moments(jnp.zeros_like(m.count), dmean, 2 * half_dvar)
     return (shift, m), (jnp.zeros_like(shift), dm)
 
 
 def derivative(
-    problem: Problem, z: Array, dx: Array, count: Array, mean: Array, weights: Array | None
+    problem: Problem,
+    x: Array,
+    shift: Array,
+    dx: Array,
+    count: Array,
+    mean: Array,
+    weights: Array | None,
 ) -> tuple[Array, Array]:
-    """The derivative of the moments of z in the direction dx, (E[dx], E[(z - mean) dx]).
+    """The derivative of the moments of z = x - K in the direction dx, (E[dx], E[(z - mean) dx]).
 
     The second is half of dvar. It is computed from z itself, which the forward pass has already.
     """
-    mean_dx, mean_z_dx = average((dx, dot(z, dx)), count, weights, problem)
+    if problem.kernel is not None:
+        sums = problem.kernel.pair(x, problem.axes.squeeze(shift), dx)
+        mean_dx, mean_z_dx = (problem.axes.expand(s) / count.astype(s.dtype) for s in sums)
+    else:
+        z = shifted(x, shift, weights)
+        mean_dx, mean_z_dx = average((dx, dot(z, dx)), count, weights, problem)
     return mean_dx, mean_z_dx - dot(mean, mean_dx)
 
 
@@ -133,13 +145,13 @@ def measure(problem: Problem, x: Array, weights: Array | None) -> tuple[Array, M
     Not to be differentiated: `differentiable_measure` and `_normalize` have the rules. Jitted, so
     that without jit around it is one program, and layers of one shape are traced once.
     """
-    axes, over = problem
+    axes, over, kernel = problem
     blocks = _sharding.blocks(axes, x)
     view = axes.split(blocks) if blocks > 1 else axes
     x = _sharding.divide(x, view)
     weights = None if weights is None else _sharding.divide(weights, view)
     shift = reference(x, weights, view)
-    m = shifted_moments(x, shift, weights, view)
+    m = shifted_moments(x, shift, weights, view, kernel)
     if blocks == 1 and not over.names:
         return shift, m
     counts_differ = weights is not None
@@ -174,17 +186,23 @@ def average(
     """
     if weights is not None and weights.dtype != jnp.bool_:
         values = tuple(v * weights.astype(v.real.dtype) for v in values)
-    axes, over = problem
+    axes, over, _ = problem
     sums = over.sum(tuple(jnp.sum(v, axes.reduction, keepdims=True) for v in values))
     count = jnp.where(count > 0, count, jnp.ones_like(count))
     return tuple(s / count.astype(s.dtype) for s in sums)
 
 
-def shifted_moments(x: Array, shift: Array, weights: Array | None, axes: Axes) -> Moments:
+def shifted_moments(
+    x: Array, shift: Array, weights: Array | None, axes: Axes, kernel: Any = None
+) -> Moments:
     """The moments of x - K, of this instance alone."""
     z = shifted(x, shift, weights)
     count = _count(z, weights, axes)
-    mean, mean_square = average((z, square(z)), count, weights, Problem(axes, Scope()))
+    if kernel is not None:
+        sums = kernel.sums(x, axes.squeeze(shift))
+        mean, mean_square = (axes.expand(s) / count for s in sums)
+    else:
+        mean, mean_square = average((z, square(z)), count, weights, Problem(axes, Scope()))
     # Squares that overflow leave var = inf, not inf - inf: y is then the bias, and the running
     # statistics leave the feature out.
     var = jnp.where(jnp.isinf(mean_square), mean_square, mean_square - square(mean))

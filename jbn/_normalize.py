@@ -274,33 +274,47 @@ def _differential(rule: _Rule):
         dtype = at.center.dtype
         dx, dscale, dbias, dresidual = jax.tree.map(lambda t: t.astype(dtype), tangents)
         dx = only_active(dx, weights)
-        z = shifted(x, at.center, weights)
-        mean_dx, half_dvar = derivative(rule.problem, z, dx, count, at.rest, weights)
+        mean_dx, half_dvar = derivative(rule.problem, x, at.center, dx, count, at.rest, weights)
         a, c = at.fold(scale, bias)
         # Where rstd is 0, as y is the bias, the sums over z may be infinite.
         mean_xhat_dx = jnp.where(at.rstd == 0, 0, at.rstd * half_dvar.astype(dtype))
         slope = jnp.where(at.rstd == 0, 0, at.rstd * (dscale - a * mean_xhat_dx))
         own = a * dx if dresidual is None else a * dx + dresidual
-        others = z * slope + (dbias - a * mean_dx - at.rest * slope)
-        dy = _through(rule.activation, z, a, c, kept, own, others)
+        others = dbias - a * mean_dx - at.rest * slope, slope
+        dy = _through(rule, x, at.center, weights, kept, (a, c), own, others)
         return only_active(dy, weights).astype(rule.dtype), mean_dx, 2 * half_dvar
 
     # prevent_cse=False: the compiler may keep what it wants; only autodiff must not.
     return jax.checkpoint(differential, prevent_cse=False)
 
 
-def _through(activation: Activation | None, z, a, c, kept, own, others) -> Array:
-    """The derivative of the activation along own + others; `kept` is as `_kept` says."""
+def _through(rule: _Rule, x, center, weights, kept, vectors, own, others) -> Array:
+    """The derivative of the activation along own + u + z v, where u, v = others, z = x - center.
+
+    `vectors` are (a, c) of the activation's input a z + c; `kept` is as `_kept` says.
+    """
+    activation, kernel = rule.activation, rule.problem.kernel
+    is_relu = activation is jax.nn.relu
+    if kernel is not None and (activation is None or is_relu):
+        row = rule.problem.axes.squeeze
+        gate = tuple(map(row, vectors)) if is_relu and kept is None else None
+        u, v = map(row, others)
+        dy = kernel.spread(x, row(center), u, v, own, gate=gate, dtype=rule.dtype)
+        return dy if kept is None else jnp.where(kept > 0, dy, jnp.zeros_like(dy))
+    z, (a, c) = shifted(x, center, weights), vectors
+    others = z * others[1] + others[0]
     if activation is None:
         return own + others
     if kept is not None:  # the residual's gradient is an array, which both parts may use
-        if activation is jax.nn.relu:
+        if is_relu:
             return jnp.where(kept > 0, own + others, 0)
         return jax.jvp(activation, (transform(z, a, c, kept),), (own + others,))[1]
     # Backwards, `others` gives the sums over the batch, and `own` the pass over x that follows. The
     # input of the activation is computed in each by itself: to the compiler the barrier makes them
     # two. Else it keeps the mask, or the masked cotangent, for the second, which is more traffic.
-    first, second = transform(z, a, c, None), transform(z, *lax.optimization_barrier((a, c)), None)
+    first = transform(z, a, c, None)
+    a, c = lax.optimization_barrier(vectors)
+    second = transform(z, a, c, None)
     return jax.jvp(activation, (first,), (own,))[1] + jax.jvp(activation, (second,), (others,))[1]
 
 

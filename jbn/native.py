@@ -49,6 +49,8 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
+from jbn import _kernels
+
 Gate = tuple[Array, Array]
 
 _SOURCE = pathlib.Path(__file__).with_name("_native.cc")
@@ -97,6 +99,7 @@ def enable(build: bool = False) -> None:
         _load(path)
     if not _enabled:
         _enabled = True
+        _kernels.use(sys.modules[__name__])
         jax.clear_caches()
 
 
@@ -105,6 +108,7 @@ def disable() -> None:
     global _enabled
     if _enabled:
         _enabled = False
+        _kernels.use(None)
         jax.clear_caches()
 
 

@@ -20,10 +20,10 @@ LAYERS = (
     {"_flax"},
     {"__init__"},
     {"_batch_norm"},
-    {"_deferred"},
+    {"native", "_deferred"},
     {"_normalize", "_running"},
     {"_checkpoint", "_moments"},
-    {"_check", "_reference", "_pool"},
+    {"_check", "_kernels", "_reference", "_pool"},
     {"_sharding", "_sync"},
     {"_axes"},
 )
