@@ -183,7 +183,8 @@ def speed(path: Path, rows: Sequence[Any], form: str = "bn_relu") -> None:
     for axes in grid[:, 0]:
         axes.set_ylabel("time / flax.linen's")
         axes.set_ylim(0, top)
-    grid.flat[0].legend(fontsize=7, ncols=2)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
     save(figure, path)
 
 

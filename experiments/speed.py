@@ -27,8 +27,9 @@ Command::
     python -m experiments.speed --part op --update FILE    # write jbn's ratios down, and later
     python -m experiments.speed --part op --check FILE     # exit with 1 if they have become worse
 
-The same commands run on CPUs, GPUs and TPUs: on JAX's default device. On Linux the process starts
-itself again with what glibc and OpenMP have to be told (`timing.ENVIRONMENT` says why).
+The same commands run on CPUs, GPUs and TPUs: on JAX's default device, or with JAX_PLATFORMS=cpu
+before them on the CPU. On Linux the process starts itself again with what glibc and OpenMP have to
+be told (`timing.ENVIRONMENT` says why).
 """
 
 from __future__ import annotations
@@ -344,7 +345,8 @@ def dispatch(config: Config) -> Iterator[Row]:
         case = Case(shape, form="bn_relu")
         stages = {name: functools.partial(layer_stages, name, case) for name in over_jax}
         about = "x".join(map(str, shape)), "float32", "bn_relu"
-        yield from time_stages(about, stages, max(config.rounds // 3, 2))
+        rounds = max(config.rounds // 3, 2)
+        yield from time_stages(about, stages, rounds, rounds)
     yield from net_dispatch(config)
 
 
@@ -353,11 +355,9 @@ def net_dispatch(config: Config) -> Iterator[Row]:
     network = Network("ResNet-50", models.ResNet50, 224, config.batch)
     if config.quick:
         network = Network("tiny ResNet", tiny_resnet, 32, config.batch)
-    stages = {
-        name: functools.partial(net_stages, name, network, not config.quick)
-        for name in slots_of(config)
-    }
-    yield from time_stages(network.about(), stages, 2 if config.quick else 5)
+    stages = {name: functools.partial(net_stages, name, network) for name in slots_of(config)}
+    rounds = (2, 0) if config.quick else (9, 3)  # compiling ResNet-50 takes 20 seconds
+    yield from time_stages(network.about(), stages, *rounds)
 
 
 class Stages(NamedTuple):
@@ -367,7 +367,7 @@ class Stages(NamedTuple):
     compile: float | None
 
 
-def layer_stages(name: str, case: Case) -> Stages:
+def layer_stages(name: str, case: Case, compile: bool) -> Stages:
     peer = peers.PEERS[name]
     assert peer.layer is not None
     with peer.setting():
@@ -375,7 +375,7 @@ def layer_stages(name: str, case: Case) -> Stages:
         layer = peer.layer(case, host)
         args = peers.arguments(layer, case, host)
         f = jax.jit(peers.function_of(layer, case.which))
-        return time_both(lambda: f.trace(*args).lower())
+        return time_both(lambda: f.trace(*args).lower(), compile)
 
 
 def net_stages(name: str, network: Network, compile: bool) -> Stages:
@@ -384,7 +384,7 @@ def net_stages(name: str, network: Network, compile: bool) -> Stages:
         return time_both(network.training(slot).lower, compile)
 
 
-def time_both(lower: Callable[[], Any], compile: bool = True) -> Stages:
+def time_both(lower: Callable[[], Any], compile: bool) -> Stages:
     """Tracing and compiling from nothing: JAX's caches are emptied, and garbage is collected."""
     jax.clear_caches()
     gc.collect()
@@ -398,26 +398,31 @@ def time_both(lower: Callable[[], Any], compile: bool = True) -> Stages:
 
 
 def time_stages(
-    about: tuple[str, str, str], stages: Mapping[str, Callable[[], Stages]], rounds: int
+    about: tuple[str, str, str],
+    stages: Mapping[str, Callable[[bool], Stages]],
+    rounds: int,
+    compiled: int,
 ) -> Iterator[Row]:
-    """Rows of both stages; the first round, in which Python itself warms up, is left out."""
+    """Rows of both stages: `rounds` of tracing, the last `compiled` of which compile as well.
+
+    In one more round before these Python itself warms up.
+    """
     found: dict[str, list[Stages]] = {name: [] for name in stages}
     for (number,) in bar(range(rounds + 1), about=f"dispatch: {about[0]}"):
         for name in timing.shuffled(stages, number):
-            found[name].append(stages[name]())
+            found[name].append(stages[name](number > rounds - compiled))
     for quantity, seconds_of in STAGES.items():
-        seconds = {n: [seconds_of(s) for s in values[1:]] for n, values in found.items()}
-        if None in itertools.chain(*seconds.values()):
-            continue  # not compiled
+        measured = {name: map(seconds_of, values[1:]) for name, values in found.items()}
+        seconds = {name: [s for s in values if s is not None] for name, values in measured.items()}
         samples = timing.Samples(seconds)
-        for name in stages:
+        for name in stages if all(seconds.values()) else ():
             yield Row("dispatch", *about, quantity, name, **times(samples, name))
 
 
-STAGES: dict[str, Callable[[Stages], Any]] = {
+STAGES: dict[str, Callable[[Stages], float | None]] = {
     "trace+lower": lambda s: s.trace,
     "compile": lambda s: s.compile,
-    "trace+lower+compile": lambda s: s.compile and s.trace + s.compile,
+    "trace+lower+compile": lambda s: None if s.compile is None else s.trace + s.compile,
 }
 
 PARTS = {"op": op, "step": step, "dispatch": dispatch, "inference": inference}

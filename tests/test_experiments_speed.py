@@ -1,5 +1,6 @@
 """The speed benchmark: its arithmetic, what it compares, what it notices; a run of every part."""
 
+import functools
 import json
 import math
 import os
@@ -277,20 +278,29 @@ def test_a_run_is_compared_with_the_one_before(quick):
 
 def test_dispatch_of_layers():
     case = Case((8, 4), form="bn_relu")
-    stages = {name: lambda name=name: speed.layer_stages(name, case) for name in (BASELINE, "jbn")}
-    rows = list(speed.time_stages(("8x4", "float32", "bn_relu"), stages, rounds=1))
-    assert [r.quantity for r in rows] == [q for q in speed.STAGES for _ in stages]
+    names = BASELINE, "jbn"
+    stages = {name: functools.partial(speed.layer_stages, name, case) for name in names}
+    rows = list(speed.time_stages(("8x4", "float32", "bn_relu"), stages, rounds=1, compiled=1))
+    assert [r.quantity for r in rows] == [q for q in speed.STAGES for _ in names]
     found = {(r.quantity, r.library): r.seconds for r in rows}
-    for name in stages:
+    for name in names:
         parts = [found[q, name] for q in ("trace+lower", "compile")]
         assert min(parts) > 0
         assert found["trace+lower+compile", name] == pytest.approx(sum(parts))
 
 
-def test_networks_may_be_traced_without_compiling():
-    stages = {BASELINE: lambda: speed.Stages(2.0, None), "jbn": lambda: speed.Stages(1.0, None)}
-    rows = list(speed.time_stages(("net", "float32", "-"), stages, rounds=2))
+@pytest.mark.parametrize("compiled", [0, 1])
+def test_networks_are_compiled_in_the_last_rounds(compiled):
+    asked = []
+
+    def stage(seconds, compile):
+        asked.append(compile)
+        return speed.Stages(seconds, 10 * seconds if compile else None)
+
+    stages = {BASELINE: functools.partial(stage, 2.0), "jbn": functools.partial(stage, 1.0)}
+    rows = list(speed.time_stages(("net", "float32", "-"), stages, rounds=2, compiled=compiled))
+    assert asked == [False] * 4 + [bool(compiled)] * 2
+    quantities = list(speed.STAGES) if compiled else ["trace+lower"]
     assert [(r.quantity, r.library, r.ratio) for r in rows] == [
-        ("trace+lower", BASELINE, 1.0),
-        ("trace+lower", "jbn", 0.5),
+        (quantity, *result) for quantity in quantities for result in ((BASELINE, 1.0), ("jbn", 0.5))
     ]
