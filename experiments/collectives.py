@@ -20,14 +20,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib.util
 import itertools
-import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +32,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
@@ -43,6 +39,7 @@ from tqdm import tqdm
 import jbn
 from experiments.hlo import Collective, Traffic, collectives, traffic
 from experiments.records import Records
+from experiments.targets import prepare, tpus, version
 
 # --- The network ---------------------------------------------------------------------------------
 
@@ -254,44 +251,7 @@ CPU_DEVICES = 8
 
 def target_devices(target: str) -> Sequence[Any]:
     """The devices of "cpu", or of a TPU pod such as "v5e:16x16"."""
-    if target == "cpu":
-        return jax.devices("cpu")[:CPU_DEVICES]
-    if importlib.util.find_spec("libtpu") is None:
-        raise ImportError(
-            f"target {target} needs XLA's compiler for TPUs, which runs without a TPU: "
-            f"pip install libtpu, or use --target cpu."
-        )
-    try:
-        with quiet():
-            return topologies.get_topology_desc(target, "tpu").devices
-    except jax.errors.JaxRuntimeError as error:
-        raise ValueError(
-            f"libtpu has no devices for target {target!r}: {error}. Expected cpu, or a generation "
-            f"and a shape such as v5e:2x2, v5e:16x16, v5p:4x4x4 or v6e:16x16."
-        ) from None
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without what libtpu, a C++ library, writes to stderr when it finds no TPU."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-def prepare() -> None:
-    """Has to run before JAX looks for devices."""
-    jax.config.update("jax_platforms", "cpu")
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask a cloud which TPU this is
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # there is no TPU to quarrel over
+    return jax.devices("cpu")[:CPU_DEVICES] if target == "cpu" else tpus(target)
 
 
 # --- The table -----------------------------------------------------------------------------------
@@ -380,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line, or from Python with a list of arguments."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    prepare()
+    prepare(CPU_DEVICES)
     try:
         targets = {name: target_devices(name) for name in args.target}
     except (ImportError, ValueError) as error:
@@ -405,14 +365,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         with Records(args.json, **about, per_device=PER_DEVICE) as records:
             for row in rows:
                 records.write("collectives", **to_json(row))
-
-
-def version(package: str) -> str | None:
-    """The installed version of a package, if it is installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def to_json(row: Row) -> dict[str, Any]:

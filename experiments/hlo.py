@@ -1,10 +1,10 @@
-"""A compiled program, as text -> its collectives: how many, of which kind, of how many bytes."""
+"""A compiled program, as text -> its collectives and its kernels: which, and of how many bytes."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 KINDS = (
@@ -20,6 +20,21 @@ _ARRAY = re.compile(r"\b(pred|token|opaque|[a-z]+(\d+)\w*)\[([\d,<=]*)\]")  # f3
 _NAME = re.compile(r"%[\w.\-]+")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?(%[\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+
+class Instruction(NamedTuple):
+    """One line of a program, ``%name = result operation(operands), attributes``."""
+
+    name: str
+    result: str  # its type
+    operation: str
+    operands: list[str]  # names, from some printers with types
+    attributes: str  # all that follows on the first bracket
+
+    @property
+    def values(self) -> list[str]:
+        """The names of the operands."""
+        return [value for operand in self.operands for value in _NAME.findall(operand)]
 
 
 class Collective(NamedTuple):
@@ -38,31 +53,128 @@ def collectives(hlo_text: str) -> list[Collective]:
     once, with the bytes of them all; and one inside a loop counts once, however often that runs.
     """
     found = []
-    size: dict[str, int] = {}  # of the values of one computation, in bytes
-    origin: dict[str, str] = {}  # of these values, an op_name
+    for computation in computations(hlo_text).values():
+        size: dict[str, int] = {}  # of the values of one computation, in bytes
+        origin: dict[str, str] = {}  # of these values, an op_name
+        for i in computation:
+            size[i.name] = n_bytes(i.result)
+            # An operation that XLA has put in the place of another may have lost its name. Names
+            # nest, so the longest of the operands' says the most; a constant's may be just
+            # "jit(f)".
+            inherited = max((origin.get(value, "") for value in i.values), key=len, default="")
+            own = _OP_NAME.search(i.attributes)
+            origin[i.name] = own[1] if own else inherited
+            kind = i.operation.removesuffix("-start")
+            if kind not in KINDS:
+                continue
+            result = i.result
+            if i.operation.endswith("-start") and kind != "all-reduce":
+                result = elements(result)[1]  # of (operands, results, contexts ...)
+            # Some printers repeat the types of the operands, some give their names alone.
+            sent = sum(map(n_bytes, i.operands)) or sum(size.get(v, 0) for v in i.values)
+            found.append(Collective(kind, sent, n_bytes(result), origin[i.name]))
+    return found
+
+
+# --- Kernels -------------------------------------------------------------------------------------
+
+# What moves nothing: names for what is there already.
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "opt-barrier",
+}
+_PARTS = {"slice", "dynamic-slice", "gather"}  # of the first operand they read what they return
+_CALLED = re.compile(r"\b(?:calls|to_apply|body)=(%[\w.\-]+)")
+_RUNS_OTHERS = {"call", "while"}
+_ENTRY = "ENTRY"
+
+
+class Kernel(NamedTuple):
+    """One step of a program: a fusion, a call of a library, a copy ..."""
+
+    name: str
+    operation: str
+    read: int  # bytes
+    written: int
+
+    @property
+    def moved(self) -> int:
+        return self.read + self.written
+
+
+def kernels(hlo_text: str) -> list[Kernel]:
+    """The steps of an optimised program, each with the bytes of its operands and its results.
+
+    That is what moves if nothing stays in a cache from one step to the next. Of an operand that a
+    step only takes slices of, the slices count, as in XLA's own cost analysis. Asynchronous copies
+    into a memory on the chip, which TPUs make ahead of a step, are no steps. The steps inside a
+    loop count once, however often that runs.
+    """
+    return list(_kernels(_ENTRY, computations(hlo_text)))
+
+
+def _kernels(computation: str, found: dict[str, list[Instruction]]) -> Iterator[Kernel]:
+    size: dict[str, int] = {}
+    for i in found.get(computation, []):
+        size[i.name] = n_bytes(i.result)
+        called = _CALLED.search(i.attributes)
+        if i.operation in _FREE or i.operation.endswith(("-start", "-done")):
+            continue
+        if i.operation in _RUNS_OTHERS and called:
+            yield from _kernels(called[1], found)
+            continue
+        reads = [size.get(v, 0) for v in i.values]
+        if i.operation == "fusion" and called:
+            parts = _parts_read(found.get(called[1], []))
+            reads = [min(n, parts.get(k, n)) for k, n in enumerate(reads)]
+        elif i.operation in _PARTS:
+            reads[0] = min(reads[0], size[i.name])
+        yield Kernel(i.name, i.operation, sum(reads), size[i.name])
+
+
+def _parts_read(fusion: Sequence[Instruction]) -> dict[int, int]:
+    """Index of a parameter -> bytes, for those of which a fusion reads nothing but slices."""
+    users: dict[str, list[tuple[Instruction, int]]] = {}
+    for i in fusion:
+        for position, value in enumerate(i.values):
+            users.setdefault(value, []).append((i, position))
+
+    def read(value: str) -> int | None:
+        total = 0
+        for user, position in users.get(value, []):
+            if user.operation == "bitcast":
+                more = read(user.name)
+            else:
+                is_part = user.operation in _PARTS and position == 0
+                more = n_bytes(user.result) if is_part else None
+            if more is None:
+                return None
+            total += more
+        return total
+
+    parameters = {i.name: int(i.operands[0]) for i in fusion if i.operation == "parameter"}
+    return {n: part for name, n in parameters.items() if (part := read(name)) is not None}
+
+
+def computations(hlo_text: str) -> dict[str, list[Instruction]]:
+    """Name of a computation -> its instructions; the one that a program starts with is "ENTRY"."""
+    found: dict[str, list[Instruction]] = {}
+    own: list[Instruction] = []
     for line in hlo_text.splitlines():
         if line.endswith("{") and not line[0].isspace():
-            size, origin = {}, {}
-        if not (match := _INSTRUCTION.match(line)):
-            continue
-        name, result, operation, rest = match.groups()
-        size[name] = n_bytes(result)
-        operands = elements("(" + rest)
-        values = [value for operand in operands for value in _NAME.findall(operand)]
-        # An operation that XLA has put in the place of another may have lost its name. Names nest,
-        # so the longest of the operands' says the most; a constant's may be just "jit(f)".
-        inherited = max((origin.get(value, "") for value in values), key=len, default="")
-        own = _OP_NAME.search(rest)
-        origin[name] = own[1] if own else inherited
-        kind = operation.removesuffix("-start")
-        if kind not in KINDS:
-            continue
-        if operation.endswith("-start") and kind != "all-reduce":
-            result = elements(result)[1]  # of (operands, results, contexts ...)
-        # Some printers repeat the types of the operands, some give their names alone.
-        sent = sum(map(n_bytes, operands)) or sum(size.get(value, 0) for value in values)
-        found.append(Collective(kind, sent, n_bytes(result), origin[name]))
+            own = found.setdefault(line.split()[0], [])
+        elif match := _INSTRUCTION.match(line):
+            name, result, operation, rest = match.groups()
+            own.append(Instruction(name, result, operation, elements("(" + rest), rest))
     return found
+
+
+# --- Text ----------------------------------------------------------------------------------------
 
 
 def n_bytes(shape: str) -> int:

@@ -164,7 +164,7 @@ class ResidualBlock(nn.Module):
 
 
 def norm_relu(norm: ModuleMaker, fused: bool, **kwargs: Any) -> Callable[..., jax.Array]:
-    """A layer (x, residual=None) -> ``relu(BN(x) + residual)``; `fused`: the norm does all of it."""
+    """A layer (x, residual=None) -> ``relu(BN(x) + residual)``; fused: the norm does all of it."""
     layer: Any = norm(**kwargs, activation=nn.relu) if fused else norm(**kwargs)
 
     def apply(x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
@@ -224,7 +224,7 @@ class ResNet(nn.Module):
         stem: Any = conv(self.widths[0], kernel, strides=self.stem_stride, use_bias=False)
         x = norm_relu(norm, self.fused)(stem(x))
         if self.pool:
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
         for stage, (width, n_blocks) in enumerate(zip(self.widths, self.blocks, strict=True)):
             for block in range(n_blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
