@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jbn import _check, _kernels, _sharding
@@ -202,7 +202,10 @@ def shifted_moments(
         sums = kernel.sums(x, axes.squeeze(shift))
         mean, mean_square = (axes.expand(s) / count for s in sums)
     else:
-        mean, mean_square = average((z, square(z)), count, weights, Problem(axes, Scope()))
+        # Each sum from an x - K of its own: a compiler that takes the sums one by one would store
+        # one that they share.
+        apart = shifted(x, lax.optimization_barrier(shift), weights)
+        mean, mean_square = average((z, square(apart)), count, weights, Problem(axes, Scope()))
     # Squares that overflow leave var = inf, not inf - inf: y is then the bias, and the running
     # statistics leave the feature out.
     var = jnp.where(jnp.isinf(mean_square), mean_square, mean_square - square(mean))

@@ -1,7 +1,7 @@
 """K: the constant that is taken from every value of a feature before anything is summed."""
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jbn._axes import Axes
@@ -37,13 +37,25 @@ def _median(a: Array, b: Array, c: Array) -> Array:
 
 
 def _row(x: Array, quarter: int, axes: Axes) -> Array:
-    """One value of each feature, a quarter, a half or three quarters down every other axis."""
+    """One value of each feature, a quarter, a half or three quarters down every other axis.
 
-    def at(n: int) -> slice:
-        i = n * quarter // 4 if isinstance(n, int) else 0  # not an int: a dimension of jax.export
-        return slice(i, i + 1)
+    With several examples all three lie half-way down the axes within an example. Those are cut
+    first: a TPU may keep examples of a narrow layer side by side, and would copy x to cut there.
+    """
+    batch = axes.reduction[0]
+    several = isinstance(x.shape[batch], int) and x.shape[batch] > 2
 
-    return x[tuple(at(n) if i in axes.reduction else slice(None) for i, n in enumerate(axes.shape))]
+    def cut(x: Array, where: tuple[int, ...], quarter: int) -> Array:
+        def at(n: int) -> slice:
+            i = n * quarter // 4 if isinstance(n, int) else 0  # not: a dimension of jax.export
+            return slice(i, i + 1)
+
+        return x[tuple(at(n) if i in where else slice(None) for i, n in enumerate(x.shape))]
+
+    if not several:
+        return cut(x, axes.reduction, quarter)
+    rows = lax.optimization_barrier(cut(x, axes.reduction[1:], 2))  # else both become one again
+    return cut(rows, (batch,), quarter)
 
 
 def _heaviest_row(x: Array, weights: Array, quarter: int, axes: Axes) -> Array:

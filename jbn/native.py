@@ -64,7 +64,7 @@ _FLAGS = (
     "-shared",
     "-pthread",
 )
-_HANDLERS = ("jbn_sums", "jbn_pair", "jbn_gated_pair")
+_HANDLERS = ("jbn_sums", "jbn_pair", "jbn_gated_pair", "jbn_keep")
 _ELEMENTS = ("float32", "bfloat16", "float16")  # of x and t in the kernel; all else is float32
 
 
@@ -297,15 +297,35 @@ _spread = _primitive(
 )
 
 
-def _lower_on_cpu(primitive, plain: Callable[..., Any], handler: Callable[..., str]) -> None:
-    """The kernel's handler where it can be had, and `plain` elsewhere."""
-    in_jax_numpy = mlir.lower_fun(plain, multiple_results=True)
+def _spread_apart(x, shift, u, v, *rest: Array, dtype, added: bool) -> Array:
+    """`_plain_spread` of vectors that are computed by themselves, before x is read.
+
+    XLA would put what computes them, some 60 operations, into the pass over x, once an element: in
+    bfloat16 that takes twice the time. It ignores `jax.lax.optimization_barrier` on CPU.
+    """
+    shift, u, v, *gate = _keep.bind(shift, u, v, *rest[added:])
+    return _plain_spread(x, shift, u, v, *rest[:added], *gate, dtype=dtype, added=added)
+
+
+_keep = jax.extend.core.Primitive("jbn_keep")  # used while lowering, and nowhere else
+_keep.multiple_results = True
+_keep.def_abstract_eval(lambda *vectors: [_vector(v) for v in vectors])
+
+
+def _handled_by(handler: Callable[..., str]):
+    """A lowering to one of the kernel's handlers, which is chosen by the operands."""
+
+    def lowering(ctx, *operands, **_):
+        return jax.ffi.ffi_lowering(_targets[handler(*operands)])(ctx, *operands)
+
+    return lowering
+
+
+def _lower_on_cpu(primitive, native, plain) -> None:
+    """The lowering `native` where the kernel can be had, and `plain` elsewhere."""
 
     def lowering(ctx, *operands, **params):
-        if not _kernel_fits(ctx):
-            return in_jax_numpy(ctx, *operands, **params)
-        target = _targets[handler(*operands)]
-        return jax.ffi.ffi_lowering(target)(ctx, *operands)
+        return (native if _kernel_fits(ctx) else plain)(ctx, *operands, **params)
 
     mlir.register_lowering(primitive, lowering, platform="cpu")
 
@@ -323,10 +343,18 @@ def _kernel_fits(ctx) -> bool:
     )
 
 
-_lower_on_cpu(_sums, _plain_sums, lambda *operands: "jbn_sums")
+_lower_on_cpu(_sums, _handled_by(lambda *_: "jbn_sums"), mlir.lower_fun(_plain_sums))
 _lower_on_cpu(
-    _pair, _plain_pair, lambda *operands: "jbn_gated_pair" if len(operands) > 3 else "jbn_pair"
+    _pair,
+    _handled_by(lambda x, shift, t, *gate: "jbn_gated_pair" if gate else "jbn_pair"),
+    mlir.lower_fun(_plain_pair),
 )
+_lower_on_cpu(
+    _spread,
+    mlir.lower_fun(_spread_apart, multiple_results=False),
+    mlir.lower_fun(_plain_spread, multiple_results=False),
+)
+mlir.register_lowering(_keep, _handled_by(lambda *_: "jbn_keep"), platform="cpu")
 
 
 # Derivatives. The gate has none: it is a step.
@@ -432,8 +460,7 @@ def _cache() -> pathlib.Path:
 def _flags() -> tuple[str, ...]:
     """All for this very processor: the library does not travel."""
     if platform.machine().lower() in ("x86_64", "amd64"):
-        # 512: where there are such registers, the kernel is faster with them.
-        return (*_FLAGS, "-march=native", "-mprefer-vector-width=512")
+        return (*_FLAGS, "-march=native")
     return (*_FLAGS, "-mcpu=native")
 
 
