@@ -154,11 +154,16 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=140)
 
 
-SPEED_COLORS = {"flax.nnx": "#bdbdbd", "jbn": "#2166ac", "jbn native": "#67a9cf",
-                "haiku": "#fdae61", "equinox": "#b2182b", "torch": "#7b3294",
-                "copy": "black"}  # fmt: skip
-
-
+SPEED_COLORS = {
+    "flax.nnx": "#bdbdbd",
+    "jbn": "#2166ac",
+    "jbn native": "#67a9cf",
+    "haiku": "#fdae61",
+    "equinox": "#b2182b",
+    "torch": "#7b3294",
+    "torch without cuDNN": "#c2a5cf",
+    "copy": "black",
+}
 SPEED_TOP = 2.6  # bars above that are cut, and say so
 
 

@@ -69,7 +69,7 @@ class Peer(NamedTuple):
     """A library's Batch Normalization."""
 
     program: Callable[[Case], Program]
-    install: str  # the command that makes it available
+    install: str  # the command that makes it available; empty if it takes another machine
     available: Callable[[], bool]
     layer: Callable[[Case, Data], Layer] | None = None  # of a library over JAX
     setting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
@@ -271,8 +271,8 @@ def of_equinox(case: Case, host: Data) -> Layer:
 # --- PyTorch -------------------------------------------------------------------------------------
 
 
-def torch_program(case: Case) -> Program:
-    """PyTorch's own kernels, eager; images as channels_last, on a GPU if JAX has one, too."""
+def torch_program(case: Case, cudnn: bool = True) -> Program:
+    """PyTorch, eager; images as channels_last; on a GPU if JAX has one, with cuDNN or without."""
     import torch  # pyright: ignore[reportMissingImports]  (optional)
 
     on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
@@ -295,6 +295,7 @@ def torch_program(case: Case) -> Program:
     batch_norm = functools.partial(torch.nn.functional.batch_norm, eps=EPSILON, momentum=1 - DECAY)
 
     def results() -> Any:
+        torch.backends.cudnn.enabled = cudnn  # costs nothing; programs take turns
         with torch.set_grad_enabled(backward):
             y = batch_norm(x, mean, var, scale, bias, training=case.which != "inference")
             if case.form == "bn_add_relu":
@@ -393,6 +394,11 @@ PEERS = {
     "haiku": over_jax(of_haiku, "dm-haiku", "haiku"),
     "equinox": over_jax(of_equinox, "equinox", "equinox"),
     "torch": Peer(torch_program, "pip install torch", importable("torch")),
+    "torch without cuDNN": Peer(
+        functools.partial(torch_program, cudnn=False),
+        "",  # cuDNN is for GPUs
+        lambda: importable("torch")() and jax.default_backend() == "gpu",
+    ),
 }
 
 
@@ -402,5 +408,5 @@ def installed() -> dict[str, Peer]:
 
 
 def missing() -> dict[str, str]:
-    """Those that cannot: name -> the command that would change it."""
-    return {name: peer.install for name, peer in PEERS.items() if not peer.available()}
+    """Those that cannot, but could: name -> the command that would change it."""
+    return {n: peer.install for n, peer in PEERS.items() if peer.install and not peer.available()}

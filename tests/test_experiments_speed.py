@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("tqdm")
 
-from experiments import peers, speed, speed_report, timing
+from experiments import models, peers, speed, speed_report, timing
 from experiments.peers import BASELINE, Case
 from experiments.speed_report import Row
 
@@ -226,6 +227,19 @@ def test_shapes():
         speed.shapes_of(["1x5"], 4)
 
 
+def test_the_shapes_are_those_of_resnet50():
+    found = set()
+
+    def record(call, args, kwargs, context):
+        if isinstance(context.module, linen.BatchNorm):
+            found.add(args[0].shape)
+        return call(*args, **kwargs)
+
+    with linen.intercept_methods(record):
+        speed.Network("ResNet-50", models.ResNet50, 224, 2).training(speed.SLOTS[BASELINE])
+    assert found == {(2, *shape) for shape in speed.RESNET50_SHAPES}
+
+
 def test_mistakes_are_explained(tmp_path):
     with pytest.raises(SystemExit, match=r"error: there is no file .*--update"):
         speed.main(["--check", str(tmp_path / "none.json")])
@@ -234,6 +248,8 @@ def test_mistakes_are_explained(tmp_path):
     for name, install in peers.missing().items():
         with pytest.raises(SystemExit, match=f"error: {name} cannot run here.*{install}"):
             speed.main(["--libraries", name])
+    with pytest.raises(SystemExit, match="torch without cuDNN cannot run here.*another machine"):
+        speed.main(["--libraries", "torch without cuDNN"])
 
 
 @pytest.fixture(scope="module")
