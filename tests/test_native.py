@@ -110,6 +110,38 @@ def test_sums_of_every_size(kernel, shape, dtype):
     assert_sums(pair(x, shift, t, gate=gate), expected_pair(x, shift, t, gate))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_spread(kernel, dtype, gated):
+    x, shift, w, gate = make((50, 2, 70), dtype)
+    u, v = shift + 1, shift - 1
+    gate = gate if gated else None
+    got = spread(x, shift, u, v, w, gate=gate)
+    z = wide(x)[0] - wide(shift)[0]
+    expected = wide(w)[0] + wide(u)[0] + z * wide(v)[0]
+    if gate is not None:
+        expected = np.where(z * wide(gate[0])[0] + wide(gate[1])[0] > 0, expected, 0)
+    chex.assert_type(got, jnp.float32)
+    np.testing.assert_allclose(got.reshape(expected.shape), expected, rtol=1e-6, atol=1e-5)
+    rounded = spread(x, shift, u, v, w, gate=gate, dtype=jnp.dtype(dtype))
+    chex.assert_trees_all_equal(rounded, got.astype(dtype))
+
+
+def test_vectors_are_computed_once(kernel):
+    """And not for each element of x: the pass over x takes them ready from the kernel."""
+
+    def function(x, shift, scale):
+        return native.spread(x, shift, jnp.abs(scale), jnp.minimum(scale, 1), gate=(scale, scale))
+
+    x, shift, _, _ = make((1000, 70))
+    text = jax.jit(function).lower(x, shift, shift).compile().as_text()
+    computations = [c for c in text.split("\n\n") if c.strip().startswith("%")]
+    (big,) = [c for c in computations if "f32[1000,70]" in c]
+    for operation in ("abs(", "minimum("):
+        assert operation in text
+        assert operation not in big
+
+
 @pytest.mark.parametrize("t_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_x_and_t_of_two_dtypes(kernel, dtype, t_dtype):
