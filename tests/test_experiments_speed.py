@@ -83,8 +83,16 @@ def test_the_process_restarts_with_its_environment(tmp_path):
 # --- What is compared ----------------------------------------------------------------------------
 
 
+@pytest.fixture
+def lenient():
+    """For the code of other libraries."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.mark.parametrize("form", peers.FORMS)
-def test_libraries_compute_the_same(form):
+@pytest.mark.filterwarnings("default")  # of other libraries
+def test_libraries_compute_the_same(form, lenient):
     """y, and the gradient of x: the two results that have a place in all libraries alike."""
     found = {}
     for name, peer in peers.installed().items():
@@ -116,11 +124,10 @@ def test_folded_inference_is_inference():
     np.testing.assert_allclose(peers.folded_program(case).run(), plain, atol=1e-5)
 
 
-def test_half_precision_comes_out_as_it_went_in():
-    with jax.numpy_dtype_promotion("standard"):  # Flax promotes within
-        for name in (BASELINE, "jbn"):
-            y, _, (_, dx, _) = peers.PEERS[name].program(Case((16, 8), "bfloat16")).run()
-            assert (y.dtype, dx.dtype) == (jnp.bfloat16, jnp.bfloat16), name
+def test_half_precision_comes_out_as_it_went_in(lenient):
+    for name in (BASELINE, "flax.nnx", "jbn"):
+        y, _, (_, dx, _) = peers.PEERS[name].program(Case((16, 8), "bfloat16")).run()
+        assert (y.dtype, dx.dtype) == (jnp.bfloat16, jnp.bfloat16), name
 
 
 def test_the_floor_moves_every_element():
@@ -248,7 +255,7 @@ def test_mistakes_are_explained(tmp_path):
     for name, install in peers.missing().items():
         with pytest.raises(SystemExit, match=f"error: {name} cannot run here.*{install}"):
             speed.main(["--libraries", name])
-    with pytest.raises(SystemExit, match="torch without cuDNN cannot run here.*another machine"):
+    with pytest.raises(SystemExit, match=r"cuDNN cannot run here.*another machine"):
         speed.main(["--libraries", "torch without cuDNN"])
 
 
@@ -290,6 +297,17 @@ def test_a_run_is_compared_with_the_one_before(quick):
     libraries = [group.split(" / ")[-1] for group in groups]
     assert all(name.startswith("jbn") for name in libraries)
     assert libraries.count("jbn") == 5  # op forward and both, inference, step: compile and run
+
+
+def test_the_exit_status_says_whether_it_got_slower(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "ratios.json"
+    argv = ["--libraries", BASELINE, "jbn", "--out", str(tmp_path)]
+    for ratio, option, status in ((0.5, "--update", 0), (0.55, "--check", 0), (0.6, "--check", 1)):
+        rows = [row(BASELINE, 1.0), row("jbn", ratio)]
+        monkeypatch.setattr(speed, "measure", lambda *_, rows=rows: rows)
+        assert speed.main([*argv, option, str(path)]) == status
+    assert "SLOWER" in capsys.readouterr().out
+    assert speed.main([*argv, "--check", str(path), "--tolerance", "0.25"]) == 0
 
 
 def test_dispatch_of_layers():
