@@ -370,12 +370,11 @@ ffi::Error gated_pair(ffi::ThreadPool pool, ffi::AnyBuffer x, Vector shift, ffi:
 // that uses it, unless it comes from where XLA cannot look in.
 ffi::Error keep(ffi::RemainingArgs args, ffi::RemainingRets rets) {
   for (size_t i = 0; i < args.size(); ++i) {
-    const auto from = args.get<Vector>(i);
-    auto to = rets.get<Vector>(i);
-    if (!from.has_value() || !to.has_value() ||
-        from->element_count() != (*to)->element_count())
-      return ffi::Error::InvalidArgument("expected float32 vectors");
-    std::copy_n(from->typed_data(), from->element_count(), (*to)->typed_data());
+    const auto from = args.get<ffi::AnyBuffer>(i);
+    auto to = rets.get<ffi::AnyBuffer>(i);
+    if (!from.has_value() || !to.has_value() || from->size_bytes() != (*to)->size_bytes())
+      return ffi::Error::InvalidArgument("expected as many results of the same sizes");
+    std::memcpy((*to)->untyped_data(), from->untyped_data(), from->size_bytes());
   }
   return ffi::Error::Success();
 }

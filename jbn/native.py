@@ -18,6 +18,7 @@ With z = x - K, in float32, there are three maps:
 pair and spread are primitives of JAX, each the transpose of the other, so derivatives of every
 order are made of them. On CPU, in a program for one device, sums and pair are the kernel's; in
 every other place, for other dtypes and under vmap all three are their equations in jax.numpy.
+`keep` keeps XLA from computing per-channel vectors anew for every element.
 
 With `gate=(A, B)`, pair reads t, and spread gives its result, only where z A + B > 0; all else is
 0. That is the derivative of relu(z A + B), without an array for the mask.
@@ -209,6 +210,16 @@ def spread(
     return _spread.bind(x, shift, u, v, *rest, dtype=jnp.dtype(dtype), added=w is not None)
 
 
+def keep(*vectors: Array) -> tuple[Array, ...]:
+    """The same again, but computed before a pass over x that uses them, and once.
+
+    XLA puts operations on [C] into a pass over [..., C] that uses their results, where they are
+    done for every element. There can be 60 of them in Batch Normalization, and in bfloat16 the pass
+    then takes twice the time. On CPU XLA ignores `jax.lax.optimization_barrier`.
+    """
+    return tuple(_keep.bind(*vectors))
+
+
 def _check(x: Array, **others: Array | Gate | None) -> None:
     for name, value in others.items():
         expected = x.shape if name in ("t", "w") else x.shape[-1:]
@@ -297,19 +308,15 @@ _spread = _primitive(
 )
 
 
+_keep = _primitive(
+    "jbn_keep", lambda *values: list(values), lambda *avals: list(map(_vector, avals)), True
+)
+
+
 def _spread_apart(x, shift, u, v, *rest: Array, dtype, added: bool) -> Array:
-    """`_plain_spread` of vectors that are computed by themselves, before x is read.
-
-    XLA would put what computes them, some 60 operations, into the pass over x, once an element: in
-    bfloat16 that takes twice the time. It ignores `jax.lax.optimization_barrier` on CPU.
-    """
-    shift, u, v, *gate = _keep.bind(shift, u, v, *rest[added:])
+    """`_plain_spread` with a pass over x that does nothing else."""
+    shift, u, v, *gate = keep(shift, u, v, *rest[added:])
     return _plain_spread(x, shift, u, v, *rest[:added], *gate, dtype=dtype, added=added)
-
-
-_keep = jax.extend.core.Primitive("jbn_keep")  # used while lowering, and nowhere else
-_keep.multiple_results = True
-_keep.def_abstract_eval(lambda *vectors: [_vector(v) for v in vectors])
 
 
 def _handled_by(handler: Callable[..., str]):
@@ -321,40 +328,35 @@ def _handled_by(handler: Callable[..., str]):
     return lowering
 
 
-def _lower_on_cpu(primitive, native, plain) -> None:
-    """The lowering `native` where the kernel can be had, and `plain` elsewhere."""
+def _lower_on_cpu(primitive, native, plain, several: bool = True) -> None:
+    """The lowering `native` where the kernel can be had, and the function `plain` elsewhere."""
+    in_jax_numpy = mlir.lower_fun(plain, multiple_results=several)
 
     def lowering(ctx, *operands, **params):
-        return (native if _kernel_fits(ctx) else plain)(ctx, *operands, **params)
+        return (native if _kernel_fits(ctx) else in_jax_numpy)(ctx, *operands, **params)
 
     mlir.register_lowering(primitive, lowering, platform="cpu")
 
 
 def _kernel_fits(ctx) -> bool:
-    x, shift, *rest = ctx.avals_in
-    elements = [x.dtype.name, *(t.dtype.name for t in rest[:1])]
     module = ctx.module_context
     return (
         _enabled
-        and shift.dtype == jnp.float32
-        and all(name in _ELEMENTS for name in elements)
+        and all(aval.dtype.name in _ELEMENTS for aval in ctx.avals_in)
+        and all(shift.dtype == jnp.float32 for shift in ctx.avals_in[1:2])
         and getattr(module.axis_context, "num_devices", 0) == 1  # none inside shard_map and pmap
         and not module.lowering_parameters.for_export  # another process may not have the kernel
     )
 
 
-_lower_on_cpu(_sums, _handled_by(lambda *_: "jbn_sums"), mlir.lower_fun(_plain_sums))
+_lower_on_cpu(_sums, _handled_by(lambda *_: "jbn_sums"), _plain_sums)
 _lower_on_cpu(
-    _pair,
-    _handled_by(lambda x, shift, t, *gate: "jbn_gated_pair" if gate else "jbn_pair"),
-    mlir.lower_fun(_plain_pair),
+    _pair, _handled_by(lambda x, k, t, *gate: "jbn_gated_pair" if gate else "jbn_pair"), _plain_pair
 )
 _lower_on_cpu(
-    _spread,
-    mlir.lower_fun(_spread_apart, multiple_results=False),
-    mlir.lower_fun(_plain_spread, multiple_results=False),
+    _spread, mlir.lower_fun(_spread_apart, multiple_results=False), _plain_spread, several=False
 )
-mlir.register_lowering(_keep, _handled_by(lambda *_: "jbn_keep"), platform="cpu")
+_lower_on_cpu(_keep, _handled_by(lambda *_: "jbn_keep"), lambda *values: list(values))
 
 
 # Derivatives. The gate has none: it is a step.
@@ -417,6 +419,7 @@ def _or_none(gate: Sequence[Array]) -> Any:
 
 ad.primitive_jvps[_pair] = _pair_jvp
 ad.primitive_jvps[_spread] = _spread_jvp
+ad.primitive_jvps[_keep] = lambda values, tangents: (list(keep(*values)), list(tangents))
 ad.primitive_transposes[_pair] = _pair_transpose
 ad.primitive_transposes[_spread] = _spread_transpose
 
