@@ -23,7 +23,7 @@ Command::
     pip install -e '.[experiments,peers]'
     python -m jbn.native                 # optional: jbn's C++ sums, for the row "jbn native"
     python -m experiments.speed          # about 8 minutes on two CPU cores
-    python -m experiments.speed --quick  # under a minute: does everything run?
+    python -m experiments.speed --quick  # about a minute: does everything run?
     python -m experiments.speed --part op --update FILE    # write jbn's ratios down, and later
     python -m experiments.speed --part op --check FILE     # exit with 1 if they have become worse
 
@@ -245,12 +245,13 @@ def runner(training: TrainingStep, compiled: Any, run: bool) -> Program:
 
 def dispatch(config: Config) -> Iterator[Row]:
     """What a layer costs besides moving memory: calls of tiny layers, tracing, compiling."""
-    for shape, which in bar(TINY_SHAPES, PASSES, about="dispatch: calls"):
+    shapes = TINY_SHAPES[:1] if config.quick else TINY_SHAPES
+    for shape, which in bar(shapes, PASSES, about="dispatch: calls"):
         case = Case(shape, which=which)
         for row in time_programs("dispatch", case, programs_of(config, case), config):
             yield row._replace(quantity=f"{which}, a call", bandwidth=None, temporaries=None)
     over_jax = [name for name in config.libraries if peers.PEERS[name].layer]
-    for shape in TINY_SHAPES:
+    for shape in shapes:
         case = Case(shape, form="bn_relu")
         stages = {name: functools.partial(layer_stages, name, case) for name in over_jax}
         about = "x".join(map(str, shape)), "float32", "bn_relu"
