@@ -4,16 +4,18 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check
-from jbn._axes import resolve
+from jbn._axes import Axes, resolve
 from jbn._deferred import absorb, read, waits
 from jbn._normalize import (
     Activation,
     Params,
     affine,
+    expanded,
     location,
     normalize_pooled,
     transform,
@@ -167,22 +169,23 @@ def batch_norm_inference(
     x = _check.floating(x)
     axes = resolve(x.shape, axis)
     stats = _check.stats(read(stats), axes)
-    scale, bias = affine(*_check.params(params), axes, accumulator(x.dtype))
-    dtype = x.dtype if dtype is None else dtype
+    scale, bias = affine(*_check.params(params), axes)
+    residual = _check.residual(residual, x)
+    dtype = np.dtype(x.dtype if dtype is None else dtype)
     activation = _check.activation(activation, x.shape, accumulator(x.dtype))
-    run = _inference(_check.epsilon(epsilon), activation)
-    mean, var = axes.expand(stats.mean), axes.expand(stats.var)
-    return run(x, mean, var, scale, bias, _check.residual(residual, x)).astype(dtype)
+    rule = axes, _check.epsilon(epsilon), activation, dtype
+    return _inference(*rule, x, stats.mean, stats.var, scale, bias, residual)
 
 
-@functools.lru_cache(maxsize=64)
-def _inference(epsilon: float, activation: Activation | None):
-    """y, such that a backward pass keeps x in x's dtype; cached to be traced once a shape."""
-
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _inference(axes: Axes, epsilon, activation, dtype, x, mean, var, scale, bias, residual):
     def run(x, mean, var, scale, bias, residual):
         x = x.astype(accumulator(x.dtype))
         mean, rstd = location(mean.astype(x.dtype), var, epsilon)
         y = transform(x - mean, scale.astype(x.dtype) * rstd, bias.astype(x.dtype), residual)
-        return y if activation is None else activation(y)
+        return (y if activation is None else activation(y)).astype(dtype)
 
-    return jax.checkpoint(run, prevent_cse=False)
+    scale, bias = expanded(scale, bias, axes, accumulator(x.dtype))
+    # A backward pass keeps x in x's dtype. prevent_cse=False: the compiler may keep what it wants.
+    run = jax.checkpoint(run, prevent_cse=False)
+    return run(x, axes.expand(mean), axes.expand(var), scale, bias, residual)

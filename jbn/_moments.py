@@ -7,6 +7,8 @@ are sums of x - K, with K some value of x in the same channel. That subtraction 
 matters (Sterbenz: x and K within a factor of two), x - K is about as large as the standard
 deviation, and E[(x-K)^2] - E[x-K]^2 then loses nothing.
 
+(bfloat16 can do without K, see `_bfloat16`.)
+
 That is done for what one device has of the batch; `_pool` makes the moments of the whole of it.
 """
 
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jbn import _check, _kernels, _sharding
+from jbn import _bfloat16, _check, _kernels, _sharding
 from jbn._axes import Axes, resolve
 from jbn._pool import Moments, dot, pool_blocks, pool_instances, restore, square
 from jbn._reference import active, reference
@@ -150,8 +152,13 @@ def measure(problem: Problem, x: Array, weights: Array | None) -> tuple[Array, M
     view = axes.split(blocks) if blocks > 1 else axes
     x = _sharding.divide(x, view)
     weights = None if weights is None else _sharding.divide(weights, view)
-    shift = reference(x, weights, view)
-    m = shifted_moments(x, shift, weights, view, kernel)
+    exact = x.dtype == jnp.bfloat16 and weights is None and kernel is None
+    if exact and (inner := _bfloat16.block(view)):
+        shift, mean, var = _bfloat16.shifted_moments(x, view, inner)
+        m = Moments(_count(var, None, view), mean, var)
+    else:
+        shift = reference(x, weights, view)
+        m = shifted_moments(x, shift, weights, view, kernel)
     if blocks == 1 and not over.names:
         return shift, m
     counts_differ = weights is not None

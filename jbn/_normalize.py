@@ -123,8 +123,7 @@ def normalize(
     """
     prepared = prepare(x, axis, mask, weights, scope(axis_name, axis_index_groups), groups)
     x = jnp.asarray(x)
-    y, shift, m = _transform(x, prepared, scale, bias, epsilon, activation, residual, dtype)
-    return y, restore(m, shift, prepared[0].axes)
+    return _transform(x, prepared, scale, bias, epsilon, activation, residual, dtype)
 
 
 def normalize_pooled(
@@ -144,13 +143,12 @@ def normalize_pooled(
 ) -> tuple[Array, Moments]:
     """`normalize`, but with the moments of all groups together: what running statistics take in."""
     prepared = prepare(x, axis, mask, weights, over, groups)
-    y, shift, m = _transform(x, prepared, scale, bias, epsilon, activation, residual, dtype)
-    return y, pool_groups(m, shift, prepared[0].axes, counts_differ=prepared[2] is not None)
+    return _transform(x, prepared, scale, bias, epsilon, activation, residual, dtype, pooled=True)
 
 
 def _transform(
-    x, prepared, scale, bias, epsilon, activation, residual, dtype
-) -> tuple[Array, Array, Moments]:
+    x, prepared, scale, bias, epsilon, activation, residual, dtype, pooled=False
+) -> tuple[Array, Moments]:
     problem, divided, weights = prepared
     activation = _check.activation(activation, divided.shape, accumulator(x.dtype))
     dtype = np.dtype(x.dtype if dtype is None else dtype)
@@ -158,20 +156,25 @@ def _transform(
     residual = _check.residual(residual, x)
     if residual is not None:
         residual = _sharding.divide(residual, problem.axes)
-    scale, bias = affine(scale, bias, problem.axes, accumulator(x.dtype))
-    y, m, shift = _layer(rule, divided, scale, bias, weights, residual)
-    return _sharding.join(y, x, problem.axes), shift, m
+    scale, bias = affine(scale, bias, problem.axes)
+    y, m = _layer(rule, pooled, divided, scale, bias, weights, residual)
+    return _sharding.join(y, x, problem.axes), m
 
 
-def affine(scale, bias, axes: Axes, dtype: DTypeLike) -> tuple[Array, Array]:
-    """Scale and bias, checked and broadcast against x; 1 and 0 where None."""
+def affine(scale, bias, axes: Axes) -> tuple[Array | None, Array | None]:
+    """Scale and bias, checked."""
+    return (
+        None if scale is None else _check.features("scale", scale, axes),
+        None if bias is None else _check.features("bias", bias, axes),
+    )
+
+
+def expanded(scale, bias, axes: Axes, dtype: DTypeLike) -> tuple[Array, Array]:
+    """Scale and bias, broadcast against x; 1 and 0 where None."""
     real = jnp.finfo(dtype).dtype
     scale = jnp.ones(axes.feature_shape, real) if scale is None else scale
     bias = jnp.zeros(axes.feature_shape, real) if bias is None else bias
-    return (
-        axes.expand(_check.features("scale", scale, axes)),
-        axes.expand(_check.features("bias", bias, axes)),
-    )
+    return axes.expand(scale), axes.expand(bias)
 
 
 def transform(z: Array, a: Array, c: Array, residual: Array | None) -> Array:
@@ -250,7 +253,15 @@ def _normalize(rule: _Rule, x, scale, bias, weights, residual) -> tuple[Array, M
 
 
 # Not inlined: layers of one shape are then traced, differentiated and lowered once a program.
-_layer = jax.jit(_normalize, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _layer(rule: _Rule, pooled: bool, x, scale, bias, weights, residual) -> tuple[Array, Moments]:
+    """y and the moments of x; `pooled`: of all groups together."""
+    axes = rule.problem.axes
+    scale, bias = expanded(scale, bias, axes, accumulator(x.dtype))
+    y, m, shift = _normalize(rule, x, scale, bias, weights, residual)
+    if pooled:
+        return y, pool_groups(m, shift, axes, counts_differ=weights is not None)
+    return y, restore(m, shift, axes)
 
 
 def _apply(rule: _Rule, x, scale, bias, weights, residual, m: Moments, shift: Array) -> Array:

@@ -12,6 +12,7 @@ and it equals Adam's division of a zero-initialised average by 1 - d^t.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -160,9 +161,10 @@ def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningSt
     if is_explicitly_sharded(moments.mean):  # over features: the statistics go where it lies
         where = jax.typeof(moments.mean).sharding
         stats = jax.tree.map(lambda values: jax.sharding.reshard(values, where), stats)
-    new = rule(stats, moments)
     if isinstance(rule, _Ema | _Cumulative):
-        return new
+        static = not isinstance(getattr(rule, "decay", None), Array)  # traced, it is no key
+        return _absorb_once_a_shape(rule, stats, moments) if static else rule(stats, moments)
+    new = rule(stats, moments)
     if not isinstance(new, type(stats)):
         raise TypeError(
             f"the update rule {rule!r} must return jbn.RunningStats(mean, var, count); "
@@ -176,6 +178,11 @@ def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningSt
                 f"expected {getattr(stats, field).shape}."
             )
     return _keep_sound(stats, moments, new)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _absorb_once_a_shape(rule, stats: RunningStats, moments: Moments) -> RunningStats:
+    return rule(stats, moments)
 
 
 def _move(stats: RunningStats, moments: Moments, rate: Array, unbiased: bool) -> RunningStats:
