@@ -10,7 +10,6 @@ Nothing has to be known of x before it is summed. A compiler can then take the s
 made, in the convolution before the layer, and x is never read for them: XLA does so on TPUs.
 """
 
-import functools
 import itertools
 import math
 
@@ -37,9 +36,10 @@ def block(axes: Axes) -> tuple[int, ...]:
 def shifted_moments(x: Array, axes: Axes, inner: tuple[int, ...]) -> tuple[Array, Array, Array]:
     """(c, E[x - c], var) of bfloat16 x, in float32, c near the mean."""
     n = math.prod(axes.shape[i] for i in inner)
-    both = functools.partial(_one_reduction, inner=inner)  # else XLA reads x for each on GPUs
-    one_by_one = functools.partial(_two_reductions, inner=inner)
-    first, second = lax.platform_dependent(x, cuda=both, rocm=both, default=one_by_one)
+    wide = x.astype(jnp.float32)
+    sums = jnp.sum(wide, inner, keepdims=True), jnp.sum(wide * wide, inner, keepdims=True)
+    # Together, else XLA for GPUs reads x for each of them.
+    first, second = lax.optimization_barrier(sums)
 
     def mean_of(sums: Array) -> Array:
         return jnp.sum(sums, axes.reduction, keepdims=True) / axes.size
@@ -54,21 +54,3 @@ def shifted_moments(x: Array, axes: Axes, inner: tuple[int, ...]) -> tuple[Array
     # As for other dtypes: squares that overflow leave var = inf, and y is then the bias.
     overflow = jnp.isinf(jnp.max(second, axes.reduction, keepdims=True))
     return center, mean, jnp.where(overflow, jnp.inf, var)
-
-
-def _two_reductions(x: Array, inner: tuple[int, ...]) -> tuple[Array, Array]:
-    """The sums of x and of its square over the axes of a block."""
-    wide = x.astype(jnp.float32)
-    return jnp.sum(wide, inner, keepdims=True), jnp.sum(wide * wide, inner, keepdims=True)
-
-
-def _one_reduction(x: Array, inner: tuple[int, ...]) -> tuple[Array, Array]:
-    """The same, as one reduction of two operands."""
-    wide = x.astype(jnp.float32)
-    zero = jnp.zeros((), jnp.float32)
-
-    def add(a, b):
-        return a[0] + b[0], a[1] + b[1]
-
-    first, second = lax.reduce((wide, wide * wide), (zero, zero), add, inner)
-    return jnp.expand_dims(first, inner), jnp.expand_dims(second, inner)

@@ -74,16 +74,6 @@ def test_one_bad_value_spoils_its_channel_alone(bad, one_device):
         np.testing.assert_array_equal(y[..., 4], 0)
 
 
-def test_one_reduction_is_two():
-    # What GPUs run, here on the CPU.
-    x = data(3.0)
-    for actual, expected in zip(
-        _bfloat16._one_reduction(x, (1,)), _bfloat16._two_reductions(x, (1,)), strict=True
-    ):
-        assert actual.shape == expected.shape == (32, 1, 14, 8)
-        np.testing.assert_allclose(actual, expected, rtol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("shape", "axis", "expected"),
     [

@@ -42,13 +42,20 @@ def cache(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(autouse=True)
+def as_before():
+    """Each test starts without the kernel. Afterwards all is as it was: JBN_NATIVE may be set."""
+    enabled = native.is_enabled()
+    native.disable()
+    yield
+    (native.enable if enabled else native.disable)()
+
+
 @pytest.fixture
 def kernel(cache, monkeypatch):
     """The kernel is in use, in this test."""
     monkeypatch.setenv("JBN_CACHE", str(cache))
     native.enable()
-    yield
-    native.disable()
 
 
 def make(shape, dtype="float32", t_dtype=None, seed=0):
@@ -475,7 +482,7 @@ def test_enabling_and_disabling_reach_what_was_traced_before(cache, monkeypatch)
 
 def run(*command, **environment):
     """In a process of its own."""
-    env = {**os.environ, **{k: str(v) for k, v in environment.items()}}
+    env = {**os.environ, "JBN_NATIVE": "0", **{k: str(v) for k, v in environment.items()}}
     return subprocess.run(
         [sys.executable, *command], env=env, capture_output=True, text=True, check=False
     )
@@ -491,7 +498,6 @@ def test_the_command(cache, monkeypatch, capsys):
     assert done.returncode == 0
     monkeypatch.setenv("JBN_CACHE", str(cache))
     assert native.main(["--check"]) == 0
-    native.disable()
     assert "loads" in capsys.readouterr().out
 
 
@@ -520,7 +526,6 @@ def test_from_the_environment(tmp_path, cache, monkeypatch):
     monkeypatch.setenv("JBN_CACHE", str(cache))
     native.from_environment()
     assert native.is_enabled()
-    native.disable()
 
 
 def test_no_compiler(tmp_path, monkeypatch):
