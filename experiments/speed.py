@@ -22,7 +22,7 @@ Command::
 
     pip install -e '.[experiments,peers]'
     python -m jbn.native                 # optional: jbn's C++ sums, for the row "jbn native"
-    python -m experiments.speed          # about 8 minutes on two CPU cores
+    python -m experiments.speed          # a quarter of an hour on two CPU cores
     python -m experiments.speed --quick  # about a minute: does everything run?
     python -m experiments.speed --part op --update FILE    # write jbn's ratios down, and later
     python -m experiments.speed --part op --check FILE     # exit with 1 if they have become worse
