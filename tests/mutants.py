@@ -225,15 +225,15 @@ MUTANTS = [
     Mutant(
         "the bias is added",
         NORMALIZE,
-        " * rstd) + bias.astype(z.dtype)",
-        " * rstd) - bias.astype(z.dtype)",
+        "return a, bias.astype(self.rstd.dtype) - a * self.rest",
+        "return a, -bias.astype(self.rstd.dtype) - a * self.rest",
         "test_normalize.py",
     ),
     Mutant(
         "y has the dtype of x",
         NORMALIZE,
-        "return y.astype(rule.dtype), m",
-        "return y, m",
+        "rule.activation(y)).astype(rule.dtype)",
+        "rule.activation(y))",
         "test_normalize.py",
     ),
     Mutant(
@@ -247,15 +247,15 @@ MUTANTS = [
     Mutant(
         "the sign of the mean's derivative",
         NORMALIZE,
-        "(dbias - a * mean_dx)",
-        "(dbias + a * mean_dx)",
+        "dbias - a * mean_dx - at.rest * slope",
+        "dbias + a * mean_dx - at.rest * slope",
         "test_derivatives.py",
     ),
     Mutant(
         "the derivative goes through the mean",
         NORMALIZE,
-        "(dbias - a * mean_dx)",
-        "dbias",
+        "dbias - a * mean_dx - at.rest * slope",
+        "dbias - at.rest * slope",
         "test_paper.py",
     ),
     Mutant(
@@ -289,8 +289,8 @@ MUTANTS = [
     Mutant(
         "a variance that overflows has no derivative",
         NORMALIZE,
-        "jnp.where(rstd == 0, 0, rstd * half_dvar.astype(rstd.dtype))",
-        "rstd * half_dvar.astype(rstd.dtype)",
+        "jnp.where(at.rstd == 0, 0, at.rstd * half_dvar.astype(dtype))",
+        "at.rstd * half_dvar.astype(dtype)",
         "test_degenerate.py",
     ),
     Mutant(
@@ -310,9 +310,8 @@ MUTANTS = [
     Mutant(
         "second derivatives go through the first",
         NORMALIZE,
-        "y, m, shift = _normalize(rule, x, scale, bias, weights)\n    mean, rstd",
-        "y, m, shift = _normalize(rule, *map(lax.stop_gradient, (x, scale, bias)), weights)\n"
-        "    mean, rstd",
+        "shift, m = named(differentiable_measure(rule.problem, x, weights))",
+        "shift, m = named(measure(rule.problem, lax.stop_gradient(x), weights))",
         "test_derivatives.py",
     ),
     Mutant(
@@ -325,11 +324,102 @@ MUTANTS = [
     Mutant(
         "what is kept is x, not x - K",
         NORMALIZE,
-        "        (x, weights, shift), (m.count, mean, rstd, scale), (dx, dscale, dbias)\n",
-        "        (x.astype(shift.dtype) - shift, weights, 0 * shift),\n"
-        "        (m.count, mean, rstd, scale),\n"
-        "        (dx, dscale, dbias),\n",
+        "        (x, weights, _kept(rule, y, residual)),\n",
+        "        (x.astype(shift.dtype) + 0, weights, _kept(rule, y, residual)),\n",
         "test_residuals.py",
+    ),
+    Mutant(
+        "what c leaves of the mean is subtracted, too",
+        NORMALIZE,
+        "bias.astype(self.rstd.dtype) - a * self.rest",
+        "bias.astype(self.rstd.dtype)",
+        "test_normalize.py",
+    ),
+    Mutant(
+        "the sums over z are of z, not of x - mean",
+        NORMALIZE,
+        "dbias - a * mean_dx - at.rest * slope",
+        "dbias - a * mean_dx",
+        "test_derivatives.py test_sync.py",
+    ),
+    # Activation and residual.
+    Mutant(
+        "the residual is added",
+        NORMALIZE,
+        "y + _widened(residual, z.dtype)",
+        "y",
+        "test_epilogue.py",
+    ),
+    Mutant(
+        "the residual has a gradient",
+        NORMALIZE,
+        "a * dx if dresidual is None else a * dx + dresidual",
+        "a * dx",
+        "test_epilogue.py",
+    ),
+    Mutant(
+        "the gradient of the statistics goes through the activation",
+        NORMALIZE,
+        "jax.jvp(activation, (second,), (others,))[1]",
+        "others",
+        "test_epilogue.py",
+    ),
+    Mutant(
+        "relu behind a residual has relu's derivative",
+        NORMALIZE,
+        "return jnp.where(kept > 0, dy, jnp.zeros_like(dy))\n        return",
+        "return dy\n        return",
+        "test_epilogue.py",
+    ),
+    Mutant(
+        "relu behind a residual keeps y",
+        NORMALIZE,
+        "return y if rule.activation is jax.nn.relu else residual",
+        "return residual",
+        "test_epilogue.py",
+    ),
+    Mutant(
+        "a checkpoint policy keeps the moments",
+        NORMALIZE,
+        "shift, m = named(differentiable_measure(rule.problem, x, weights))",
+        "shift, m = differentiable_measure(rule.problem, x, weights)",
+        "test_epilogue.py",
+    ),
+    Mutant(
+        "a widened residual has derivatives of every order",
+        NORMALIZE,
+        "return _widened(*primals, dtype), tangents[0].astype(dtype)",
+        "return _widened(*primals, dtype), jnp.zeros_like(tangents[0].astype(dtype))",
+        "test_epilogue.py",
+    ),
+    # bfloat16 without a K.
+    Mutant(
+        "sums of bfloat16 are shifted before they are averaged",
+        "_bfloat16.py",
+        "mean_square = mean_of((second - center * first) - center * shifted)",
+        "mean_square = mean_of(second) - 2 * center * mean_of(first) + center**2",
+        "test_bfloat16.py",
+    ),
+    Mutant(
+        "a block of bfloat16 is small enough to be exact",
+        "_bfloat16.py",
+        "16 <= size <= LIMIT",
+        "16 <= size",
+        "test_bfloat16.py",
+    ),
+    Mutant(
+        "the shift of bfloat16 is a bfloat16",
+        "_bfloat16.py",
+        "center = lax.reduce_precision(mean_of(first), exponent_bits=8, mantissa_bits=7)",
+        "center = mean_of(first)",
+        "test_bfloat16.py",
+    ),
+    Mutant(
+        "squares of bfloat16 that overflow give the bias",
+        "_bfloat16.py",
+        "jnp.where(overflow, jnp.inf, var)",
+        "var",
+        "test_bfloat16.py",
     ),
     # Running statistics.
     Mutant(
@@ -448,15 +538,15 @@ MUTANTS = [
     Mutant(
         "inference returns the dtype of x",
         "_batch_norm.py",
-        "return y.astype(x.dtype if dtype is None else dtype)",
-        "return y",
+        "(y if activation is None else activation(y)).astype(dtype)",
+        "(y if activation is None else activation(y))",
         "test_batch_norm.py",
     ),
     Mutant(
         "inference keeps x in its own dtype",
         "_batch_norm.py",
-        "return jax.checkpoint(transform, prevent_cse=False)",
-        "return transform",
+        "    run = jax.checkpoint(run, prevent_cse=False)\n",
+        "",
         "test_residuals.py",
     ),
     Mutant(
