@@ -296,13 +296,15 @@ class Row(NamedTuple):
 def measure(target: str, on: Any, program: Program) -> Row:
     """Compiles a program for a device, and reads it."""
     function, arguments, donated = program.function()
-    everywhere = NamedSharding(Mesh(np.asarray([on]), ("data",)), P())
+    mesh = Mesh(np.asarray([on]), ("data",))
+    everywhere = NamedSharding(mesh, P())
 
     def there(a: Any) -> Any:
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere)
 
     jitted = jax.jit(function, donate_argnums=donated)
-    lowered = jitted.lower(*jax.tree.map(there, arguments))
+    with jax.set_mesh(mesh):  # or jbn cuts the batch for as many devices as are here
+        lowered = jitted.lower(*jax.tree.map(there, arguments))
     # There is no GPU on which kernels could be tried.
     options: Any = {"xla_gpu_autotune_level": "0"} if target == "h100" else None
     start = time.perf_counter()

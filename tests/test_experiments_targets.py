@@ -218,7 +218,7 @@ def test_a_device_that_is_not_here(name):
     targets.prepare()
     on = targets.device(name)
     shape = (28, 28, 512)
-    found = [p for p in targets.op(8, [shape], ["bfloat16"]) if p.form == "bn_relu"]
+    found = [p for p in targets.op(128, [shape], ["bfloat16"]) if p.form == "bn_relu"]
     flax, own = (targets.measure(name, on, program) for program in found)
-    assert own.moved <= 1.02 * flax.moved  # at batch 8 a few vectors are 1 %
+    assert own.moved <= 1.02 * flax.moved  # sums of blocks are 1 %
     assert own.temporaries < own.elements
