@@ -202,26 +202,24 @@ def step(config: Config) -> Iterator[Row]:
 
 
 def time_steps(network: Network, config: Config, run: bool = True) -> Iterator[Row]:
-    """The time of a step, if it is to be run, and the memory it needs beside its arguments."""
-    programs, compiling = {}, {}
+    """The memory that a step needs beside its arguments and, if it is to be run, its time."""
+    programs = {}
     for (name,) in bar(slots_of(config), about=f"{network.name}: compiling"):
         with peers.PEERS[SLOTS[name].peer].setting():
             training = network.training(SLOTS[name])
-            lowered = training.lower()
-            began = time.perf_counter()
-            compiled = lowered.compile()
-            compiling[name] = time.perf_counter() - began
-            programs[name] = runner(training, compiled, run)
-    samples = timing.Samples({name: [seconds] for name, seconds in compiling.items()})
+            programs[name] = runner(training, training.lower().compile(), run)
+    baseline = analysis(programs[BASELINE]) if BASELINE in programs else {}
     for name, program in programs.items():
-        about = "step", *network.about(), "compile, once", name
-        yield Row(*about, **times(samples, name), **analysis(program))
+        row = Row("step", *network.about(), "temporaries", name, **analysis(program))
+        if row.temporaries and baseline.get("temporaries"):
+            ratio = row.temporaries / baseline["temporaries"]
+            row = row._replace(ratio=ratio, low=ratio, high=ratio)
+        yield row
     if not run:
         return
     samples = timing.interleave({n: p.run for n, p in programs.items()}, config.rounds)
-    for name, program in programs.items():
-        about = "step", *network.about(), "step", name
-        yield Row(*about, **times(samples, name), **analysis(program))
+    for name in programs:
+        yield Row("step", *network.about(), "step", name, **times(samples, name))
 
 
 def runner(training: TrainingStep, compiled: Any, run: bool) -> Program:
@@ -450,14 +448,14 @@ def versions() -> dict[str, str]:
 
 
 NOTE = (
-    f"Times as ratios over {BASELINE}'s, median (quartiles); below 1 is faster. "
+    f"Ratios over {BASELINE}, of times if nothing else is said: median (quartiles). "
     f"Of copy, bytes/element, temporaries: jbn : {BASELINE}."
 )
 
 
 def report(rows: Sequence[Row], args: argparse.Namespace, about: str) -> None:
     """Tables in the terminal and in Markdown; the figure."""
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     tables = list(speed_report.tables(rows))
     for table in tables:
         console.print(speed_report.terminal_table(table))

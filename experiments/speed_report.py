@@ -21,7 +21,7 @@ class Row(NamedTuple):
     case: str  # the shape of x, or the name of a network
     dtype: str
     form: str
-    quantity: str  # forward, forward+backward, inference, step, call, trace+lower, compile
+    quantity: str  # what the ratio is of: the time of forward, step, compile ...; temporaries
     library: str
     seconds: float | None = None  # median over the rounds
     ratio: float | None = None  # median over the rounds of the ratio within a round
@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 # --- Tables --------------------------------------------------------------------------------------
 
-WORDS = ("case", "form", "part", "time of", "dtype")  # columns that hold no numbers
+WORDS = ("case", "form", "part", "of", "dtype")  # columns that hold no numbers
 
 
 class TableText(NamedTuple):
@@ -123,7 +123,8 @@ def terminal_table(table: TableText) -> Table:
     """For rich; columns of words to the left, those of numbers to the right."""
     out = Table(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in table.header:
-        out.add_column(name, justify="left" if name in WORDS else "right", overflow="fold")
+        words = name in WORDS
+        out.add_column(name, justify="left" if words else "right", no_wrap=words, overflow="fold")
     for line in table.cells:
         out.add_row(*line)
     return out
@@ -145,7 +146,7 @@ def mean_lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         values = [means.get(" / ".join((*key, library))) for library in libraries]
         if any(values):
             cells.append([*key, *("-" if v is None else f"{v:.2f}" for v in values)])
-    return used(["part", "time of", "dtype", "form", *libraries], cells)
+    return used(["part", "of", "dtype", "form", *libraries], cells)
 
 
 # --- Regressions: ratios, as absolute times are those of one machine ------------------------------
