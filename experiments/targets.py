@@ -233,7 +233,7 @@ def networks(
     """Name of a row -> (what goes into the network's slots, the network)."""
     from experiments.models import BottleneckBlock
 
-    def checkpointed(**slots: Any) -> linen.Module:
+    def checkpointed(network: Callable[..., linen.Module], **slots: Any) -> linen.Module:
         return Checkpointed(functools.partial(network, **slots))
 
     lean = linen.remat(BottleneckBlock, policy=jbn.checkpoint_policy)
@@ -242,8 +242,10 @@ def networks(
         "flax.linen": ("flax.linen", network),
         "jbn drop-in": ("jbn drop-in", network),
         "jbn": ("jbn", network),
-        "jbn, policy": ("jbn", checkpointed),
+        "jbn, policy": ("jbn", functools.partial(checkpointed, network)),
         "jbn, policy per block": ("jbn", blocks),
+        # The inner one keeps a block's recomputation from starting before its gradient is there.
+        "jbn, policy, both": ("jbn", functools.partial(checkpointed, blocks)),
     }
 
 
