@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jbn._axes import Axes
+from jbn._pool import Moments
 
 LIMIT = 128  # squares of 16 bits whose sum has 23
 
@@ -33,24 +34,32 @@ def block(axes: Axes) -> tuple[int, ...]:
     return max(fitting, key=lambda chosen: fitting[chosen], default=())
 
 
-def shifted_moments(x: Array, axes: Axes, inner: tuple[int, ...]) -> tuple[Array, Array, Array]:
-    """(c, E[x - c], var) of bfloat16 x, in float32, c near the mean."""
+def shifted_moments(x: Array, axes: Axes, inner: tuple[int, ...]) -> tuple[Array, Moments]:
+    """(c, moments of x - c) of bfloat16 x, in float32, c near the mean."""
     n = math.prod(axes.shape[i] for i in inner)
     wide = x.astype(jnp.float32)
-    sums = jnp.sum(wide, inner, keepdims=True), jnp.sum(wide * wide, inner, keepdims=True)
-    # Together, else XLA for GPUs reads x for each of them.
+    # Together, else XLA for GPUs reads x for each of them; without the axes of the block, else XLA
+    # for TPUs writes them twice.
+    sums = jnp.sum(wide, inner), jnp.sum(wide * wide, inner)
     first, second = lax.optimization_barrier(sums)
+    left = [i for i in range(x.ndim) if i not in inner]
+    outer = tuple(left.index(i) for i in axes.reduction if i not in inner)
+
+    def per_feature(sums: Array) -> Array:
+        return jnp.expand_dims(sums, inner)
 
     def mean_of(sums: Array) -> Array:
-        return jnp.sum(sums, axes.reduction, keepdims=True) / axes.size
+        return per_feature(jnp.sum(sums, outer, keepdims=True)) / axes.size
 
     # Rounded to bfloat16, by other means than a conversion there and back, which XLA drops.
     center = lax.reduce_precision(mean_of(first), exponent_bits=8, mantissa_bits=7)
     center = jnp.where(jnp.isfinite(center), center, jnp.zeros_like(center))
-    shifted = first - n * center
+    c = jnp.squeeze(center, inner)
+    shifted = first - n * c
     mean = mean_of(shifted)
-    mean_square = mean_of((second - center * first) - center * shifted)
+    mean_square = mean_of((second - c * first) - c * shifted)
     var = jnp.maximum(mean_square - mean * mean, 0)
     # As for other dtypes: squares that overflow leave var = inf, and y is then the bias.
-    overflow = jnp.isinf(jnp.max(second, axes.reduction, keepdims=True))
-    return center, mean, jnp.where(overflow, jnp.inf, var)
+    overflow = jnp.isinf(per_feature(jnp.max(second, outer, keepdims=True)))
+    count = jnp.full((1,) * x.ndim, axes.size, jnp.float32)
+    return center, Moments(count, mean, jnp.where(overflow, jnp.inf, var))

@@ -152,13 +152,14 @@ def measure(problem: Problem, x: Array, weights: Array | None) -> tuple[Array, M
     view = axes.split(blocks) if blocks > 1 else axes
     x = _sharding.divide(x, view)
     weights = None if weights is None else _sharding.divide(weights, view)
+    by_reference = functools.partial(_by_reference, view=view, kernel=kernel)
     exact = x.dtype == jnp.bfloat16 and weights is None and kernel is None
     if exact and (inner := _bfloat16.block(view)):
-        shift, mean, var = _bfloat16.shifted_moments(x, view, inner)
-        m = Moments(_count(var, None, view), mean, var)
+        in_blocks = functools.partial(_bfloat16.shifted_moments, axes=view, inner=inner)
+        # On CPUs reductions over some axes are slow.
+        shift, m = lax.platform_dependent(x, cpu=by_reference, default=in_blocks)
     else:
-        shift = reference(x, weights, view)
-        m = shifted_moments(x, shift, weights, view, kernel)
+        shift, m = by_reference(x, weights)
     if blocks == 1 and not over.names:
         return shift, m
     counts_differ = weights is not None
@@ -168,6 +169,13 @@ def measure(problem: Problem, x: Array, weights: Array | None) -> tuple[Array, M
     if over.names:
         shift, m = pool_instances(over, shift, m, counts_differ)
     return axes.unsqueeze(shift), jax.tree.map(axes.unsqueeze, m)
+
+
+def _by_reference(
+    x: Array, weights: Array | None = None, *, view: Axes, kernel: Any
+) -> tuple[Array, Moments]:
+    shift = reference(x, weights, view)
+    return shift, shifted_moments(x, shift, weights, view, kernel)
 
 
 def only_active(values: Array, weights: Array | None) -> Array:

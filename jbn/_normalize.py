@@ -38,6 +38,7 @@ from jbn._moments import (
 )
 from jbn._pool import Moments, pool_groups, restore
 from jbn._reference import accumulator
+from jbn._sharding import is_explicitly_sharded
 from jbn._sync import AxisName, Scope, scope
 
 Activation = Callable[[Array], Array]
@@ -270,8 +271,26 @@ def _apply(rule: _Rule, x, scale, bias, weights, residual, m: Moments, shift: Ar
         scale = scale + jnp.zeros_like(m.count, scale.dtype)
         scale = jnp.where(m.count > 0, scale, jnp.zeros_like(scale))
     at = place(shift, m, rule.epsilon)
-    y = transform(x.astype(shift.dtype) - at.center, *at.fold(scale, bias), residual)
+    center, a, c = _made_once(rule, at.center, *at.fold(scale, bias))
+    y = transform(x.astype(shift.dtype) - center, a, c, residual)
     return (y if rule.activation is None else rule.activation(y)).astype(rule.dtype)
+
+
+def _made_once(rule: _Rule, *vectors: Array) -> tuple[Array, ...]:
+    """`vectors`, which XLA for CPUs would compute anew for every value that they meet."""
+    if rule.problem.kernel is not None:
+        return rule.problem.kernel.keep(*vectors)
+    if is_explicitly_sharded(vectors[0]) or len({v.dtype for v in vectors}) > 1:
+        return vectors  # which do not go into one matrix
+    return lax.platform_dependent(*vectors, cpu=_times_identity, default=lambda *vectors: vectors)
+
+
+def _times_identity(*vectors: Array) -> tuple[Array, ...]:
+    """`vectors`, by a matrix product: XLA for CPUs drops barriers, but fuses no products."""
+    together = jnp.stack([v.reshape(-1) for v in vectors])
+    identity = lax.optimization_barrier(jnp.eye(len(vectors), dtype=together.dtype))
+    rows = lax.dot(identity, together, precision=lax.Precision.HIGHEST)
+    return tuple(row.reshape(v.shape) for row, v in zip(rows, vectors, strict=True))
 
 
 @_normalize.defjvp
@@ -303,8 +322,9 @@ def _differential(rule: _Rule):
         dtype = at.center.dtype
         dx, dscale, dbias, dresidual = jax.tree.map(lambda t: t.astype(dtype), tangents)
         dx = only_active(dx, weights)
-        mean_dx, half_dvar = derivative(rule.problem, x, at.center, dx, count, at.rest, weights)
-        a, c = at.fold(scale, bias)
+        changes = derivative(rule.problem, x, at.center, dx, count, at.rest, weights)
+        mean_dx, half_dvar = _made_once(rule, *changes)
+        a, c = _made_once(rule, *at.fold(scale, bias))
         # Where rstd is 0, as y is the bias, the sums over z may be infinite.
         mean_xhat_dx = jnp.where(at.rstd == 0, 0, at.rstd * half_dvar.astype(dtype))
         slope = jnp.where(at.rstd == 0, 0, at.rstd * (dscale - a * mean_xhat_dx))

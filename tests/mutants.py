@@ -396,7 +396,7 @@ MUTANTS = [
     Mutant(
         "sums of bfloat16 are shifted before they are averaged",
         "_bfloat16.py",
-        "mean_square = mean_of((second - center * first) - center * shifted)",
+        "mean_square = mean_of((second - c * first) - c * shifted)",
         "mean_square = mean_of(second) - 2 * center * mean_of(first) + center**2",
         "test_bfloat16.py",
     ),

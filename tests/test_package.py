@@ -23,7 +23,8 @@ LAYERS = (
     {"native", "_deferred"},
     {"_normalize", "_running"},
     {"_checkpoint", "_moments"},
-    {"_bfloat16", "_check", "_kernels", "_reference", "_pool"},
+    {"_bfloat16", "_check", "_kernels", "_reference"},
+    {"_pool"},
     {"_sharding", "_sync"},
     {"_axes"},
 )
