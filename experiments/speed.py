@@ -26,6 +26,7 @@ Command::
     python -m experiments.speed --quick  # about a minute: does everything run?
     python -m experiments.speed --part op --update FILE    # write jbn's ratios down, and later
     python -m experiments.speed --part op --check FILE     # exit with 1 if they have become worse
+    python -m experiments.speed --target h100 v5e          # compiled for what need not be there
 
 The same commands run on CPUs, GPUs and TPUs: on JAX's default device, or with JAX_PLATFORMS=cpu
 before them on the CPU. On Linux the process starts itself again with what glibc and OpenMP have to
@@ -377,6 +378,9 @@ def parser() -> argparse.ArgumentParser:
         help="compare jbn's mean ratios with those; exit with 1 if one became worse")  # fmt: skip
     add("--tolerance", type=float, default=0.15, metavar="FRACTION",
         help="by how much a mean ratio may be worse; default: 0.15")  # fmt: skip
+    add("--target", nargs="+", metavar="NAME",
+        help="compile for h100, v5e, v5p, v6e ... instead, which need not be there; what else is "
+        "given goes to experiments.targets, which has a --help of its own")  # fmt: skip
     return p
 
 
@@ -474,6 +478,11 @@ def report(rows: Sequence[Row], args: argparse.Namespace, about: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line, or from Python with arguments; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    if "--target" in argv:
+        from experiments import targets  # which imports this file
+
+        targets.main(argv)
+        return 0
     args = parser().parse_args(argv)
     try:
         config = config_of(args)

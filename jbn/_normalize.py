@@ -351,7 +351,10 @@ def _through(rule: _Rule, x, center, weights, kept, vectors, own, others) -> Arr
         dy = kernel.spread(x, row(center), u, v, own, gate=gate, dtype=rule.dtype)
         return dy if kept is None else jnp.where(kept > 0, dy, jnp.zeros_like(dy))
     z, (a, c) = shifted(x, center, weights), vectors
-    others = z * others[1] + others[0]
+    # Backwards `v` gives the sum of z dy. Without the choice, which changes nothing, XLA for CPUs
+    # takes z from memory there, where it has lain since the forward pass: as much as x again.
+    u, v = others
+    others = z * jnp.where(z != 0, v, jnp.zeros_like(v)) + u
     if activation is None:
         return own + others
     if kept is not None:  # the residual's gradient is an array, which both parts may use
