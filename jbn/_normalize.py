@@ -39,7 +39,7 @@ from jbn._moments import (
 from jbn._pool import Moments, pool_groups, restore
 from jbn._reference import accumulator
 from jbn._sharding import is_explicitly_sharded
-from jbn._sync import AxisName, Scope, scope
+from jbn._sync import AxisName, Scope, scope, varying
 
 Activation = Callable[[Array], Array]
 
@@ -280,7 +280,8 @@ def _made_once(rule: _Rule, *vectors: Array) -> tuple[Array, ...]:
     """`vectors`, which XLA for CPUs would compute anew for every value that they meet."""
     if rule.problem.kernel is not None:
         return rule.problem.kernel.keep(*vectors)
-    if is_explicitly_sharded(vectors[0]) or len({v.dtype for v in vectors}) > 1:
+    kinds = {(v.dtype, v.size, frozenset(varying(v))) for v in vectors}
+    if is_explicitly_sharded(vectors[0]) or len(kinds) > 1:
         return vectors  # which do not go into one matrix
     return lax.platform_dependent(*vectors, cpu=_times_identity, default=lambda *vectors: vectors)
 
@@ -322,8 +323,7 @@ def _differential(rule: _Rule):
         dtype = at.center.dtype
         dx, dscale, dbias, dresidual = jax.tree.map(lambda t: t.astype(dtype), tangents)
         dx = only_active(dx, weights)
-        changes = derivative(rule.problem, x, at.center, dx, count, at.rest, weights)
-        mean_dx, half_dvar = _made_once(rule, *changes)
+        mean_dx, half_dvar = derivative(rule.problem, x, at.center, dx, count, at.rest, weights)
         a, c = _made_once(rule, *at.fold(scale, bias))
         # Where rstd is 0, as y is the bias, the sums over z may be infinite.
         mean_xhat_dx = jnp.where(at.rstd == 0, 0, at.rstd * half_dvar.astype(dtype))

@@ -42,8 +42,8 @@ def _row(x: Array, quarter: int, axes: Axes) -> Array:
     With several examples all three lie half-way down the axes within an example. Those are cut
     first: a TPU may keep examples of a narrow layer side by side, and would copy x to cut there.
     """
-    batch = axes.reduction[0]
-    several = isinstance(x.shape[batch], int) and x.shape[batch] > 2
+    batch = axes.reduction[0] if axes.reduction else None
+    several = batch is not None and isinstance(x.shape[batch], int) and x.shape[batch] > 2
 
     def cut(x: Array, where: tuple[int, ...], quarter: int) -> Array:
         def at(n: int) -> slice:

@@ -131,14 +131,15 @@ def test_arguments_are_those_of_flax_then_our_own():
     def names(cls):
         return [f.name for f in dataclasses.fields(cls) if f.name not in ("parent", "name")]
 
-    assert names(BatchNorm) == [*names(nn.BatchNorm), "update", "groups"]
+    assert names(BatchNorm) == [*names(nn.BatchNorm), "update", "groups", "activation"]
     theirs = {f.name: f.default for f in dataclasses.fields(nn.BatchNorm)}
     ours = {f.name: f.default for f in dataclasses.fields(BatchNorm)}
-    assert ours == theirs | {"update": None, "groups": None}
+    assert ours == theirs | {"update": None, "groups": None, "activation": None}
     call = list(inspect.signature(nn.BatchNorm.__call__).parameters.values())
     assert list(inspect.signature(BatchNorm.__call__).parameters) == [
         *(p.name for p in call),
         "weights",
+        "residual",
     ]
     assert issubclass(BatchNorm, nn.BatchNorm)
     assert BatchNorm.__name__ == "BatchNorm"  # gives the automatic names, BatchNorm_0

@@ -127,13 +127,14 @@ def test_arguments_are_those_of_flax_then_our_own():
         return list(inspect.signature(function).parameters.values())
 
     ours, theirs = parameters(BatchNorm.__init__), parameters(nnx.BatchNorm.__init__)
-    assert [(p.name, p.kind) for p in ours[:-2]] == [(p.name, p.kind) for p in theirs]
-    assert [(p.name, p.default) for p in ours[-2:]] == [("update", None), ("groups", None)]
+    assert [(p.name, p.kind) for p in ours[:-3]] == [(p.name, p.kind) for p in theirs]
+    added = [("update", None), ("groups", None), ("activation", None)]
+    assert [(p.name, p.default) for p in ours[-3:]] == added
     for p, q in zip(ours, theirs, strict=False):
         if not p.name.endswith("_init"):  # initialisers are new functions every time
             assert p.default == q.default, p.name
     call = [p.name for p in parameters(nnx.BatchNorm.__call__)]
-    assert [p.name for p in parameters(BatchNorm.__call__)] == [*call, "weights"]
+    assert [p.name for p in parameters(BatchNorm.__call__)] == [*call, "weights", "residual"]
     assert issubclass(BatchNorm, nnx.BatchNorm)
     assert BatchNorm.__name__ == "BatchNorm"
 
