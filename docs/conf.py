@@ -14,7 +14,13 @@ extensions = [
     "sphinx.ext.napoleon",
 ]
 # The tables are included, peers.md by semantics.md.
-exclude_patterns = ["_build", "peers.md", "collectives-table.md"]
+exclude_patterns = [
+    "_build",
+    "peers.md",
+    "collectives-table.md",
+    "performance-table.md",
+    "performance-targets.md",
+]
 html_theme = "furo"
 html_title = f"jbn {release}"
 
