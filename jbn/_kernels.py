@@ -22,6 +22,6 @@ def use(kernel: Any) -> None:
 def suited(axes: Axes, x: Array, weights: Array | None, named_axes: tuple) -> Any:
     """The kernel for the sums over all axes of x but the last; None for XLA's."""
     plain = axes.features == (len(axes.shape) - 1,) and axes.group is None and weights is None
-    if _kernel is None or not plain or named_axes or not _kernel.usable(x):
+    if _kernel is None or not plain or named_axes or 0 in x.shape or not _kernel.usable(x):
         return None
     return _kernel

@@ -42,8 +42,8 @@ def _row(x: Array, quarter: int, axes: Axes) -> Array:
     With several examples all three lie half-way down the axes within an example. Those are cut
     first: a TPU may keep examples of a narrow layer side by side, and would copy x to cut there.
     """
-    batch = axes.reduction[0] if axes.reduction else None
-    several = batch is not None and isinstance(x.shape[batch], int) and x.shape[batch] > 2
+    first = axes.reduction[:1]
+    several = all(isinstance(x.shape[i], int) and x.shape[i] > 2 for i in first)
 
     def cut(x: Array, where: tuple[int, ...], quarter: int) -> Array:
         def at(n: int) -> slice:
@@ -55,7 +55,7 @@ def _row(x: Array, quarter: int, axes: Axes) -> Array:
     if not several:
         return cut(x, axes.reduction, quarter)
     rows = lax.optimization_barrier(cut(x, axes.reduction[1:], 2))  # else both become one again
-    return cut(rows, (batch,), quarter)
+    return cut(rows, first, quarter)
 
 
 def _heaviest_row(x: Array, weights: Array, quarter: int, axes: Axes) -> Array:
