@@ -243,3 +243,13 @@ def test_complex_numbers_are_scaled_by_their_modulus():
         tolerance.assert_close(part(np.asarray(y)), expected, "float32", 64, ratio=3)
         tolerance.assert_close(part(np.asarray(m.mean)), part(mean), "float32", 64)
     tolerance.assert_close(m.var, var, "float32", 64)
+
+
+def test_y_does_not_meet_the_rounding_of_the_mean(one_device):
+    # Half an ulp of a mean of 1e4 is 5e-4 standard deviations here.
+    x = (1e4 + np.random.default_rng(0).normal(size=(4096, 3))).astype(np.float32)
+    y, _ = compiled.normalize(x, epsilon=0.0)
+    wide = x.astype(np.float64)
+    expected = (wide - wide.mean(0)) / wide.std(0)
+    tolerance.assert_close(y, expected, "float32", 4096, magnitude=1.0)
+    assert np.abs(np.asarray(y) - expected).max() < 1e-4
