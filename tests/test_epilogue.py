@@ -318,3 +318,11 @@ def test_a_masked_position_is_a_constant_of_the_residual_too(form):
     chex.assert_tree_all_finite((dx, dr))
     np.testing.assert_array_equal(np.asarray(dr)[~data.valid], 0)
     assert np.any(np.asarray(dr)[data.valid] != 0)
+
+
+def test_widening_by_bits_is_exact_and_differentiated():
+    r = residual_of(cases.Case(SHAPE, dtype="bfloat16"))
+    widened = lambda r: jbn._normalize._widened(r, np.dtype("float32"))  # noqa: E731
+    np.testing.assert_array_equal(widened(jnp.asarray(r)), r.astype(np.float32))
+    (dr,) = jax.vjp(widened, jnp.asarray(r))[1](jnp.full(SHAPE, 2.0))
+    np.testing.assert_array_equal(dr.astype(jnp.float32), 2.0)
