@@ -88,7 +88,7 @@ def batch_norm(
       gradient. A feature in which the batch has no data, or a NaN or infinity, keeps its
       statistics as they were; y shows it (NaN in the whole feature, or in the place of the
       infinity). Where squares of x overflow, y is the bias. Of activation and residual a backward
-      pass keeps the residual alone: no mask, no sum.
+      pass keeps the residual alone, or y where the activation is `jax.nn.relu`: no mask, no sum.
 
     Raises:
       NameError: no vmap, pmap or shard_map binds axis_name.

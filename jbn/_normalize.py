@@ -114,7 +114,8 @@ def normalize(
       y, of x's shape, and the moments. Both are differentiable in x, scale and bias to any order.
       A masked position shows x normalised by the others' moments, as a constant: what it holds
       touches no other value and its gradient is 0. A feature without any data gives its bias.
-      Of activation and residual a backward pass keeps the residual alone: no mask, no sum.
+      Of activation and residual a backward pass keeps the residual alone, or y where the activation
+      is `jax.nn.relu`: no mask, no sum.
 
     Raises:
       NameError: no vmap, pmap or shard_map binds axis_name.
