@@ -1,6 +1,6 @@
 """Which kernel takes the sums over the batch: XLA's own, unless another was enabled and fits.
 
-A kernel is an object with `usable`, `sums`, `pair`, `spread` and `keep`, such as the module
+A kernel is an object with `usable`, `sums`, `pair` and `spread`, such as the module
 `jbn.native`, whose documentation says what they compute.
 """
 

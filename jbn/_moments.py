@@ -24,6 +24,7 @@ from jax.typing import ArrayLike
 
 from jbn import _bfloat16, _check, _kernels, _sharding
 from jbn._axes import Axes, resolve
+from jbn._once import made_once
 from jbn._pool import Moments, dot, pool_blocks, pool_instances, restore, square
 from jbn._reference import active, reference
 from jbn._sync import AxisName, Scope, scope
@@ -137,6 +138,8 @@ def derivative(
     else:
         z = shifted(x, shift, weights)
         mean_dx, mean_z_dx = average((dx, dot(z, dx)), count, weights, problem)
+        # In this order XLA for CPUs has, backwards, one array of x's size at a time.
+        mean_z_dx, mean_dx = made_once(mean_z_dx, mean_dx)
     return mean_dx, mean_z_dx - dot(mean, mean_dx)
 
 
@@ -144,8 +147,8 @@ def derivative(
 def measure(problem: Problem, x: Array, weights: Array | None) -> tuple[Array, Moments]:
     """K, for each feature a value of x near its mean, and the moments of x - K, over the scope.
 
-    Not to be differentiated: `differentiable_measure` and `_normalize` have the rules. Jitted, so
-    that without jit around it is one program, and layers of one shape are traced once.
+    Not to be differentiated: `differentiable_measure` has the rule. Jitted, so that without jit
+    around it is one program, and layers of one shape are traced once.
     """
     axes, over, kernel = problem
     blocks = _sharding.blocks(axes, x)
@@ -203,7 +206,8 @@ def average(
         values = tuple(v * weights.astype(v.real.dtype) for v in values)
     axes, over, _ = problem
     sums = over.sum(tuple(jnp.sum(v, axes.reduction, keepdims=True) for v in values))
-    count = jnp.where(count > 0, count, jnp.ones_like(count))
+    if weights is not None or not isinstance(axes.size, int) or axes.size == 0:
+        count = jnp.where(count > 0, count, jnp.ones_like(count))
     return tuple(s / count.astype(s.dtype) for s in sums)
 
 
@@ -223,8 +227,8 @@ def shifted_moments(
         mean, mean_square = average((z, square(apart)), count, weights, Problem(axes, Scope()))
     # Squares that overflow leave var = inf, not inf - inf: y is then the bias, and the running
     # statistics leave the feature out.
-    var = jnp.where(jnp.isinf(mean_square), mean_square, mean_square - square(mean))
-    return Moments(count, mean, jnp.maximum(var, 0))
+    var = jnp.where(mean_square == jnp.inf, jnp.inf, mean_square - square(mean))
+    return Moments(count, mean, jnp.maximum(var, 0.0))
 
 
 def _count(z: Array, weights: Array | None, axes: Axes) -> Array:

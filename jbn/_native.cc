@@ -366,22 +366,7 @@ ffi::Error gated_pair(ffi::ThreadPool pool, ffi::AnyBuffer x, Vector shift, ffi:
              {&shift, &scale, &bias}, first, second);
 }
 
-// The same vectors again. XLA computes what is per channel anew for each element of a pass over x
-// that uses it, unless it comes from where XLA cannot look in.
-ffi::Error keep(ffi::RemainingArgs args, ffi::RemainingRets rets) {
-  for (size_t i = 0; i < args.size(); ++i) {
-    const auto from = args.get<ffi::AnyBuffer>(i);
-    auto to = rets.get<ffi::AnyBuffer>(i);
-    if (!from.has_value() || !to.has_value() || from->size_bytes() != (*to)->size_bytes())
-      return ffi::Error::InvalidArgument("expected as many results of the same sizes");
-    std::memcpy((*to)->untyped_data(), from->untyped_data(), from->size_bytes());
-  }
-  return ffi::Error::Success();
-}
-
 }  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jbn_keep, keep, ffi::Ffi::Bind().RemainingArgs().RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jbn_sums, sums,
                               ffi::Ffi::Bind()

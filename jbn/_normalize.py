@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check, _sharding
@@ -31,15 +32,14 @@ from jbn._moments import (
     Problem,
     derivative,
     differentiable_measure,
-    measure,
     only_active,
     prepare,
     shifted,
 )
+from jbn._once import made_once
 from jbn._pool import Moments, pool_groups, restore
 from jbn._reference import accumulator
-from jbn._sharding import is_explicitly_sharded
-from jbn._sync import AxisName, Scope, scope, varying
+from jbn._sync import AxisName, Scope, scope
 
 Activation = Callable[[Array], Array]
 
@@ -154,12 +154,13 @@ def _transform(
     problem, divided, weights = prepared
     activation = _check.activation(activation, divided.shape, accumulator(x.dtype))
     dtype = np.dtype(x.dtype if dtype is None else dtype)
-    rule = _Rule(problem, _check.epsilon(epsilon), activation, dtype)
+    rule = _Rule(problem, _check.epsilon(epsilon), activation, dtype, pooled)
     residual = _check.residual(residual, x)
     if residual is not None:
         residual = _sharding.divide(residual, problem.axes)
     scale, bias = affine(scale, bias, problem.axes)
-    y, m = _layer(rule, pooled, divided, scale, bias, weights, residual)
+    run = _normalize if isinstance(divided, Tracer) else _eager
+    y, m = run(rule, divided, scale, bias, weights, residual)
     return _sharding.join(y, x, problem.axes), m
 
 
@@ -233,9 +234,8 @@ def location(mean: Array, var: Array, epsilon: float) -> tuple[Array, Array]:
     the mean perhaps as well), so that y is the bias.
     """
     var = var + jnp.asarray(epsilon, var.dtype)
-    usable = (var > 0) & (var < jnp.inf) | jnp.isnan(var)
-    rstd = lax.rsqrt(jnp.where(usable, var, jnp.ones_like(var))).astype(mean.dtype)
-    return jnp.where(usable, mean, 0), jnp.where(usable, rstd, 0)
+    rstd = lax.rsqrt(jnp.where((var <= 0) | (var == jnp.inf), jnp.inf, var)).astype(mean.dtype)
+    return jnp.where(rstd == 0, 0.0, mean), rstd
 
 
 class _Rule(NamedTuple):
@@ -245,97 +245,91 @@ class _Rule(NamedTuple):
     epsilon: float
     activation: Activation | None
     dtype: np.dtype  # of y
+    pooled: bool  # moments of all groups together
+
+
+class _Known(NamedTuple):
+    """What a layer knows about its features, of shape (1, ..., C): of that its derivative is made.
+
+    Moments are those of x - shift.
+    """
+
+    shift: Array
+    moments: Moments
+    place: Place
+    folded: tuple[Array, Array]  # (a, c)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalize(rule: _Rule, x, scale, bias, weights, residual) -> tuple[Array, Moments, Array]:
-    """y, the moments of z = x - K, and K. Per-feature values have the shape (1, ..., C)."""
-    shift, m = measure(rule.problem, x, weights)
-    return _apply(rule, x, scale, bias, weights, residual, m, shift), m, shift
+def _normalize(rule: _Rule, x, scale, bias, weights, residual) -> tuple[Array, Moments]:
+    """y and the moments of x; scale and bias are [C] or None."""
+    return _forward(rule, x, scale, bias, weights, residual)[:2]
 
 
-# Not inlined: layers of one shape are then traced, differentiated and lowered once a program.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _layer(rule: _Rule, pooled: bool, x, scale, bias, weights, residual) -> tuple[Array, Moments]:
-    """y and the moments of x; `pooled`: of all groups together."""
-    axes = rule.problem.axes
-    scale, bias = expanded(scale, bias, axes, accumulator(x.dtype))
-    y, m, shift = _normalize(rule, x, scale, bias, weights, residual)
-    if pooled:
-        return y, pool_groups(m, shift, axes, counts_differ=weights is not None)
-    return y, restore(m, shift, axes)
+_eager = jax.jit(_normalize, static_argnums=0)  # a custom rule is slow to call by itself
 
 
-def _apply(rule: _Rule, x, scale, bias, weights, residual, m: Moments, shift: Array) -> Array:
+# This and `_differential` are not inlined: layers of one shape are then traced, differentiated and
+# lowered once a program.
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(rule: _Rule, x, scale, bias, weights, residual) -> tuple[Array, Moments, _Known]:
+    # The two by themselves, so that whoever computes y again need not measure again.
+    shift, m = named(differentiable_measure(rule.problem, x, weights))
+    scale, bias = expanded(scale, bias, rule.problem.axes, accumulator(x.dtype))
     if weights is not None:
         # Without data the bias. Plus zeros: of the sharding of the counts.
         scale = scale + jnp.zeros_like(m.count, scale.dtype)
         scale = jnp.where(m.count > 0, scale, jnp.zeros_like(scale))
     at = place(shift, m, rule.epsilon)
-    center, a, c = _made_once(rule, at.center, *at.fold(scale, bias))
-    y = transform(x.astype(shift.dtype) - center, a, c, residual)
-    return (y if rule.activation is None else rule.activation(y)).astype(rule.dtype)
+    vectors = (m.mean, m.var, *at, *at.fold(scale, bias))
+    mean, var, center, rest, rstd, a, c = made_once(*vectors)
+    known = _Known(shift, Moments(m.count, mean, var), Place(center, rest, rstd), (a, c))
+    y = transform(x.astype(center.dtype) - center, a, c, residual)
+    y = (y if rule.activation is None else rule.activation(y)).astype(rule.dtype)
+    return y, _of_x(rule, known.moments, shift, weights), known
 
 
-def _made_once(rule: _Rule, *vectors: Array) -> tuple[Array, ...]:
-    """`vectors`, which XLA for CPUs would compute anew for every value that they meet."""
-    if rule.problem.kernel is not None:
-        return rule.problem.kernel.keep(*vectors)
-    kinds = {(v.dtype, v.size, frozenset(varying(v))) for v in vectors}
-    if is_explicitly_sharded(vectors[0]) or len(kinds) > 1:
-        return vectors  # which do not go into one matrix
-    return lax.platform_dependent(*vectors, cpu=_times_identity, default=lambda *vectors: vectors)
-
-
-def _times_identity(*vectors: Array) -> tuple[Array, ...]:
-    """`vectors`, by a matrix product: XLA for CPUs drops barriers, but fuses no products."""
-    together = jnp.stack([v.reshape(-1) for v in vectors])
-    identity = lax.optimization_barrier(jnp.eye(len(vectors), dtype=together.dtype))
-    rows = lax.dot(identity, together, precision=lax.Precision.HIGHEST)
-    return tuple(row.reshape(v.shape) for row, v in zip(rows, vectors, strict=True))
+def _of_x(rule: _Rule, m: Moments, shift: Array, weights: Array | None) -> Moments:
+    """Moments of x - K -> those of x."""
+    axes = rule.problem.axes
+    if rule.pooled:
+        return pool_groups(m, shift, axes, counts_differ=weights is not None)
+    return restore(m, shift, axes)
 
 
 @_normalize.defjvp
 def _normalize_jvp(rule: _Rule, primals, tangents):
-    x, scale, bias, weights, residual = primals
+    x, _, _, weights, residual = primals
     dx, dscale, dbias, _, dresidual = tangents  # weights are constants, and so is K
-    # The two by themselves, so that whoever computes y again need not measure again.
-    shift, m = named(differentiable_measure(rule.problem, x, weights))
-    y = _apply(rule, x, scale, bias, weights, residual, m, shift)
-    dy, dmean, dvar = _differential(rule)(
-        (x, weights, _kept(rule, y, residual)),
-        (m.count, place(shift, m, rule.epsilon), scale, bias),
-        (dx, dscale, dbias, dresidual),
-    )
-    dm = Moments(jnp.zeros_like(m.count), dmean, dvar)
-    return (y, m, shift), (dy, dm, jnp.zeros_like(shift))
+    y, m, known = _forward(rule, *primals)
+    data = x, weights, _kept(rule, y, residual)
+    return (y, m), _differential(rule, data, known, (dx, dscale, dbias, dresidual))
 
 
-@functools.lru_cache(maxsize=1024)
-def _differential(rule: _Rule):
-    """The linear map (dx, dscale, dbias, dresidual) -> (dy, dmean, dvar) of the docstring above.
+@functools.partial(jax.jit, static_argnums=0)
+def _differential(rule: _Rule, data, known: _Known, tangents) -> tuple[Array, Moments]:
+    """The linear map (dx, dscale, dbias, dresidual) -> (dy, dm) of the docstring above."""
 
-    Cached, so that layers of one shape are traced once.
-    """
-
-    def differential(data, constants, tangents):
+    def differential(data, known, tangents):
         x, weights, kept = data
-        count, at, scale, bias = constants
-        dtype = at.center.dtype
-        dx, dscale, dbias, dresidual = jax.tree.map(lambda t: t.astype(dtype), tangents)
+        (shift, m, at, (a, c)), axes = known, rule.problem.axes
+        tangents = jax.tree.map(lambda t: t.astype(at.center.dtype), tangents)
+        dx, dscale, dbias, dresidual = tangents
+        dscale, dbias = (0 if t is None else axes.expand(t) for t in (dscale, dbias))
         dx = only_active(dx, weights)
-        mean_dx, half_dvar = derivative(rule.problem, x, at.center, dx, count, at.rest, weights)
-        a, c = _made_once(rule, *at.fold(scale, bias))
+        mean_dx, half_dvar = derivative(rule.problem, x, at.center, dx, m.count, at.rest, weights)
         # Where rstd is 0, as y is the bias, the sums over z may be infinite.
-        mean_xhat_dx = jnp.where(at.rstd == 0, 0, at.rstd * half_dvar.astype(dtype))
-        slope = jnp.where(at.rstd == 0, 0, at.rstd * (dscale - a * mean_xhat_dx))
+        mean_xhat_dx = jnp.where(at.rstd == 0, 0.0, at.rstd * half_dvar.astype(dx.dtype))
+        slope = jnp.where(at.rstd == 0, 0.0, at.rstd * (dscale - a * mean_xhat_dx))
         own = a * dx if dresidual is None else a * dx + dresidual
         others = dbias - a * mean_dx - at.rest * slope, slope
         dy = _through(rule, x, at.center, weights, kept, (a, c), own, others)
-        return only_active(dy, weights).astype(rule.dtype), mean_dx, 2 * half_dvar
+        dm = Moments(jnp.zeros_like(m.count), mean_dx, 2 * half_dvar)
+        _, dm = jax.jvp(lambda m: _of_x(rule, m, shift, weights), (m,), (dm,))
+        return only_active(dy, weights).astype(rule.dtype), dm
 
     # prevent_cse=False: the compiler may keep what it wants; only autodiff must not.
-    return jax.checkpoint(differential, prevent_cse=False)
+    return jax.checkpoint(differential, prevent_cse=False)(data, known, tangents)
 
 
 def _through(rule: _Rule, x, center, weights, kept, vectors, own, others) -> Array:

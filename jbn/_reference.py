@@ -20,7 +20,7 @@ def reference(x: Array, weights: Array | None, axes: Axes) -> Array:
         values = x if weights is None else jnp.where(active(weights), x, -jnp.inf)
         shift = jnp.max(values, axes.reduction, keepdims=True)
     elif weights is None:
-        shift = _median(*(_row(x, quarter, axes) for quarter in (1, 2, 3)))
+        shift = _median(*_rows(x, axes))
     else:
         shift = _median(*(_heaviest_row(x, weights, quarter, axes) for quarter in (1, 2, 3)))
     shift = shift.astype(accumulator(x.dtype))
@@ -36,8 +36,8 @@ def _median(a: Array, b: Array, c: Array) -> Array:
     return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
 
 
-def _row(x: Array, quarter: int, axes: Axes) -> Array:
-    """One value of each feature, a quarter, a half or three quarters down every other axis.
+def _rows(x: Array, axes: Axes) -> list[Array]:
+    """One value of each feature, a quarter, a half and three quarters down every other axis.
 
     With several examples all three lie half-way down the axes within an example. Those are cut
     first: a TPU may keep examples of a narrow layer side by side, and would copy x to cut there.
@@ -52,10 +52,10 @@ def _row(x: Array, quarter: int, axes: Axes) -> Array:
 
         return x[tuple(at(n) if i in where else slice(None) for i, n in enumerate(x.shape))]
 
-    if not several:
-        return cut(x, axes.reduction, quarter)
-    rows = lax.optimization_barrier(cut(x, axes.reduction[1:], 2))  # else both become one again
-    return cut(rows, first, quarter)
+    left = axes.reduction
+    if several:
+        x, left = lax.optimization_barrier(cut(x, left[1:], 2)), first  # else both become one again
+    return [cut(x, left, quarter) for quarter in (1, 2, 3)]
 
 
 def _heaviest_row(x: Array, weights: Array, quarter: int, axes: Axes) -> Array:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
@@ -117,7 +118,7 @@ class _Ema:
         return f"ema({self.decay}, debias={self.debias}, unbiased={self.unbiased})"
 
     def __call__(self, stats: RunningStats, moments: Moments) -> RunningStats:
-        rate = jnp.full_like(stats.count, 1 - self.decay)
+        rate = 1 - self.decay
         if self.debias:
             # 1 - d^t as -expm1(t log d), which keeps its digits for d close to 1.
             log_decay = _log(self.decay)
@@ -177,7 +178,7 @@ def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningSt
                 f"the update rule {rule!r} returned {field} of shape {value.shape}; "
                 f"expected {getattr(stats, field).shape}."
             )
-    return _keep_sound(stats, moments, new)
+    return _keep_sound(stats, moments.count, new, moments)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -185,19 +186,24 @@ def _absorb_once_a_shape(rule, stats: RunningStats, moments: Moments) -> Running
     return rule(stats, moments)
 
 
-def _move(stats: RunningStats, moments: Moments, rate: Array, unbiased: bool) -> RunningStats:
+def _move(
+    stats: RunningStats, moments: Moments, rate: float | Array, unbiased: bool
+) -> RunningStats:
     """A step of size `rate` from the old statistics to the batch's."""
 
     def step(old: Array, new: Array) -> Array:
         dtype = accumulator(old.dtype)  # in bfloat16 a rate of 0.001 would move nothing
         old, new = old.astype(dtype), new.astype(dtype)
+        moved = old + jnp.asarray(rate, dtype) * (new - old)
         # At rate 1 exactly the new value: old + (new - old) would round.
-        return jnp.where(rate == 1, new, old + rate.astype(dtype) * (new - old))
+        if isinstance(rate, float | int):
+            return new if np.asarray(rate, dtype) == 1 else moved
+        return jnp.where(rate == 1, new, moved)
 
     var = unbiased_var(moments) if unbiased else moments.var
     mean, var = step(stats.mean, moments.mean), step(stats.var, var)
     new = stats._replace(mean=mean, var=var, count=stats.count + 1)
-    return _keep_sound(stats, moments, new)
+    return _keep_sound(stats, moments.count, new)
 
 
 def unbiased_var(moments: Moments) -> Array:
@@ -208,10 +214,16 @@ def unbiased_var(moments: Moments) -> Array:
     return jnp.where(several, moments.var * bessel, jnp.inf)
 
 
-def _keep_sound(old: RunningStats, moments: Moments, new: RunningStats) -> RunningStats:
-    """`new` where the batch has data and all is finite, else `old`, feature by feature."""
-    sound = (moments.count > 0) & (new.var >= 0)
-    for values in (moments.mean, moments.var, *new):
+def _keep_sound(
+    old: RunningStats, count: Array, new: RunningStats, moments: Sequence[Array] = ()
+) -> RunningStats:
+    """`new` where the batch has data and all is finite, else `old`, feature by feature.
+
+    `moments` are what a rule need not show: of those of jbn a moment that is not finite makes
+    statistics that are not.
+    """
+    sound = (count > 0) & (new.var >= 0)
+    for values in (*moments, *new):
         sound &= jnp.isfinite(values)
 
     def choose(new: Array, old: Array) -> Array:

@@ -18,7 +18,6 @@ With z = x - K, in float32, there are three maps:
 pair and spread are primitives of JAX, each the transpose of the other, so derivatives of every
 order are made of them. On CPU, in a program for one device, sums and pair are the kernel's; in
 every other place, for other dtypes and under vmap all three are their equations in jax.numpy.
-`keep` keeps XLA from computing per-channel vectors anew for every element.
 
 With `gate=(A, B)`, pair reads t, and spread gives its result, only where z A + B > 0; all else is
 0. That is the derivative of relu(z A + B), without an array for the mask.
@@ -51,6 +50,7 @@ from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
 from jbn import _kernels
+from jbn._once import made_once
 
 Gate = tuple[Array, Array]
 
@@ -65,7 +65,7 @@ _FLAGS = (
     "-shared",
     "-pthread",
 )
-_HANDLERS = ("jbn_sums", "jbn_pair", "jbn_gated_pair", "jbn_keep")
+_HANDLERS = ("jbn_sums", "jbn_pair", "jbn_gated_pair")
 _ELEMENTS = ("float32", "bfloat16", "float16")  # of x and t in the kernel; all else is float32
 
 
@@ -210,16 +210,6 @@ def spread(
     return _spread.bind(x, shift, u, v, *rest, dtype=jnp.dtype(dtype), added=w is not None)
 
 
-def keep(*vectors: Array) -> tuple[Array, ...]:
-    """The same again, but computed before a pass over x that uses them, and once.
-
-    XLA puts operations on [C] into a pass over [..., C] that uses their results, where they are
-    done for every element. There can be 60 of them in Batch Normalization, and in bfloat16 the pass
-    then takes twice the time. On CPU XLA ignores `jax.lax.optimization_barrier`.
-    """
-    return tuple(_keep.bind(*vectors))
-
-
 def _check(x: Array, **others: Array | Gate | None) -> None:
     for name, value in others.items():
         expected = x.shape if name in ("t", "w") else x.shape[-1:]
@@ -308,14 +298,10 @@ _spread = _primitive(
 )
 
 
-_keep = _primitive(
-    "jbn_keep", lambda *values: list(values), lambda *avals: list(map(_vector, avals)), True
-)
-
-
 def _spread_apart(x, shift, u, v, *rest: Array, dtype, added: bool) -> Array:
     """`_plain_spread` with a pass over x that does nothing else."""
-    shift, u, v, *gate = keep(shift, u, v, *rest[added:])
+    vectors = made_once(*(vector[None] for vector in (shift, u, v, *rest[added:])))
+    shift, u, v, *gate = (vector[0] for vector in vectors)
     return _plain_spread(x, shift, u, v, *rest[:added], *gate, dtype=dtype, added=added)
 
 
@@ -356,7 +342,6 @@ _lower_on_cpu(
 _lower_on_cpu(
     _spread, mlir.lower_fun(_spread_apart, multiple_results=False), _plain_spread, several=False
 )
-_lower_on_cpu(_keep, _handled_by(lambda *_: "jbn_keep"), lambda *values: list(values))
 
 
 # Derivatives. The gate has none: it is a step.
@@ -419,7 +404,6 @@ def _or_none(gate: Sequence[Array]) -> Any:
 
 ad.primitive_jvps[_pair] = _pair_jvp
 ad.primitive_jvps[_spread] = _spread_jvp
-ad.primitive_jvps[_keep] = lambda values, tangents: (list(keep(*values)), list(tangents))
 ad.primitive_transposes[_pair] = _pair_transpose
 ad.primitive_transposes[_spread] = _spread_transpose
 

@@ -149,22 +149,6 @@ def test_vectors_are_computed_once(kernel):
         assert operation not in big
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (1, 1, 3)], ids=str)
-def test_keep_is_the_identity(kernel, shape):
-    values = jnp.full(shape, 1.5), jnp.full(shape, -2.0)
-    assert uses_kernel(native.keep, *values)
-    for function in (native.keep, jax.jit(native.keep)):
-        chex.assert_trees_all_equal(function(*values), values)
-    out, tangents = jax.jvp(native.keep, values, values[::-1])
-    chex.assert_trees_all_equal((out, tangents), (values, values[::-1]))
-    grad = jax.grad(lambda a, b: jnp.sum(a * native.keep(a * b, b)[0]))(*values)
-    chex.assert_trees_all_close(grad, 2 * values[0] * values[1])
-    mapped = jax.vmap(native.keep)(*(v[None] for v in values))
-    chex.assert_trees_all_equal(mapped, tuple(v[None] for v in values))
-    mapped = jax.vmap(native.keep, (0, None))(values[0][None], values[1])
-    chex.assert_trees_all_equal(mapped, tuple(v[None] for v in values))
-
-
 @pytest.mark.parametrize("t_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_x_and_t_of_two_dtypes(kernel, dtype, t_dtype):

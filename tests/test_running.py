@@ -125,6 +125,21 @@ def test_decay_is_the_weight_of_the_old_value():
     chex.assert_trees_all_close(stats[:2], (jnp.array([2.5]), jnp.array([1.25])))
 
 
+def test_at_rate_one_exactly_the_new_value():
+    stats = jbn.init_stats(3)._replace(mean=jnp.full(3, 1e10))
+    new = jbn.ema(1e-9)(stats, jbn.Moments(jnp.float32(4), jnp.ones(3), jnp.ones(3)))
+    np.testing.assert_array_equal(new.mean, 1)  # 1 - 1e-9 is 1 in float32
+
+
+@pytest.mark.parametrize(
+    "rule", [jbn.ema(0.9), jbn.ema(0.9, debias=True), jbn.cumulative()], ids=str
+)
+def test_statistics_of_numpy(rule):
+    stats, moments = jbn.init_stats(3), jbn.Moments(jnp.float32(4), jnp.ones(3), jnp.ones(3))
+    of_numpy = jax.tree.map(np.asarray, (stats, moments))
+    chex.assert_trees_all_equal(rule(*of_numpy), rule(stats, moments))
+
+
 def test_the_unbiased_variance_knows_the_count_of_each_channel():
     moments = jbn.Moments(jnp.array([2.0, 5.0, 1.0, 0.5]), jnp.arange(4.0), jnp.full(4, 8.0))
     stats = jbn.cumulative(unbiased=True)(jbn.init_stats(4), moments)

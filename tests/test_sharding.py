@@ -56,6 +56,15 @@ def test_sharding_changes_nothing(support, spec, axis_type):
     chex.assert_trees_all_close(sharded, expected, **CLOSE)
 
 
+def test_params_sharded_otherwise_than_x():
+    params, stats = jbn.init_params(4), jbn.init_stats(4)
+    expected = jax.tree.map(np.asarray, jax.jit(step)(X, params, stats, {}))
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        x, params = jax.device_put(X, P("data")), jax.device_put(params, P("model"))
+        sharded = jax.tree.map(np.asarray, jax.jit(step)(x, params, stats, {}))
+    chex.assert_trees_all_close(sharded, expected, **CLOSE)
+
+
 def test_linen_layer_on_an_explicit_mesh():
     layers = [cls(use_running_average=False) for cls in (jbn.linen.BatchNorm, nn.BatchNorm)]
     with jax.set_mesh(mesh(AxisType.Explicit)):
