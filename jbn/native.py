@@ -172,13 +172,13 @@ def pair(x: Array, shift: Array, t: Array, *, gate: Gate | None = None) -> tuple
       x: [..., C], floating point.
       shift: [C], K; its dtype is that of z and of the results.
       t: [..., C], floating point of any size.
-      gate: (A, B), [C] each, of shift's dtype. t counts as 0 unless z A + B > 0.
+      gate: (A, B), [C] each. t counts as 0 unless z A + B > 0.
 
     Raises:
       ValueError: shift or gate are not [C], or t is not of x's shape.
     """
     _check(x, shift=shift, gate=gate, t=t)
-    return tuple(_pair.bind(x, shift, t, *(gate or ())))
+    return tuple(_pair.bind(x, shift, t, *(g.astype(shift.dtype) for g in gate or ())))
 
 
 def spread(
@@ -299,7 +299,7 @@ _spread = _primitive(
 
 
 def _spread_apart(x, shift, u, v, *rest: Array, dtype, added: bool) -> Array:
-    """`_plain_spread` with a pass over x that does nothing else."""
+    """`_plain_spread` by vectors that are computed once."""
     vectors = made_once(*(vector[None] for vector in (shift, u, v, *rest[added:])))
     shift, u, v, *gate = (vector[0] for vector in vectors)
     return _plain_spread(x, shift, u, v, *rest[:added], *gate, dtype=dtype, added=added)
@@ -381,6 +381,8 @@ def _spread_jvp(primals, tangents, *, dtype, added):
     if not isinstance(dx, ad.Zero) or not isinstance(dshift, ad.Zero):
         dz = _shifted(ad.instantiate_zeros(dx), ad.instantiate_zeros(dshift))
         parts.append(_gated(dz * _row(v, x), x, shift, gate).astype(dtype))
+    if not parts:  # of a gate alone
+        return out, jnp.zeros_like(out)
     return out, functools.reduce(jnp.add, parts)
 
 
@@ -439,7 +441,7 @@ def library() -> pathlib.Path:
 
 def _cache() -> pathlib.Path:
     if chosen := os.environ.get("JBN_CACHE"):
-        return pathlib.Path(chosen)
+        return pathlib.Path(chosen).absolute()  # a name without a slash is looked up elsewhere
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(base) / "jbn"
 
@@ -480,7 +482,7 @@ def _compiler() -> list[str]:
 def _compile(path: pathlib.Path) -> None:
     compiler = _compiler()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory = tempfile.TemporaryDirectory(dir=path.parent)
     except OSError as error:
         raise RuntimeError(
@@ -499,17 +501,23 @@ def _compile(path: pathlib.Path) -> None:
 
 
 def _load(path: pathlib.Path) -> None:
+    if os.name == "posix" and path.stat().st_uid not in (0, os.geteuid()):
+        raise RuntimeError(
+            f"{path} belongs to another user, and loading it would run that user's code. Name a "
+            "directory of yours, JBN_CACHE=/some/directory, and run `python -m jbn.native`."
+        )
     try:
         loaded = ctypes.CDLL(str(path))
-    except OSError as error:
+        handlers = {handler: getattr(loaded, handler) for handler in _HANDLERS}
+    except (OSError, AttributeError) as error:
         raise RuntimeError(
             f"{path} cannot be loaded: {error}. Remove it and run `python -m jbn.native` again."
         ) from error
-    for handler in _HANDLERS:
-        # By the library's name as well: JAX's persistent cache of programs tells kernels apart.
-        target = f"{handler}.{path.stem}"
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(loaded, handler)), "cpu")
-        _targets[handler] = target
+    # By the library's name as well: JAX's persistent cache of programs tells kernels apart.
+    targets = {handler: f"{handler}.{path.stem}" for handler in handlers}
+    for handler, function in handlers.items():
+        jax.ffi.register_ffi_target(targets[handler], jax.ffi.pycapsule(function), "cpu")
+    _targets.update(targets)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -157,6 +157,23 @@ def test_x_and_t_of_two_dtypes(kernel, dtype, t_dtype):
     assert_sums(pair(x, shift, t, gate=gate), expected_pair(x, shift, t, gate))
 
 
+def test_a_gate_of_another_dtype(kernel):
+    x, shift, t, gate = make((1000, 70))
+    half = tuple(v.astype(jnp.bfloat16) for v in gate)
+    actual = jax.jit(native.pair)(x, shift, t, gate=half)
+    same = tuple(v.astype(jnp.float32) for v in half)
+    chex.assert_trees_all_equal(actual, jax.jit(native.pair)(x, shift, t, gate=same))
+
+
+def test_a_gate_has_no_derivative(kernel):
+    x, shift, _, (u, v) = make((10, 3))
+    for function in (
+        lambda b: native.spread(x, shift, u, v, gate=(u, b)).sum(),
+        lambda b: native.pair(x, shift, x, gate=(u, b))[0].sum(),
+    ):
+        np.testing.assert_array_equal(jax.grad(function)(v), 0)
+
+
 def test_the_error_does_not_grow_with_the_rows(kernel):
     """2e6 rows at mean/std 1e4, which float32 accumulators would get wrong by 1e-4 or so."""
     rng = np.random.default_rng(0)
@@ -555,7 +572,34 @@ def test_a_library_that_does_not_load(tmp_path):
     assert "Remove it" in done.stderr
 
 
+def test_a_library_of_something_else(tmp_path):
+    code = (
+        "import shutil, _ctypes; from jbn import native\n"
+        "path = native.library(); path.parent.mkdir(exist_ok=True)\n"
+        "shutil.copy(_ctypes.__file__, path); import jbn; native.from_environment()"
+    )
+    done = run("-c", code, JBN_CACHE=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    done = run("-c", "import jbn", JBN_CACHE=tmp_path / "cache", JBN_NATIVE=1)
+    assert done.returncode == 0, done.stderr
+    assert "JBN_NATIVE is set, but without effect" in done.stderr
+    assert "cannot be loaded" in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files have owners")
+def test_a_library_of_another_user(tmp_path, monkeypatch):
+    path = tmp_path / "library.so"
+    path.write_text("")
+    if os.geteuid() == 0:
+        os.chown(path, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(RuntimeError, match=r"belongs to another user.*JBN_CACHE="):
+        native._load(path)
+
+
 @pytest.mark.parametrize(("variables", "directory"), [
+    ({"JBN_CACHE": "here"}, pathlib.Path.cwd() / "here"),
     ({"JBN_CACHE": "/a"}, "/a"),
     ({"JBN_CACHE": "", "XDG_CACHE_HOME": "/b"}, "/b/jbn"),
     ({"JBN_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/c"}, "/c/.cache/jbn"),
