@@ -1,8 +1,13 @@
 """Batch Normalization of jbn and of its peers behind one signature.
 
 A `Peer` makes a `Program` of a `Case`: what to normalise, and whether forward, forward and
-backward, or inference. All have the same mathematics: float32 scale and bias, statistics taken in
-float32 from x in its own dtype, running statistics that move by 1/10, epsilon 1e-5, y in x's dtype.
+backward, or inference. All do the same task: float32 scale and bias, statistics taken in float32
+from x in its own dtype, running statistics that move by 1/10, epsilon 1e-5, y in x's dtype. Each in
+its own way: Flax takes E[x^2] - E[x]^2, PyTorch's running variance is the unbiased one, Haiku's
+averages are corrected for their start.
+
+Forward and backward are one program, for which the cotangent lies ready. A compiler may then read x
+once for a sum of each; in a network, where other layers come between, it cannot.
 What a program hands back is what training needs: y, the new running statistics and, with the
 backward pass, the gradients of x, scale, bias and, where one is added, the residual, for a given
 random cotangent.
@@ -51,7 +56,7 @@ class Case(NamedTuple):
 class Data(NamedTuple):
     """The arrays of a case, on the host: every library computes with the same numbers."""
 
-    x: np.ndarray  # [N, ..., C] float32, rounded to the case's dtype
+    x: np.ndarray  # [N, ..., C] float32, which each library rounds to the case's dtype
     residual: np.ndarray
     dy: np.ndarray  # the cotangent of y
     scale: np.ndarray  # [C] float32
@@ -271,12 +276,22 @@ def of_equinox(case: Case, host: Data) -> Layer:
 # --- PyTorch -------------------------------------------------------------------------------------
 
 
+def torch_device() -> str | None:
+    """Where PyTorch computes what JAX computes on its default device; None if it cannot."""
+    if not importable("torch")():
+        return None
+    import torch  # pyright: ignore[reportMissingImports]  (optional)
+
+    wanted = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
+    return None if wanted == "cuda" and not torch.cuda.is_available() else wanted
+
+
 def torch_program(case: Case, cudnn: bool = True) -> Program:
     """PyTorch, eager; images as channels_last; on a GPU if JAX has one, with cuDNN or without."""
     import torch  # pyright: ignore[reportMissingImports]  (optional)
 
-    on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
-    device = "cuda" if on_gpu else "cpu"
+    device = torch_device()
+    on_gpu = device == "cuda"
     host = data(case)
 
     def tensor(values: np.ndarray, **kwargs: Any) -> Any:
@@ -312,7 +327,8 @@ def torch_program(case: Case, cudnn: bool = True) -> Program:
 def copy_program(case: Case) -> Program:
     """The floor: -x, which reads and writes every element once, and which XLA cannot leave out.
 
-    A plain copy would do on a GPU; on a CPU XLA hands that to one thread, and -x to all.
+    A plain copy would do on a GPU; on a CPU XLA hands that to one thread, and -x to all. In
+    bfloat16 it converts there and back, and is not quite a floor on a CPU.
     """
     x = jnp.asarray(data(case).x, case.dtype)
     compiled = jax.jit(jnp.negative).lower(x).compile()
@@ -349,7 +365,7 @@ def over_jax(
     layer: Callable[[Case, Data], Layer], package: str, module: str, native: bool = False
 ) -> Peer:
     """A peer whose layers are functions of JAX arrays."""
-    setting = native_sums if native else contextlib.nullcontext
+    setting = functools.partial(sums, native=native) if module == "jbn" else contextlib.nullcontext
 
     def program(case: Case) -> Program:
         with setting():
@@ -374,15 +390,16 @@ def native_is_built() -> bool:
 
 
 @contextlib.contextmanager
-def native_sums() -> Iterator[None]:
-    """What is traced in here uses jbn's C++ sums. Compiled programs keep them."""
-    from jbn import native
+def sums(native: bool) -> Iterator[None]:
+    """What is traced in here uses jbn's C++ sums, or XLA's. Compiled programs keep them."""
+    from jbn import native as kernel
 
-    native.enable()
+    before = kernel.is_enabled()
+    (kernel.enable if native else kernel.disable)()
     try:
         yield
     finally:
-        native.disable()
+        (kernel.enable if before else kernel.disable)()
 
 
 BASELINE = "flax.linen"
@@ -393,11 +410,11 @@ PEERS = {
     "jbn native": over_jax(of_jbn, "jbn", "jbn", native=True),
     "haiku": over_jax(of_haiku, "dm-haiku", "haiku"),
     "equinox": over_jax(of_equinox, "equinox", "equinox"),
-    "torch": Peer(torch_program, "pip install torch", importable("torch")),
+    "torch": Peer(torch_program, "pip install torch", lambda: torch_device() is not None),
     "torch without cuDNN": Peer(
         functools.partial(torch_program, cudnn=False),
         "",  # cuDNN is for GPUs
-        lambda: importable("torch")() and jax.default_backend() == "gpu",
+        lambda: torch_device() == "cuda",
     ),
 }
 

@@ -425,6 +425,7 @@ def config_of(args: argparse.Namespace) -> Config:
         if name not in installed:
             install = peers.PEERS[name].install or "another machine"
             raise ValueError(f"{name} cannot run here. It takes: {install}.")
+    libraries = list(dict.fromkeys((BASELINE, *libraries)))  # all ratios are over the first
     if args.quick:
         shapes = ((8, 8, 8, 32), (256, 128))
         return Config(shapes, DTYPES[:1], ("bn_relu",), libraries, 3, 8, False, True)
@@ -436,9 +437,7 @@ def measure(parts: Sequence[str], config: Config, records: Records) -> list[Row]
     """All rows; each is written as soon as it is there."""
     rows = []
     for part in parts:
-        for row in {"op": op, "step": step, "dispatch": dispatch, "inference": inference}[part](
-            config
-        ):
+        for row in PARTS[part](config):
             records.write("speed", **row._asdict())
             rows.append(row)
     return rows
@@ -469,16 +468,29 @@ def report(rows: Sequence[Row], args: argparse.Namespace, about: str) -> None:
         args.markdown.write_text(f"{about} {NOTE}\n\n{text}", encoding="utf-8")
     from experiments import figures  # matplotlib takes a second to import
 
-    if any(row.part == "op" for row in rows):
+    if any(row.part == "op" and row.library != BASELINE for row in rows):
         figures.speed(args.out / "speed.png", rows)
         print(f"figure:  {args.out / 'speed.png'}")
     print(f"numbers: {args.out / 'speed.jsonl'}")
 
 
+def check_files(*paths: Path | None) -> None:
+    """Whether results can be written there, before they are measured.
+
+    Raises:
+      OSError: they cannot.
+    """
+    for path in paths:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8"):
+                pass
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line, or from Python with arguments; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if "--target" in argv:
+    if any(argument.split("=")[0] == "--target" for argument in argv):
         from experiments import targets  # which imports this file
 
         targets.main(argv)
@@ -486,26 +498,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         config = config_of(args)
-        if args.check and not args.check.exists():
-            raise ValueError(f"there is no file {args.check}. Write it with --update {args.check}.")
-    except ValueError as error:
+        device = jax.devices()[0].device_kind
+        measured = {
+            "device": device,
+            "batch": config.batch,
+            "shapes": list(map(list, config.shapes)),
+        }
+        then = speed_report.read_baseline(args.check, measured) if args.check else {}
+        check_files(args.markdown, args.update)
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     for name, install in peers.missing().items():
         print(f"without {name}: {install}", file=sys.stderr)
     command = shlex.join(["python", "-m", "experiments.speed", *argv])
-    device = jax.devices()[0].device_kind
     with Records(args.out / "speed.jsonl", command=command, versions=versions()) as records:
         rows = measure(args.part, config, records)
     listed = ", ".join(f"{name} {version}" for name, version in versions().items())
     report(rows, args, f"`{command}` on {device}, with {listed}.")
     if args.update:
         speed_report.write_baseline(
-            args.update, rows, command=command, device=device, versions=versions()
+            args.update, rows, command=command, versions=versions(), measured=measured
         )
     if not args.check:
         return 0
     try:
-        status, said = speed_report.check(args.check, rows, args.tolerance)
+        status, said = speed_report.check(args.check, then, rows, args.tolerance)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(said)

@@ -85,7 +85,7 @@ def lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def beside(found: Mapping[str, Row]) -> list[str]:
     """jbn : baseline; share of the copy's bandwidth, bytes an element, else temporaries."""
-    pair = [next((r for name, r in found.items() if name.startswith("jbn")), None)]
+    pair = [found.get("jbn")]
     pair.append(found.get(BASELINE))
 
     def both(field: str, form: str, unit: float = 1) -> str:
@@ -189,18 +189,34 @@ def jbn_means(rows: Iterable[Row]) -> dict[str, float]:
     return group_means(row for row in rows if row.library.startswith("jbn"))
 
 
-def check(path: Path, rows: Sequence[Row], tolerance: float) -> tuple[int, str]:
-    """The exit status of the comparison with the file, 0 or 1, and what to tell the user.
+def read_baseline(path: Path, measured: Mapping[str, Any]) -> dict[str, float]:
+    """The means that `write_baseline` wrote.
 
     Raises:
-      ValueError: the file and the run have no group in common, or it is no such file.
+      ValueError: there is no such file, or it was measured in other cases or on another device.
     """
     try:
-        then = json.loads(path.read_text(encoding="utf-8"))["groups"]
+        file = json.loads(path.read_text(encoding="utf-8"))
+        then, before = file["groups"], file["measured"]
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}. Write it with --update {path}.") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not a file of ratios ({error!r}). Write one with --update {path}."
         ) from None
+    if before != measured:
+        raise ValueError(f"{path} has ratios of {before}, which do not compare with {measured}.")
+    return then
+
+
+def check(
+    path: Path, then: Mapping[str, float], rows: Sequence[Row], tolerance: float
+) -> tuple[int, str]:
+    """The exit status of the comparison with the file, 0 or 1, and what to tell the user.
+
+    Raises:
+      ValueError: the file and the run have no group in common.
+    """
     found = compare(then, jbn_means(rows), tolerance)
     if not found.compared:
         raise ValueError(

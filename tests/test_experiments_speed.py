@@ -156,32 +156,35 @@ def test_means_are_geometric_and_by_group():
 
 def test_a_regression_is_noticed(tmp_path):
     path = tmp_path / "baseline.json"
-    speed_report.write_baseline(
-        path, [row("jbn", 0.5), row("jbn", 0.6, form="bn_relu")], command="c"
-    )
+    means = [row("jbn", 0.5), row("jbn", 0.6, form="bn_relu")]
+    speed_report.write_baseline(path, means, command="c", measured={"batch": 1})
     assert json.loads(path.read_text())["command"] == "c"
+    then = speed_report.read_baseline(path, {"batch": 1})
     same = [row("jbn", 0.57), row("jbn", 0.6, form="bn_relu")]  # 14 % slower
-    assert speed_report.check(path, same, 0.15)[0] == 0
+    assert speed_report.check(path, then, same, 0.15)[0] == 0
     slower = [row("jbn", 0.58), row("jbn", 0.6, form="bn_relu")]  # 16 %
-    status, said = speed_report.check(path, slower, 0.15)
+    status, said = speed_report.check(path, then, slower, 0.15)
     assert status == 1
     assert "SLOWER: op / forward+backward / float32 / bn / jbn: 0.500 -> 0.580" in said
     assert "bn_relu" not in said
     # One slow shape among fast ones, and another library that is slow, are no regression.
     spread = [row("jbn", 0.25), row("jbn", 0.9, case="9x4"), row("torch", 9.0)]
-    status, said = speed_report.check(path, spread, 0.15)
+    status, said = speed_report.check(path, then, spread, 0.15)
     assert status == 0
     assert "Not measured in this run: op / forward+backward / float32 / bn_relu / jbn" in said
 
 
 def test_a_comparison_of_nothing_is_no_success(tmp_path):
     path = tmp_path / "baseline.json"
-    speed_report.write_baseline(path, [row("jbn", 0.5)])
+    speed_report.write_baseline(path, [row("jbn", 0.5)], measured={"batch": 1})
+    then = speed_report.read_baseline(path, {"batch": 1})
     with pytest.raises(ValueError, match=r"no group that this run measured.*--update"):
-        speed_report.check(path, [row("jbn", 0.5, dtype="bfloat16")], 0.15)
+        speed_report.check(path, then, [row("jbn", 0.5, dtype="bfloat16")], 0.15)
+    with pytest.raises(ValueError, match="do not compare"):
+        speed_report.read_baseline(path, {"batch": 2})
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"not a file of ratios.*--update"):
-        speed_report.check(path, [row("jbn", 0.5)], 0.15)
+        speed_report.read_baseline(path, {"batch": 1})
 
 
 def test_tables_have_a_line_a_case_and_a_column_a_library():
@@ -250,6 +253,12 @@ def test_the_shapes_are_those_of_resnet50():
 def test_mistakes_are_explained(tmp_path):
     with pytest.raises(SystemExit, match=r"error: there is no file .*--update"):
         speed.main(["--check", str(tmp_path / "none.json")])
+    with pytest.raises(SystemExit, match=r"error: .*Is a directory"):
+        speed.main(["--markdown", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):  # to `experiments.targets`, which has no such target
+        speed.main(["--target=none"])
+    with pytest.raises(SystemExit, match=r"error: --library jbm: expected some of .*jbn"):
+        speed.main(["--target", "cpu", "--quick", "--library", "jbm"])
     with pytest.raises(SystemExit, match="error: --shapes x is not a shape"):
         speed.main(["--shapes", "x"])
     for name, install in peers.missing().items():
