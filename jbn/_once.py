@@ -4,8 +4,8 @@ XLA puts what is computed on [C] into the pass over [..., C] that uses the resul
 does it for each element: in Batch Normalization some 50 operations instead of 3. A barrier does not
 help, as XLA for CPUs drops it.
 
-This is a primitive of JAX, an identity, because a choice by `jax.lax.platform_dependent` takes as
-long to trace as the rest of a layer.
+This is a primitive of JAX, an identity, because with a choice by `jax.lax.platform_dependent` the
+training step of ResNet-50 took a quarter longer to trace.
 """
 
 import collections
