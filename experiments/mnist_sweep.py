@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import data, figures
-from experiments.models import NETS, SIZES, init_mlp
+from experiments import figures
+from experiments.digits import N_CLASSES, Digits
+from experiments.mlp import NETS, SIZES, init_mlp
 from experiments.records import Records
 from experiments.training import BATCH, Learner, chunks, evaluate, train_steps
 
@@ -34,7 +35,7 @@ class Grid(NamedTuple):
     seed: int = 0
 
 
-def sweep(grid: Grid, digits: data.Digits, path: Path, about: dict[str, str]) -> None:
+def sweep(grid: Grid, digits: Digits, path: Path, about: dict[str, str]) -> None:
     """Train both networks at every point of the grid; write numbers and figure; print counts."""
     numbers = path.with_suffix(".jsonl")
     accuracies = {}
@@ -65,7 +66,7 @@ def write_cells(
             )
 
 
-def train_all(grid: Grid, digits: data.Digits, net: str) -> tuple[np.ndarray, np.ndarray]:
+def train_all(grid: Grid, digits: Digits, net: str) -> tuple[np.ndarray, np.ndarray]:
     """Test accuracy and training loss after the last step: two arrays ``[stds, rates]``.
 
     The networks train side by side under ``vmap``, on the same batches, from the same Gaussian
@@ -87,7 +88,7 @@ def train_all(grid: Grid, digits: data.Digits, net: str) -> tuple[np.ndarray, np
             bar.update(steps)
     accuracy = evaluate_grid(learners, test_images, test_labels)
     accuracy, loss = (np.reshape(a, pairs.shape[1:]) for a in (accuracy, loss))
-    return np.where(np.isfinite(loss), accuracy, 1 / data.N_CLASSES), loss
+    return np.where(np.isfinite(loss), accuracy, 1 / N_CLASSES), loss
 
 
 @functools.partial(jax.jit, static_argnames="steps", donate_argnames="learners")

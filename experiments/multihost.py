@@ -45,7 +45,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jbn
-from experiments.data import bundled_digits
+from experiments import cluster
+from experiments.digits import bundled_digits
 from jbn import training
 
 AXIS = "batch"
@@ -136,10 +137,7 @@ def work(args: argparse.Namespace) -> None:
     """One process of several: trains with the others, and saves what it ends with."""
     if args.out is not None and not args.out.is_dir():
         sys.exit(f"--out {args.out} is no folder: make it first.")
-    if args.auto:
-        jax.distributed.initialize()
-    elif args.num_processes > 1:  # gloo carries what CPU devices say
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+    cluster.join(args)
     i, n = jax.process_index(), jax.process_count()
     print(f"process {i} of {n}: {jax.local_device_count()} of {jax.device_count()} devices")
     mesh = jax.make_mesh((jax.device_count(),), (AXIS,), (AxisType.Auto,))
@@ -237,17 +235,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     here = parser.add_argument_group("start processes on this machine")
     here.add_argument("--processes", type=int, default=2, help="how many (2)")
     here.add_argument("--devices", type=int, default=2, help="virtual CPU devices of each (2)")
-    cluster = parser.add_argument_group("be one process of several")
-    cluster.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    cluster.add_argument("--num-processes", type=int, default=1, help="of all machines together")
-    cluster.add_argument("--process-id", type=int, default=0, help="0, 1, ... num-processes - 1")
-    cluster.add_argument("--auto", action="store_true", help="ask SLURM, Open MPI, the TPU or GKE")
-    cluster.add_argument("--out", type=Path, help="save the final state in this folder")
+    several = parser.add_argument_group("be one process of several")
+    cluster.add_options(several)
+    several.add_argument("--out", type=Path, help="save the final state in this folder")
     args = parser.parse_args(argv)
-    if args.num_processes > 1 and args.coordinator is None:
-        parser.error("--num-processes needs --coordinator HOST:PORT, the address of process 0")
-    if not 0 <= args.process_id < args.num_processes:
-        parser.error(f"--process-id must be 0 to {args.num_processes - 1}; got {args.process_id}")
+    cluster.check(parser, args)
     if BATCH % (2 * args.processes * args.devices):
         parser.error(f"processes x devices must divide {BATCH // 2}, half of the batch")
     return args

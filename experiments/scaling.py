@@ -33,7 +33,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import os
 import shlex
 import sys
 import time
@@ -54,8 +53,17 @@ from tqdm import tqdm
 
 import jbn.linen
 import jbn.training
-from experiments import data, figures
+from experiments import cluster, figures
 from experiments.models import ResNet, matmul_conv
+from experiments.photos import (
+    CIFAR10_URL,
+    CIFAR10_WANTED,
+    N_CLASSES,
+    Photos,
+    download_cifar10,
+    painted_stripes,
+    read_cifar10,
+)
 from experiments.records import Records, aligned
 
 # In this order the first of several that are the same on so many devices is the one that runs.
@@ -132,7 +140,7 @@ def network(config: Config, statistics: str = "local", devices: int = 1) -> ResN
         widths=config.widths,
         blocks=(1,) * len(config.widths),
         stem_stride=config.stem_stride,
-        n_classes=data.N_CLASSES,
+        n_classes=N_CLASSES,
         norm=functools.partial(jbn.linen.BatchNorm, momentum=momentum, **scope),
         conv=functools.partial(nn.Conv, conv_general_dilated=matmul_conv),
     )
@@ -203,7 +211,7 @@ def image_order(n_images: int, wanted: int, seed: int) -> np.ndarray:
     return np.concatenate(epochs)[:wanted]
 
 
-def train(config: Config, photos: data.Photos, case: Case) -> tuple[Any, float]:
+def train(config: Config, photos: Photos, case: Case) -> tuple[Any, float]:
     """The trained variables, and the mean loss over the last ``config.every`` images."""
     mesh, train_steps = make_trainer(config, case.statistics, case.devices)
     batch = config.per_device * case.devices
@@ -262,7 +270,7 @@ def spread_out(n_images: int, wanted: int) -> np.ndarray:
     return np.arange(n_images) if n_images <= wanted else np.arange(wanted) * n_images // wanted
 
 
-def measure(config: Config, photos: data.Photos, case: Case, variables: Any) -> dict[str, Any]:
+def measure(config: Config, photos: Photos, case: Case, variables: Any) -> dict[str, Any]:
     """Accuracy on both sets; on the training images by the batch's and by running statistics.
 
     And how often these two agree on the class of a training image.
@@ -291,7 +299,7 @@ def measure(config: Config, photos: data.Photos, case: Case, variables: Any) -> 
 # --- Results ------------------------------------------------------------------------------------
 
 
-def scaling(config: Config, photos: data.Photos, path: Path, about: dict[str, str]) -> None:
+def scaling(config: Config, photos: Photos, path: Path, about: dict[str, str]) -> None:
     """Train and judge every case; write numbers and figure; print a table.
 
     An interrupt (Ctrl-C) ends the training; what is finished by then is summed up.
@@ -314,7 +322,7 @@ def scaling(config: Config, photos: data.Photos, path: Path, about: dict[str, st
     print(f"figure:  {path}\nnumbers: {numbers}")
 
 
-def run(config: Config, photos: data.Photos, case: Case) -> dict[str, Any]:
+def run(config: Config, photos: Photos, case: Case) -> dict[str, Any]:
     """Train one network and judge it: a JSON line."""
     began = time.perf_counter()
     variables, last_loss = train(config, photos, case)
@@ -406,8 +414,8 @@ def add_image_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_mutually_exclusive_group().add_argument
     add("--data-dir", metavar="DIR",
         help="CIFAR-10: its binary files, or images in train/CLASS and test/CLASS")  # fmt: skip
-    add("--download", metavar="URL", nargs="?", const=data.CIFAR10_URL,
-        help=f"fetch CIFAR-10 once (170 MB, checked) from URL or {data.CIFAR10_URL}")  # fmt: skip
+    add("--download", metavar="URL", nargs="?", const=CIFAR10_URL,
+        help=f"fetch CIFAR-10 once (170 MB, checked) from URL or {CIFAR10_URL}")  # fmt: skip
     add("--smoke", action="store_true",
         help="made-up stripes, a tiny network, few steps: to see that everything runs")  # fmt: skip
 
@@ -435,13 +443,13 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-def load(args: argparse.Namespace) -> tuple[data.Photos, str]:
+def load(args: argparse.Namespace) -> tuple[Photos, str]:
     """The images asked for, and what to call them."""
     if args.smoke:
-        return data.painted_stripes(1_600, 320), "made-up stripes, not CIFAR-10"
+        return painted_stripes(1_600, 320), "made-up stripes, not CIFAR-10"
     if args.download:
-        return data.read_cifar10(data.download_cifar10(args.download)), "CIFAR-10, downloaded"
-    return data.read_cifar10(args.data_dir), "CIFAR-10"
+        return read_cifar10(download_cifar10(args.download)), "CIFAR-10, downloaded"
+    return read_cifar10(args.data_dir), "CIFAR-10"
 
 
 def configure(args: argparse.Namespace) -> Config:
@@ -464,31 +472,17 @@ def args_tuple(values: list[int] | None) -> tuple[int, ...] | None:
     return None if values is None else tuple(dict.fromkeys(values))
 
 
-def virtual_devices(n: int) -> None:
-    """Ask for n devices on this machine's CPU; to be called before JAX computes anything."""
-    flag = "--xla_force_host_platform_device_count"
-    if flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={n}"
-    found = jax.devices()
-    if len(found) < n:
-        sys.exit(
-            f"error: JAX has {len(found)} devices ({found[0].device_kind}), the largest run needs "
-            f"{n}. Expected as many: run it with JAX_PLATFORMS=cpu and without {flag} in "
-            "XLA_FLAGS, or ask for fewer with --devices."
-        )
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line, or from Python with a list of arguments."""
     argv = sys.argv[1:] if argv is None else argv
     args = (options := parser()).parse_args(argv)
     if not (args.data_dir or args.download or args.smoke):
         options.error(
-            f"no images. Expected --data-dir DIR with {data.CIFAR10_WANTED}; or --download, which "
+            f"no images. Expected --data-dir DIR with {CIFAR10_WANTED}; or --download, which "
             "fetches them; or --smoke, which needs none."
         )
     config = configure(args)
-    virtual_devices(max(config.devices))
+    cluster.virtual_devices(max(config.devices))
     try:
         photos, source = load(args)
     except (OSError, ValueError, ImportError) as error:

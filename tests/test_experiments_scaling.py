@@ -20,7 +20,7 @@ from tests.tolerance import assert_close
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from experiments import data, scaling
+from experiments import photos, scaling
 from experiments.models import ResidualBlock, ResNet, matmul_conv
 
 ROW = 1 + 3 * 32 * 32
@@ -38,11 +38,11 @@ def rows(n, seed=0):
 @pytest.fixture
 def binary(tmp_path):
     """A tiny CIFAR-10 in the layout of cifar-10-binary.tar.gz: 20 to train, 10 to test."""
-    folder = tmp_path / "tiny" / data.CIFAR10_FOLDER
+    folder = tmp_path / "tiny" / photos.CIFAR10_FOLDER
     folder.mkdir(parents=True)
-    for i, name in enumerate(data.CIFAR10_TRAIN):
+    for i, name in enumerate(photos.CIFAR10_TRAIN):
         (folder / name).write_bytes(rows(4, i)[2])
-    (folder / data.CIFAR10_TEST[0]).write_bytes(rows(10, 9)[2])
+    (folder / photos.CIFAR10_TEST[0]).write_bytes(rows(10, 9)[2])
     return folder.parent
 
 
@@ -64,22 +64,22 @@ def classes(tmp_path):
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_binary_files(binary, inside):
-    photos = data.read_cifar10(binary / data.CIFAR10_FOLDER if inside else binary)
-    assert photos.train_images.dtype == np.uint8
-    assert photos.train_labels.dtype == np.int32
+    sets = photos.read_cifar10(binary / photos.CIFAR10_FOLDER if inside else binary)
+    assert sets.train_images.dtype == np.uint8
+    assert sets.train_labels.dtype == np.int32
     np.testing.assert_array_equal(
-        photos.train_images, np.concatenate([rows(4, i)[0] for i in range(5)])
+        sets.train_images, np.concatenate([rows(4, i)[0] for i in range(5)])
     )
-    np.testing.assert_array_equal(photos.train_labels, [0, 1, 2, 3] * 5)
-    np.testing.assert_array_equal(photos.test_images, rows(10, 9)[0])
-    np.testing.assert_array_equal(photos.test_labels, range(10))
+    np.testing.assert_array_equal(sets.train_labels, [0, 1, 2, 3] * 5)
+    np.testing.assert_array_equal(sets.test_images, rows(10, 9)[0])
+    np.testing.assert_array_equal(sets.test_labels, range(10))
 
 
 def test_a_folder_a_class(classes):
-    photos = data.read_cifar10(classes)
-    np.testing.assert_array_equal(photos.train_images, rows(10, 1)[0])
-    np.testing.assert_array_equal(photos.test_images, rows(10, 2)[0])
-    for labels in (photos.train_labels, photos.test_labels):
+    sets = photos.read_cifar10(classes)
+    np.testing.assert_array_equal(sets.train_images, rows(10, 1)[0])
+    np.testing.assert_array_equal(sets.test_images, rows(10, 2)[0])
+    for labels in (sets.train_labels, sets.test_labels):
         assert labels.dtype == np.int32
         assert labels.tolist() == list(range(10))
 
@@ -88,23 +88,23 @@ def test_jpegs_are_read(classes):
     image = pytest.importorskip("PIL.Image")
     path = classes / "train" / "class3" / "0001.jpg"
     image.new("RGB", (32, 32), (200, 100, 50)).save(path, quality=95)
-    photos = data.read_cifar10(classes)
-    assert photos.train_labels.tolist() == [0, 1, 2, 3, 3, 4, 5, 6, 7, 8, 9]
-    assert abs(photos.train_images[4].astype(int) - (200, 100, 50)).max() < 5
+    sets = photos.read_cifar10(classes)
+    assert sets.train_labels.tolist() == [0, 1, 2, 3, 3, 4, 5, 6, 7, 8, 9]
+    assert abs(sets.train_images[4].astype(int) - (200, 100, 50)).max() < 5
 
 
 def test_what_is_missing_is_named(binary, classes):
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere\. Expected CIFAR-10.*https"):
-        data.read_cifar10(binary / "nowhere")
-    (binary / data.CIFAR10_FOLDER / "data_batch_4.bin").unlink()
+        photos.read_cifar10(binary / "nowhere")
+    (binary / photos.CIFAR10_FOLDER / "data_batch_4.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"no file data_batch_4\.bin.*train/CLASS"):
-        data.read_cifar10(binary)
+        photos.read_cifar10(binary)
     (classes / "test" / "class7" / "0000.png").unlink()
     with pytest.raises(FileNotFoundError, match="test/class7 holds no image"):
-        data.read_cifar10(classes)
+        photos.read_cifar10(classes)
     (classes / "train" / "class2").rename(classes / "class2")
     with pytest.raises(ValueError, match=r"9 class folders \(class0, class1, class3"):
-        data.read_cifar10(classes)
+        photos.read_cifar10(classes)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +116,9 @@ def test_what_is_missing_is_named(binary, classes):
     ],
 )
 def test_damaged_binary_files_are_explained(binary, content, message):
-    (binary / data.CIFAR10_FOLDER / "data_batch_2.bin").write_bytes(content)
+    (binary / photos.CIFAR10_FOLDER / "data_batch_2.bin").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        data.read_cifar10(binary)
+        photos.read_cifar10(binary)
 
 
 def test_damaged_images_are_explained(classes):
@@ -128,10 +128,10 @@ def test_damaged_images_are_explained(classes):
     for content in (whole[: len(whole) // 2], b"not an image"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"class5/0000\.png is not a whole image file"):
-            data.read_cifar10(classes)
+            photos.read_cifar10(classes)
     image.new("RGB", (48, 32)).save(path)
     with pytest.raises(ValueError, match=r"48 x 32 pixels\. Expected 32 x 32"):
-        data.read_cifar10(classes)
+        photos.read_cifar10(classes)
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def mirror(binary, tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        archive.add(binary / data.CIFAR10_FOLDER, data.CIFAR10_FOLDER)
+        archive.add(binary / photos.CIFAR10_FOLDER, photos.CIFAR10_FOLDER)
     (tmp_path / "web").mkdir()
     (tmp_path / "web" / "tiny.tar.gz").write_bytes(packed.getvalue())
 
@@ -163,23 +163,23 @@ def mirror(binary, tmp_path, monkeypatch):
 
 
 def test_download_unpacks_and_checks(binary, mirror):
-    got = data.read_cifar10(data.download_cifar10(*mirror))
-    for mine, theirs in zip(got, data.read_cifar10(binary), strict=True):
+    got = photos.read_cifar10(photos.download_cifar10(*mirror))
+    for mine, theirs in zip(got, photos.read_cifar10(binary), strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
 
 def test_download_of_other_bytes_is_refused(mirror):
     with pytest.raises(ValueError, match=r"does not serve the published CIFAR-10.*--data-dir"):
-        data.download_cifar10(mirror[0])  # the tiny archive does not have CIFAR-10's checksum
+        photos.download_cifar10(mirror[0])  # the tiny archive does not have CIFAR-10's checksum
 
 
 def test_stripes_are_ten_classes_and_the_same_every_time():
-    photos = data.painted_stripes(40, 20)
-    assert photos.train_images.shape == (40, 32, 32, 3)
-    assert photos.test_images.dtype == np.uint8
-    assert np.bincount(photos.train_labels).tolist() == [4] * 10
-    assert np.bincount(photos.test_labels).tolist() == [2] * 10
-    for first, second in zip(photos, data.painted_stripes(40, 20), strict=True):
+    sets = photos.painted_stripes(40, 20)
+    assert sets.train_images.shape == (40, 32, 32, 3)
+    assert sets.test_images.dtype == np.uint8
+    assert np.bincount(sets.train_labels).tolist() == [4] * 10
+    assert np.bincount(sets.test_labels).tolist() == [2] * 10
+    for first, second in zip(sets, photos.painted_stripes(40, 20), strict=True):
         np.testing.assert_array_equal(first, second)
 
 
@@ -299,9 +299,9 @@ def test_a_step_is_the_step_of_one_device_normalised_by_groups(statistics):
     The learning rate makes the first step's change the gradient; the running statistics are not
     compared, for how groups enter them is the library's affair.
     """
-    photos = data.painted_stripes(8, 8)
+    sets = photos.painted_stripes(8, 8)
     config = TINY._replace(images=8, every=8, learning_rate=2.0)  # 8 images: a rate of 1
-    variables, loss = scaling.train(config, photos, scaling.Case(statistics, 4, 0))
+    variables, loss = scaling.train(config, sets, scaling.Case(statistics, 4, 0))
 
     size = 2 * scaling.sharing(statistics, 4)
     order = scaling.image_order(8, 8, 0)
@@ -313,10 +313,10 @@ def test_a_step_is_the_step_of_one_device_normalised_by_groups(statistics):
     def whole_loss(params):
         losses = []
         for rows in order.reshape(-1, size):
-            pixels = scaling.as_input(jnp.asarray(photos.train_images[rows]))
+            pixels = scaling.as_input(jnp.asarray(sets.train_images[rows]))
             logits, _ = net.apply({**start, "params": params}, pixels, True, mutable="batch_stats")
             logs = jax.nn.log_softmax(logits)
-            losses.append(-logs[jnp.arange(size), photos.train_labels[rows]].mean())
+            losses.append(-logs[jnp.arange(size), sets.train_labels[rows]].mean())
         return sum(losses) / len(losses)
 
     want_loss, grads = whole_loss(start["params"])
@@ -332,10 +332,10 @@ def test_a_step_is_the_step_of_one_device_normalised_by_groups(statistics):
 
 @pytest.mark.parametrize("shared_by", [None, 3, 4])  # of 4, the last two images are left out
 def test_judge_counts_by_running_statistics_or_by_groups(shared_by):
-    photos = data.painted_stripes(16, 6)
+    sets = photos.painted_stripes(16, 6)
     net = scaling.network(TINY)
     variables = initialise(net, 1)
-    images, labels = jnp.asarray(photos.train_images[:6]), jnp.asarray(photos.train_labels[:6])
+    images, labels = jnp.asarray(sets.train_images[:6]), jnp.asarray(sets.train_labels[:6])
     got = scaling.judge(TINY, variables, images, labels, shared_by)
     size = shared_by or 6
     n = 6 // size * size
@@ -362,9 +362,9 @@ def test_measures_stand_under_their_names(monkeypatch):
         return scaling.Judgement(loss, loss / 100, jnp.array(predicted[: 4 if by else 6]))
 
     monkeypatch.setattr(scaling, "judge", judge)
-    photos = data.painted_stripes(16, 4)
+    sets = photos.painted_stripes(16, 4)
     config = TINY._replace(per_device=2)
-    measured = scaling.measure(config, photos, scaling.Case("ghost", 4, 0), None)
+    measured = scaling.measure(config, sets, scaling.Case("ghost", 4, 0), None)
     assert measured["shared_by"] == 4
     assert measured["agreement"] == 0.5  # of the 4 images that fill a group
     losses = [measured[f"{name}_loss"] for name in ("train_by_batch", "train_by_running", "test")]
