@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check
 from jbn._axes import Axes, resolve
-from jbn._deferred import absorb, read, waits
+from jbn._deferred import absorb, fixed, read, waits
 from jbn._normalize import (
     Activation,
     Params,
@@ -108,21 +109,21 @@ def batch_norm(
     over = scope(axis_name, axis_index_groups)
     if axis_name is None:
         _check.several_values(axes, groups)
+    params = Params(*_check.params(params))
+    shared: dict[str, Any] = {
+        "axis": axis,
+        "epsilon": epsilon,
+        "activation": activation,
+        "residual": residual,
+        "dtype": dtype,
+    }
     y, m = normalize_pooled(
-        x,
-        *_check.params(params),
-        axis=axis,
-        epsilon=epsilon,
-        mask=mask,
-        weights=weights,
-        over=over,
-        groups=groups,
-        activation=activation,
-        residual=residual,
-        dtype=dtype,
+        x, *params, mask=mask, weights=weights, over=over, groups=groups, **shared
     )
     if not waits(stats):
         _check.as_replicated_as(old.mean, m.mean)
+    if fixed(stats):
+        y = batch_norm_inference(x, params, old, **shared)
     return y, absorb(update, old, m, given=stats, over=over)
 
 

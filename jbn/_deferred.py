@@ -8,6 +8,10 @@ by variances within parts, which are too small. So a step can hand its layers st
     absorb(...)         a layer given Deferred statistics returns Updates: the rule and the moments
     settle(tree, ...)   pools the moments of all parts, and only then applies the rule
 
+Whoever wants the moments themselves, such as `jbn.population`, takes the `cells` instead; and with
+`defer(tree, fixed=True)` layers normalise by the statistics that they are given, as at inference,
+and return the moments of their batch all the same.
+
 Deferred and Update are pytree nodes, and each stands for one array of the tree (a mean, a variance
 or a count) without needing the others. So they pass through scan, remat and vmap, and through any
 container: tuples of RunningStats, Flax's `batch_stats`, nnx's State.
@@ -47,10 +51,10 @@ class _Waiting:
 def _not_ours(path: str) -> str:
     return (
         f"the statistics at {path or 'the root'} belong to a layer that is not jbn's: only jbn's "
-        f"can pool the moments of several microbatches or devices. Use jbn.batch_norm, "
-        f"jbn.linen.BatchNorm or jbn.nnx.BatchNorm there, or write pool_stats=False: each "
-        f"microbatch then updates the statistics in turn, and synchronising devices is the layers' "
-        f"own affair."
+        f"say what their batch's moments are, so that those of several batches, microbatches or "
+        f"devices can be pooled. Use jbn.batch_norm, jbn.linen.BatchNorm or jbn.nnx.BatchNorm "
+        f"there. A training step can do without, by pool_stats=False: each microbatch then updates "
+        f"the statistics in turn, and synchronising devices is the layers' own affair."
     )
 
 
@@ -60,6 +64,7 @@ class Deferred(_Waiting):
 
     value: Array
     path: str = ""  # where it stands in the tree, for error messages
+    fixed: bool = False  # the layer is to normalise by these statistics, not by its batch's
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -83,6 +88,7 @@ class Update(_Waiting):
       over: of each call, the program instances whose moments these are already.
       field: which field of RunningStats this is.
       path: where it stands in the tree.
+      fixed: whether the layer normalised by `stats`.
     """
 
     stats: RunningStats
@@ -91,6 +97,7 @@ class Update(_Waiting):
     over: tuple[Scope, ...]
     field: str
     path: str = ""
+    fixed: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -110,26 +117,34 @@ class Update(_Waiting):
         return stats
 
 
-jax.tree_util.register_dataclass(Deferred, ["value"], ["path"])
-jax.tree_util.register_dataclass(Update, ["stats", "moments"], ["rules", "over", "field", "path"])
+jax.tree_util.register_dataclass(Deferred, ["value"], ["path", "fixed"])
+jax.tree_util.register_dataclass(
+    Update, ["stats", "moments"], ["rules", "over", "field", "path", "fixed"]
+)
 
 
-def defer(tree: T) -> T:
-    """Every array of a tree of statistics, marked as to be updated later."""
+def defer(tree: T, *, fixed: bool = False) -> T:
+    """Every array of a tree of statistics, marked as to be updated later.
+
+    With `fixed`, layers are to normalise by them, and not by their batch's.
+    """
 
     def mark(path: Any, value: Array) -> Any:
-        return Deferred(jnp.asarray(value), jax.tree_util.keystr(path))
+        return Deferred(jnp.asarray(value), jax.tree_util.keystr(path), fixed)
 
     return jax.tree_util.tree_map_with_path(mark, tree)
 
 
 def read(stats: RunningStats) -> RunningStats:
-    """The arrays that a layer sees: those before the step; after a call in the step, its own."""
+    """The arrays that a layer sees: those before the step; after a call in the step, its own.
+
+    Statistics that are fixed stay as they were before the step.
+    """
     if not waits(stats):
         return stats
     for cell in stats:
         if isinstance(cell, Update):
-            return cell.settled()
+            return cell.stats if cell.fixed else cell.settled()
     return RunningStats(*(v.value if isinstance(v, Deferred) else v for v in stats))
 
 
@@ -163,7 +178,7 @@ def absorb(
         calls = (*earlier.moments, moments), (*earlier.rules, rule), (*earlier.over, over)
     stats = lax.stop_gradient(stats)
     updates: Any = [  # in the place of arrays
-        Update(stats, *calls, field, getattr(getattr(given, field), "path", ""))
+        Update(stats, *calls, field, getattr(getattr(given, field), "path", ""), fixed(given))
         for field in RunningStats._fields
     ]
     return RunningStats(*updates)
@@ -183,18 +198,40 @@ def settle(tree: T, *, stacked: bool = False, axis_name: AxisName | None = None)
     Raises:
       TypeError: a leaf is an array: its layer does not know of deferral.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_waiting)
+    arrays = [
+        getattr(cell.settled(), cell.field) if isinstance(cell, Update) else cell.value
+        for cell in cells(tree, stacked=stacked, axis_name=axis_name)
+    ]
+    return jax.tree.unflatten(_structure(tree), arrays)
+
+
+def cells(tree: Any, *, stacked: bool = False, axis_name: AxisName | None = None) -> list[Any]:
+    """Of every array Update or Deferred, in the order of the tree, with moments of all parts.
+
+    Arguments and errors are those of `settle`.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_waiting)
     for path, leaf in leaves:
         if not is_waiting(leaf):
             raise TypeError(_not_ours(jax.tree_util.keystr(path)))
-    cells = [_unstack(cell) if stacked else cell for _, cell in leaves]
-    if axis_name is not None:
-        cells = _pool_instances(cells, axis_name if isinstance(axis_name, tuple) else (axis_name,))
-    arrays = [
-        getattr(cell.settled(), cell.field) if isinstance(cell, Update) else cell.value
-        for cell in cells
-    ]
-    return jax.tree.unflatten(structure, arrays)
+    found = [_unstack(cell) if stacked else cell for _, cell in leaves]
+    if axis_name is None:
+        return found
+    return _pool_instances(found, axis_name if isinstance(axis_name, tuple) else (axis_name,))
+
+
+def check_structure(function: str, new: Any, old: Any) -> None:
+    """The statistics that come back from the user's function are those that went in, updated."""
+    if _structure(new) != _structure(old):
+        raise ValueError(
+            f"{function} must return statistics of the structure that it was given; given\n"
+            f"{_structure(old)}\nand returned\n{_structure(new)}\nFrom linen's "
+            f'apply(..., mutable=["batch_stats"]) return updates["batch_stats"].'
+        )
+
+
+def _structure(tree: Any) -> Any:
+    return jax.tree.structure(tree, is_leaf=is_waiting)
 
 
 def is_waiting(value: Any) -> bool:
@@ -205,6 +242,11 @@ def is_waiting(value: Any) -> bool:
 def waits(stats: Any) -> bool:
     """Whether any field of these statistics is a Deferred or an Update."""
     return isinstance(stats, tuple) and any(map(is_waiting, stats))
+
+
+def fixed(stats: Any) -> bool:
+    """Whether a layer is to normalise by these statistics in training, too."""
+    return waits(stats) and any(is_waiting(value) and value.fixed for value in stats)
 
 
 def _unstack(cell: Any) -> Any:

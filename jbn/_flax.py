@@ -5,6 +5,7 @@ computes, and so does a module that replaces Flax's.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -13,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jbn import _check
 from jbn._axes import resolve
 from jbn._batch_norm import batch_norm_inference
-from jbn._deferred import absorb, read
+from jbn._deferred import absorb, fixed, read
 from jbn._normalize import Activation, Params, normalize_pooled
 from jbn._running import RunningStats, UpdateRule
 from jbn._sync import AxisName, Scope, scope
@@ -47,19 +48,24 @@ def training(
         old = old._replace(mean=old.mean.astype(x.dtype))
     old = _check.stats(old, axes)
     over = Scope() if axis_name is None else scope(axis_name, axis_index_groups)  # as in Flax
+    shared: dict[str, Any] = {
+        "axis": axes.features,
+        "epsilon": epsilon,
+        "activation": activation,
+        "residual": residual,
+        "dtype": dtype,
+    }
     y, moments = normalize_pooled(
         x,
         *params,
-        axis=axes.features,
-        epsilon=epsilon,
         mask=_of_rank(mask, x.ndim),
         weights=_of_rank(weights, x.ndim),
         over=over,
         groups=groups,
-        activation=activation,
-        residual=residual,
-        dtype=dtype,
+        **shared,
     )
+    if fixed(stats):
+        y = batch_norm_inference(x, params, old, **shared)
     return y.reshape(shape), absorb(update, old, moments, given=stats, over=over)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from jbn._deferred import defer, is_waiting, settle, vary
+from jbn._deferred import check_structure, defer, settle, vary
 from jbn._reference import accumulator
 from jbn._sync import AxisName, scope, varying
 
@@ -358,7 +358,7 @@ def _differentiate(
         return own, (loss, new_stats, metrics)
 
     grads, (loss, new_stats, metrics) = jax.grad(total, has_aux=True)(params)
-    _check_structure(new_stats, stats)
+    check_structure("loss_fn", new_stats, stats)
     # float32 at least: small gradients must not be lost in a large sum.
     grads = jax.tree.map(lambda g: g.astype(accumulator(g.dtype)), grads)
     return _Sums(grads, *lax.stop_gradient((loss, metrics))), new_stats
@@ -508,20 +508,6 @@ def _real(name: str, value: Any) -> Array:
         raise TypeError(f"{name} must be real; got {value.dtype}.")
     floating = jnp.issubdtype(value.dtype, jnp.floating)
     return value.astype(accumulator(value.dtype) if floating else jnp.float32)
-
-
-def _check_structure(new: Tree, old: Tree) -> None:
-    """The statistics that come back are those that went in, updated."""
-    if _structure(new) != _structure(old):
-        raise ValueError(
-            f"loss_fn must return statistics of the structure that it was given; given\n"
-            f"{_structure(old)}\nand returned\n{_structure(new)}\nFrom linen's "
-            f'apply(..., mutable=["batch_stats"]) return updates["batch_stats"].'
-        )
-
-
-def _structure(stats: Tree) -> Any:
-    return jax.tree.structure(stats, is_leaf=is_waiting)
 
 
 def _varying_leaves(tree: Tree, names: tuple[Any, ...]) -> list[str]:

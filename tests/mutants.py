@@ -32,7 +32,7 @@ class Mutant(NamedTuple):
 
 MOMENTS, NORMALIZE, RUNNING = "_moments.py", "_normalize.py", "_running.py"
 REFERENCE, POOL, SYNC, SHARDING = "_reference.py", "_pool.py", "_sync.py", "_sharding.py"
-TRAINING, DEFERRED = "training.py", "_deferred.py"
+TRAINING, DEFERRED, POPULATION = "training.py", "_deferred.py", "population.py"
 ACTIVE = "active(weights)"
 
 MUTANTS = [
@@ -559,15 +559,15 @@ MUTANTS = [
     Mutant(
         "training passes epsilon on",
         "_batch_norm.py",
-        "        epsilon=epsilon,\n",
+        '        "epsilon": epsilon,\n',
         "",
         "test_batch_norm.py",
     ),
     Mutant(
         "training passes the weights on",
         "_batch_norm.py",
-        "        weights=weights,\n",
-        "",
+        "mask=mask, weights=weights, over=over",
+        "mask=mask, weights=None, over=over",
         "test_batch_norm.py",
     ),
     Mutant(
@@ -863,8 +863,8 @@ MUTANTS = [
     Mutant(
         "devices are pooled",
         DEFERRED,
-        "    if axis_name is not None:\n        cells",
-        "    if False:\n        cells",
+        "    if axis_name is None:\n        return found",
+        "    if True:\n        return found",
         "test_deferred.py::test_devices_pool",
     ),
     Mutant(
@@ -901,6 +901,182 @@ MUTANTS = [
         "count=moments.count + jnp.zeros_like(moments.var)",
         "count=moments.count",
         "test_deferred.py::test_linen",
+    ),
+    # Statistics of a whole data set.
+    Mutant(
+        "populations are pooled by count",
+        POPULATION,
+        "weight = np.where(sound, count if weighted else 1.0, 0.0)",
+        "weight = np.where(sound, 1.0, 0.0)",
+        "test_population.py::test_models",
+    ),
+    Mutant(
+        "batches of the paper weigh the same",
+        POPULATION,
+        "weight = np.where(sound, count if weighted else 1.0, 0.0)",
+        "weight = np.where(sound, count, 0.0)",
+        "test_population.py::test_models",
+    ),
+    Mutant(
+        "the paper's population variance is unbiased",
+        POPULATION,
+        "moments = tuple(m._replace(var=unbiased_var(m)) for m in update.moments)",
+        "moments = update.moments",
+        "test_population.py::test_models",
+    ),
+    Mutant(
+        "the paper's population variance is within batches",
+        POPULATION,
+        "    if pooled:\n",
+        "    if True:\n",
+        "test_population.py::test_models",
+    ),
+    Mutant(
+        "population variance is within and between batches",
+        POPULATION,
+        "    if pooled:\n",
+        "    if False:\n",
+        "test_population.py::test_models",
+    ),
+    Mutant(
+        "population sums are of mean - K",
+        POPULATION,
+        "shift = np.where((sums.batches == 0) & sound, mean, sums.shift)",
+        "shift = sums.shift",
+        "test_population.py::test_nothing_cancels",
+    ),
+    Mutant(
+        "population counts are float64",
+        POPULATION,
+        "        sums.weight + weight,",
+        "        np.float32(sums.weight + weight),",
+        "test_population.py::test_counts_above_two_to_the_24",
+    ),
+    Mutant(
+        "what is not finite leaves populations alone",
+        POPULATION,
+        " & np.isfinite(mean) & np.isfinite(var)",
+        "",
+        "test_population.py::test_what_says_nothing_is_left_out",
+    ),
+    Mutant(
+        "empty batches leave populations alone",
+        POPULATION,
+        "sound = (count > 0) & ",
+        "sound = (count >= 0) & ",
+        "test_population.py::test_what_says_nothing_is_left_out",
+    ),
+    Mutant(
+        "populations without data stay",
+        POPULATION,
+        "*(np.where(sums.batches > 0, n, o) for",
+        "*(n for",
+        "test_population.py::test_without_any_data_statistics_stay",
+    ),
+    Mutant(
+        "the last batch enters the population",
+        POPULATION,
+        "    yield from under_way\n",
+        "",
+        "test_population.py::test_batches_are_any_cut_of_the_data",
+    ),
+    Mutant(
+        "every call of a layer enters the population",
+        POPULATION,
+        "for m in calls:",
+        "for m in calls[:1]:",
+        "test_population.py::test_calls_of_one_layer_are_pooled",
+    ),
+    Mutant(
+        "layer by layer, layers normalise as in inference",
+        POPULATION,
+        "way = way._replace(fixed=True)",
+        "way = way._replace(fixed=False)",
+        "test_population.py::test_inference_normalises_every_layer",
+    ),
+    Mutant(
+        "one pass normalises by the batch",
+        POPULATION,
+        '_Way(variance == "paper", False, mesh, axis_name)',
+        '_Way(variance == "paper", True, mesh, axis_name)',
+        "test_population.py::test_models",
+    ),
+    Mutant(
+        "each pass goes on from the one before",
+        POPULATION,
+        "given, previous = _write(stats, layers), layers",
+        "given, previous = stats, layers",
+        "test_population.py::test_inference_normalises_every_layer",
+    ),
+    Mutant(
+        "as many passes as layers",
+        POPULATION,
+        "for i in range(2, passes + 1):",
+        "for i in range(2, passes):",
+        "test_population.py::test_inference_normalises_every_layer",
+    ),
+    Mutant(
+        "scanned layers are as many passes",
+        POPULATION,
+        "return once * len(self.cell.moments) * int(np.prod(shape[:-1], dtype=int))",
+        "return once * len(self.cell.moments)",
+        "test_population.py::test_scanned_layers_are_layers",
+    ),
+    Mutant(
+        "passes end where nothing changes",
+        POPULATION,
+        "            break\n",
+        "            pass\n",
+        "test_population.py::test_parallel_branches_need_no_pass_each",
+    ),
+    Mutant(
+        "every pass reads all batches",
+        POPULATION,
+        "        if again != n:",
+        "        if False:",
+        "test_population.py::test_a_function_that_returns_what_is_used_up",
+    ),
+    Mutant(
+        "populations are of all devices",
+        POPULATION,
+        "found = cells(new, axis_name=way.axis_name)",
+        "found = cells(new)",
+        "test_population.py::test_shard_map",
+    ),
+    Mutant(
+        "fixed layers of the core normalise by what is given",
+        "_batch_norm.py",
+        "    if fixed(stats):",
+        "    if False:",
+        "test_population.py::test_inference_normalises_every_layer",
+    ),
+    Mutant(
+        "fixed layers of Flax normalise by what is given",
+        "_flax.py",
+        "    if fixed(stats):",
+        "    if False:",
+        "test_population.py::test_models",
+    ),
+    Mutant(
+        "fixed statistics stay between calls",
+        DEFERRED,
+        "return cell.stats if cell.fixed else cell.settled()",
+        "return cell.settled()",
+        "test_population.py::test_frozen_calls_see_what_is_fixed",
+    ),
+    Mutant(
+        "population statistics lie where they lay",
+        POPULATION,
+        "jax.device_put(value, lies.sharding) if committed else jnp.asarray(value)",
+        "jnp.asarray(value)",
+        "test_population.py::test_statistics_lie_where_they_lay",
+    ),
+    Mutant(
+        "every process gets the whole population",
+        POPULATION,
+        "    return multihost_utils.process_allgather(tree, tiled=True)",
+        "    return jax.device_get(tree)",
+        "test_population.py::test_two_processes",
     ),
 ]
 

@@ -148,3 +148,47 @@ def running(batches, decay=None, debias=False, unbiased=False) -> Running:
         mean[channel] = rest * 0.0 + weight @ means
         var[channel] = rest * 1.0 + weight @ variances
     return Running(mean, var, absorbed)
+
+
+def conv(x, kernel):
+    """[N, H, W, C] -> [N, H - h + 1, W - w + 1, D] with a kernel [h, w, C, D]; or a dense layer."""
+    if kernel.ndim == 2:
+        return x @ kernel
+    windows = np.lib.stride_tricks.sliding_window_view(x, kernel.shape[:2], axis=(1, 2))
+    return np.einsum("nhwcij,ijcd->nhwd", windows, kernel, optimize=True)
+
+
+def population(batches, layers, *, paper=False, layer_by_layer=False, epsilon=1e-5):
+    """Algorithm 2, lines 7 to 10: the Running statistics of each layer of a net, one by one.
+
+    Pooled, they are the moments of all batches put together; as in the paper, `running` of them
+    with equal weights, which is E_B[mean_B] and E_B[m/(m-1) var_B].
+
+    Args:
+      batches: [(x, mask)]; masks are None or of x's first axis.
+      layers: [(kernel, scale, bias)] of x -> conv or dense -> batch normalization -> relu -> ...
+      paper: line 10 as printed.
+      layer_by_layer: what the next layer sees is normalised by the statistics found; otherwise by
+        those of its batch.
+      epsilon: of all layers.
+    """
+    found = []
+    batches = [(np.asarray(x, np.float64), mask) for x, mask in batches]
+    for kernel, scale, bias in layers:
+        h = [conv(x, np.asarray(kernel, np.float64)) for x, _ in batches]
+        masks = [
+            None if mask is None else mask.reshape(-1, *(1,) * (x.ndim - 1))
+            for x, (_, mask) in zip(h, batches, strict=True)
+        ]
+        each = [moments(x, mask=mask) for x, mask in zip(h, masks, strict=True)]
+        plain = running(each, unbiased=paper)
+        if paper:
+            found.append(plain)
+        else:
+            weights = [position_weights(x, mask) for x, mask in zip(h, masks, strict=True)]
+            m = moments(np.concatenate(h), weights=np.concatenate(weights))
+            found.append(Running(m.mean, m.var, plain.count))
+        use = [(found[-1].mean, found[-1].var) if layer_by_layer else (m.mean, m.var) for m in each]
+        outputs = [affine(x, *u, scale, bias, epsilon=epsilon) for x, u in zip(h, use, strict=True)]
+        batches = [(np.maximum(y, 0), mask) for y, (_, mask) in zip(outputs, batches, strict=True)]
+    return found

@@ -10,13 +10,14 @@ import sys
 import pytest
 
 import jbn
+import jbn.population
 import jbn.training
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 # The direction of the library: a file imports from the lines below its own, never sideways or up.
 LAYERS = (
-    {"linen", "nnx", "training"},
+    {"linen", "nnx", "population", "training"},
     {"_flax"},
     {"__init__"},
     {"_batch_norm"},
@@ -109,6 +110,7 @@ def test_types_are_shipped():
     "name",
     [f"jbn.{name}" for name in jbn.__all__]
     + [f"jbn.training.{name}" for name in jbn.training.__all__]
+    + [f"jbn.population.{name}" for name in jbn.population.__all__]
     + ["jbn.linen.BatchNorm", "jbn.nnx.BatchNorm"],
 )
 def test_public_name_is_on_the_api_page(name):

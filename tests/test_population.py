@@ -1,0 +1,721 @@
+"""Statistics of a whole data set: against float64 NumPy, over models, batches and devices."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import textwrap
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jbn
+import jbn.linen
+import jbn.nnx
+from experiments.digits import bundled_digits
+from jbn.population import estimate
+from tests import nets, oracle
+from tests.executions import AXIS, mesh
+from tests.tolerance import assert_close, eps
+
+# Sums of some dozen values in two orders, in float64, through two layers.
+CLOSE = {"rtol": 1e3 * eps("float64"), "atol": 1e3 * eps("float64")}
+SIZES = (12, 16, 7)  # of the batches; the last one is ragged
+
+
+def data(sizes=SIZES, dtype=np.float64):
+    """Batches with masks, of which some leave whole quarters of the examples out."""
+    return [nets.batch(seed, n, dtype) for seed, n in enumerate(sizes)]
+
+
+def together(batches):
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
+
+
+def one_layer(params, stats, batch):
+    """The statistics of a single layer that sees the batch itself."""
+    return jbn.batch_norm(batch, params, stats)[1]
+
+
+def of_one_layer(batches, features, dtype=jnp.float32, **options):
+    args = jbn.init_params(features, dtype), jbn.init_stats(features, dtype)
+    return estimate(one_layer, *args, batches, **options)
+
+
+def net(name="core", axis_name=None, dtype=jnp.float64):
+    """(params, statistics, apply_fn) of `nets`."""
+    params, stats, loss_fn = nets.BUILD[name](axis_name, dtype)
+    return params, stats, lambda *args: loss_fn(*args)[1]
+
+
+def kernels(name, params):
+    """[(kernel, scale, bias)] of the layers before each normalisation in a net of `nets`."""
+    if name == "core":
+        return [
+            (kernel, *norm)
+            for kernel, norm in zip(params["kernels"], params["norms"], strict=False)
+        ]
+    if name == "linen":
+        pairs = [(params[f"Dense_{i}"], params[f"BatchNorm_{i}"]) for i in range(2)]
+    else:
+        params = nnx.to_pure_dict(params)
+        pairs = [(params["dense"][i], params["norms"][i]) for i in range(2)]
+    return [(dense["kernel"], norm["scale"], norm["bias"]) for dense, norm in pairs]
+
+
+def by_layer(name, stats):
+    """[(mean, var)] of a tree of statistics."""
+    if name == "core":
+        return [(s.mean, s.var) for s in stats]
+    if name == "linen":
+        return [(stats[f"BatchNorm_{i}"]["mean"], stats[f"BatchNorm_{i}"]["var"]) for i in range(2)]
+    norms = nnx.to_pure_dict(stats)["norms"]
+    return [(norms[i]["mean"], norms[i]["var"]) for i in range(2)]
+
+
+# Against the oracle.
+
+
+@pytest.mark.parametrize("layer_by_layer", [False, True], ids=["one_pass", "layer_by_layer"])
+@pytest.mark.parametrize("variance", ["pooled", "paper"])
+@pytest.mark.parametrize("name", nets.BUILD)
+@pytest.mark.usefixtures("x64")
+def test_models(name, variance, layer_by_layer):
+    params, stats, apply_fn = net(name)
+    batches = data()
+    options = {"variance": variance, "layer_by_layer": layer_by_layer}
+    new = estimate(apply_fn, params, stats, batches, **options)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, stats)
+    expected = oracle.population(
+        [(b["x"], b["mask"]) for b in batches],
+        kernels(name, params),
+        paper=variance == "paper",
+        layer_by_layer=layer_by_layer,
+    )
+    pairs = [(s.mean, s.var) for s in expected]
+    chex.assert_trees_all_close(by_layer(name, new), pairs, **CLOSE)
+    if name == "core":
+        assert all((s.count == len(SIZES)).all() for s in new)
+
+
+def forward(params, stats, x, train):
+    """Dense or convolutional layers, each normalised without scale, bias and epsilon, then relu.
+
+    Returns what the layers saw normalised to, and their statistics.
+    """
+    outputs, new = [], []
+    x = x.astype(params[0].dtype)
+    for kernel, old in zip(params, stats, strict=True):
+        h = (
+            x @ kernel
+            if kernel.ndim == 2
+            else jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        )
+        if train:
+            y, updated = jbn.batch_norm(h, jbn.Params(None, None), old, epsilon=0)
+            new.append(updated)
+        else:
+            y = jbn.batch_norm_inference(h, jbn.Params(None, None), old, epsilon=0)
+        outputs.append(y)
+        x = jax.nn.relu(y)
+    return outputs, new
+
+
+def updated(params, stats, batch):
+    return forward(params, stats, batch, train=True)[1]
+
+
+def random_net(*shapes, dtype=jnp.float32):
+    """Kernels under which no channel is dead, and statistics."""
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    params = [
+        jax.random.normal(k, s, dtype) / np.sqrt(np.prod(s[:-1])).astype(dtype)
+        for k, s in zip(keys, shapes, strict=True)
+    ]
+    return params, [jbn.init_stats(s[-1], dtype) for s in shapes]
+
+
+DIGITS = ((784, 32), (32, 24), (24, 16))
+
+
+def digits(batch_size=256):
+    images = bundled_digits().train_images
+    return [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+
+
+def wide(params):
+    return [(np.asarray(kernel, np.float64), None, None) for kernel in params]
+
+
+@pytest.mark.parametrize("layer_by_layer", [False, True], ids=["one_pass", "layer_by_layer"])
+@pytest.mark.parametrize("variance", ["pooled", "paper"])
+def test_a_whole_data_set(variance, layer_by_layer):
+    """4,000 digits, in 15 batches of 256 and one of 160."""
+    params, stats = random_net(*DIGITS)
+    batches = digits()
+    assert len(batches[-1]) == 160
+    options = {"variance": variance, "layer_by_layer": layer_by_layer}
+    new = estimate(updated, params, stats, batches, **options)
+    expected = oracle.population(
+        [(b, None) for b in batches],
+        wide(params),
+        paper=variance == "paper",
+        layer_by_layer=layer_by_layer,
+        epsilon=0,
+    )
+    for ours, exact in zip(new, expected, strict=True):
+        for field in "mean", "var":
+            assert_close(getattr(ours, field), getattr(exact, field), "float32", 784, magnitude=1)
+        assert (ours.count == 16).all()
+
+
+@pytest.mark.parametrize("layer_by_layer", [False, True], ids=["one_pass", "layer_by_layer"])
+def test_convolutions_at_an_offset(layer_by_layer):
+    params, stats = random_net((3, 3, 2, 4), (3, 3, 4, 5))
+    x = 100 + np.random.default_rng(0).standard_normal((40, 9, 8, 2)).astype(np.float32)
+    batches = [x[:16], x[16:32], x[32:]]
+    new = estimate(updated, params, stats, batches, layer_by_layer=layer_by_layer)
+    expected = oracle.population(
+        [(b, None) for b in batches], wide(params), layer_by_layer=layer_by_layer, epsilon=0
+    )
+    for ours, exact in zip(new, expected, strict=True):
+        for field in "mean", "var":
+            # The convolution itself rounds at 100, which is 100 standard deviations.
+            close = {"magnitude": abs(getattr(exact, field)).max(), "ratio": 100}
+            assert_close(getattr(ours, field), getattr(exact, field), "float32", 18, **close)
+
+
+@pytest.mark.parametrize("variance", ["pooled", "paper"])
+def test_large_offsets(variance):
+    """Between batches whose means differ, at mean / std = 1e4."""
+    rng = np.random.default_rng(1)
+    batches = [
+        (1e4 + rng.standard_normal(3) + rng.standard_normal((n, 3))).astype(np.float32)
+        for n in (64, 64, 64, 33)
+    ]
+    new = of_one_layer(batches, 3, variance=variance)
+    kernel = [(np.eye(3), None, None)]
+    (exact,) = oracle.population([(b, None) for b in batches], kernel, paper=variance == "paper")
+    np.testing.assert_allclose(new.mean, exact.mean, rtol=eps("float32"))
+    # Each batch's mean is a float32 near 1e4, off by up to 5e-4, beside distances of about 1.
+    np.testing.assert_allclose(new.var, exact.var, rtol=1e4 * eps("float32"))
+
+
+@pytest.mark.usefixtures("x64")
+def test_nothing_cancels():
+    """Sums of x^2 would lose 12 of 16 digits at mean / std = 1e6."""
+    rng = np.random.default_rng(2)
+    batches = [1e6 + rng.standard_normal((n, 3)) for n in (8, 8, 5)]
+    new = of_one_layer(batches, 3, jnp.float64)
+    # The means of batches are off by 1e6 eps / 2.
+    np.testing.assert_allclose(new.var, np.concatenate(batches).var(0), rtol=1e6 * eps("float64"))
+
+
+# What averages of averages, and float32, would get wrong.
+
+
+def weighted(params, stats, batch):
+    return jbn.batch_norm(batch["x"], params, stats, weights=batch["w"])[1]
+
+
+def test_counts_above_two_to_the_24():
+    """In float32 the count would stay at 2^24, however many single values follow."""
+    first = {"x": np.float32([[0], [0]]), "w": np.float32([[2**23], [2**23]])}
+    other = {"x": np.float32([[3000], [1000]]), "w": np.float32([[0.5], [0.5]])}
+    args = weighted, jbn.init_params(1), jbn.init_stats(1)
+    new = estimate(*args, [first, *[other] * 1000])
+    n, square = 2**24 + 1000, 1000 * 5e6
+    mean = 1000 * 2000 / n
+    assert_close(new.mean, [mean], "float32", 2)
+    assert_close(new.var, [square / n - mean**2], "float32", 2)
+    # 6e-5 of what float32 would say, so the test can tell.
+    assert abs(n / 2**24 - 1) > 100 * eps("float32")
+
+
+def test_thousands_of_batches():
+    rng = np.random.default_rng(3)
+    x = (1e3 + rng.standard_normal((3000, 4, 2))).astype(np.float32)
+    new = of_one_layer(x, 2)
+    exact = x.reshape(-1, 2).astype(np.float64)
+    np.testing.assert_allclose(new.mean, exact.mean(0), rtol=eps("float32"))
+    # The rounding of a batch's mean, 3e-5, squared and averaged; as for a single batch.
+    np.testing.assert_allclose(new.var, exact.var(0), rtol=16 * eps("float32"))
+    assert (new.count == 3000).all()
+
+
+@pytest.mark.usefixtures("x64")
+def test_batches_are_any_cut_of_the_data():
+    x = np.random.default_rng(4).standard_normal((40, 3)) + 5
+    cuts = [[x], [x[:20], x[20:]], [x[30:], x[2:30], x[:2]]]
+    found = [of_one_layer(cut, 3, jnp.float64) for cut in cuts]
+    for one in found[1:]:
+        chex.assert_trees_all_close(one[:2], found[0][:2], **CLOSE)
+    assert [one.count[0] for one in found] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("variance", ["pooled", "paper"])
+def test_order_does_not_matter(variance):
+    params, stats = random_net(*DIGITS)
+    batches = digits(500)
+    one = estimate(updated, params, stats, batches, variance=variance)
+    other = estimate(updated, params, stats, batches[::-1], variance=variance)
+    # Sums in float64; so at most the last bit when they are rounded to float32.
+    chex.assert_trees_all_close(one, other, rtol=eps("float32"))
+
+
+@pytest.mark.parametrize("layer_by_layer", [False, True])
+def test_again_bit_for_bit(layer_by_layer):
+    params, stats = random_net(*DIGITS)
+    args = updated, params, stats, digits(500)
+    one, other = (estimate(*args, layer_by_layer=layer_by_layer) for _ in range(2))
+    chex.assert_trees_all_equal(one, other)
+
+
+# Batches that say nothing, of some features or at all.
+
+
+def masked(params, stats, batch):
+    return jbn.batch_norm(batch["x"], params, stats, mask=batch["mask"])[1]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, "empty"])
+@pytest.mark.parametrize("variance", ["pooled", "paper"])
+def test_what_says_nothing_is_left_out(variance, bad):
+    x = np.random.default_rng(5).standard_normal((3, 8, 2)).astype(np.float32)
+    mask = np.ones((3, 8, 2), bool)
+    if bad == "empty":
+        mask[0, :, 1] = False
+    else:
+        x[0, 4, 1] = bad
+    batches = [{"x": x[i], "mask": mask[i]} for i in range(3)]
+    args = masked, jbn.init_params(2), jbn.init_stats(2)
+    new = estimate(*args, batches, variance=variance)
+    (whole,) = [estimate(*args, batches[1:], variance=variance)]
+    assert_close([v[1] for v in new], [v[1] for v in whole], "float32", 8)
+    assert new.count.tolist() == [3, 2]
+    assert_close(new.mean[0], x[:, :, 0].astype(np.float64).mean(), "float32", 24)
+
+
+def test_without_any_data_statistics_stay():
+    batches = [{"x": np.ones((4, 2), np.float32), "mask": np.array([[True, False]])}] * 2
+    batches[0] = batches[0] | {"mask": np.zeros((1, 2), bool)}
+    old = jbn.RunningStats(*(jnp.float32([3, value]) for value in (5, 7, 11)))
+    new = estimate(masked, jbn.init_params(2), old, batches)
+    chex.assert_trees_all_equal(new, jbn.RunningStats(*map(jnp.float32, ([1, 5], [0, 7], [1, 11]))))
+
+
+def test_one_value_has_no_unbiased_variance():
+    x = np.float32([[1], [3], [8]])
+    mask = np.array([[True], [False], [False]])
+    batches = [{"x": x, "mask": mask}, {"x": x, "mask": ~mask}]
+    args = masked, jbn.init_params(1), jbn.init_stats(1), batches
+    paper, pooled = (estimate(*args, variance=how) for how in ("paper", "pooled"))
+    assert [float(v[0]) for v in paper] == [5.5, 12.5, 1]  # of 3 and 8 alone
+    np.testing.assert_allclose([v[0] for v in pooled], [4, 26 / 3, 2], rtol=eps("float32"))
+
+
+# Layer by layer.
+
+
+def assert_normalised(params, stats, x):
+    for y in forward(params, stats, x, train=False)[0]:
+        y = np.asarray(y, np.float64).reshape(-1, y.shape[-1])
+        assert_close(y.mean(0), np.zeros(y.shape[1]), "float32", 784, magnitude=1)
+        assert_close(y.var(0), np.ones(y.shape[1]), "float32", 784, magnitude=1)
+
+
+def test_inference_normalises_every_layer():
+    """The law that inference wants; one pass gives it to the first layer only."""
+    params, stats = random_net(*DIGITS)
+    batches = digits(64)
+    x = np.concatenate(batches)
+    exact = estimate(updated, params, stats, batches, layer_by_layer=True)
+    assert_normalised(params, exact, x)
+    one_pass = estimate(updated, params, stats, batches)
+    assert_normalised(params[:1], one_pass[:1], x)
+    for layer in 1, 2:
+        y = forward(params, one_pass, x, train=False)[0][layer]
+        assert abs(y.var(0) - 1).max() > 0.003
+
+
+def test_one_batch_is_exact_in_one_pass():
+    params, stats = random_net(*DIGITS)
+    batches = digits(500)
+    whole = estimate(updated, params, stats, [np.concatenate(batches)])
+    parts = estimate(updated, params, stats, batches, layer_by_layer=True)
+    for one, other in zip(whole, parts, strict=True):
+        assert_close(other.mean, one.mean, "float32", 4000, magnitude=1)
+        assert_close(other.var, one.var, "float32", 4000, magnitude=1)
+
+
+def test_deep_nets():
+    """Passes in between may be off by orders of magnitude in deep layers; the last is exact."""
+    params, stats = random_net(*[(16, 16)] * 24)
+    x = np.random.default_rng(9).standard_normal((512, 16)).astype(np.float32)
+    exact = estimate(updated, params, stats, list(x.reshape(8, 64, 16)), layer_by_layer=True)
+    assert_normalised(params, exact, x)
+
+
+class Counted:
+    """Batches that know how often they were read."""
+
+    def __init__(self, batches):
+        self.batches, self.times = batches, 0
+
+    def __call__(self):
+        self.times += 1
+        return iter(self.batches)
+
+
+def test_passes_end():
+    params, stats = random_net(*DIGITS)
+    batches = Counted(digits())
+    estimate(updated, params, stats, batches)
+    assert batches.times == 1
+    estimate(updated, params, stats, batches, layer_by_layer=True)
+    assert batches.times == 1 + len(DIGITS)
+
+
+def test_parallel_branches_need_no_pass_each():
+    def branches(params, stats, x):
+        both = [jbn.batch_norm(x, params, s)[1] for s in stats["branches"]]
+        y = sum(jbn.batch_norm(x, params, s)[0] for s in stats["branches"])
+        last = jbn.batch_norm(jax.nn.relu(y), params, stats["last"])[1]
+        return {"branches": both, "last": last}
+
+    x = np.random.default_rng(6).standard_normal((40, 3)).astype(np.float32)
+    stats = {"branches": [jbn.init_stats(3)] * 5, "last": jbn.init_stats(3)}
+    batches = Counted([x[:20], x[20:]])
+    new = estimate(branches, jbn.init_params(3), stats, batches, layer_by_layer=True)
+    assert batches.times in (3, 4)  # two, and one or two in which nothing changes; not six
+    assert_close(new["last"].var, np.maximum(5 * oracle.normalize(x)[0], 0).var(0), "float32", 40)
+
+
+def full_layer(params, stats, batch):
+    """A layer with all that it can do, then another that sees its result."""
+    y, first = jbn.batch_norm(
+        batch["x"],
+        params,
+        stats[0],
+        epsilon=0.5,
+        mask=batch["mask"],
+        groups=2,
+        activation=jnp.tanh,
+        residual=batch["x"] * 0.5,
+    )
+    return [first, jbn.batch_norm(y, params, stats[1], mask=batch["mask"])[1]]
+
+
+def test_layers_normalise_as_in_inference():
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal((2, 10, 3)).astype(np.float32) * 3 + 1
+    batches = [{"x": x[i], "mask": rng.random((10, 1)) < 0.7} for i in range(2)]
+    params = jbn.Params(jnp.float32([1, 2, 3]), jnp.float32([0, 1, 0]))
+    stats = [jbn.init_stats(3)] * 2
+    new = estimate(full_layer, params, stats, batches, layer_by_layer=True)
+    all_of_it, mask = together(batches)["x"], together(batches)["mask"]
+    assert_close(new[0].var, oracle.moments(all_of_it, mask=mask).var, "float32", 20)
+    y = oracle.affine(all_of_it, new[0].mean, new[0].var, *params, epsilon=0.5)
+    expected = oracle.moments(np.tanh(y + 0.5 * all_of_it), mask=mask)
+    assert_close(new[1].mean, expected.mean, "float32", 20)
+    assert_close(new[1].var, expected.var, "float32", 20)
+
+
+# Models.
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        x = nn.Dense(4)(x)
+        return nn.relu(jbn.linen.BatchNorm(use_running_average=False)(x)), None
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        axes = {"params": 0, "batch_stats": 0}
+        blocks = nn.scan(Block, variable_axes=axes, split_rngs={"params": True}, length=3)
+        return blocks()(x, None)[0]
+
+
+X = np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32) * 2 + 1
+PARTS = [X[:16], X[16:32], X[32:]]
+
+
+def of_linen(model):
+    variables = jax.jit(model.init)(jax.random.key(0), X)
+
+    def apply_fn(params, stats, x):
+        variables = {"params": params, "batch_stats": stats}
+        return model.apply(variables, x, mutable=["batch_stats"])[1]["batch_stats"]
+
+    return apply_fn, variables["params"], variables["batch_stats"]
+
+
+def test_scanned_layers_are_layers():
+    apply_fn, params, stats = of_linen(Scanned())
+    whole = estimate(apply_fn, params, stats, [X])
+    parts = estimate(apply_fn, params, stats, PARTS, layer_by_layer=True)
+    chex.assert_trees_all_equal_shapes_and_dtypes(parts, stats)
+    chex.assert_trees_all_close(parts, whole, rtol=1e-5, atol=1e-5)
+
+
+class Shared(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        layer = jbn.linen.BatchNorm(use_running_average=False, update=jbn.ema(0.9))
+        return layer(layer(x[:, ::2]) * 2 + 1) + layer(x[:, 1::2])
+
+
+def test_calls_of_one_layer_are_pooled():
+    apply_fn, params, stats = of_linen(Shared())
+    new = estimate(apply_fn, params, stats, [X])["BatchNorm_0"]
+    a, b = X[:, ::2].astype(np.float64), X[:, 1::2].astype(np.float64)
+    seen = np.concatenate([a, oracle.normalize(a)[0] * 2 + 1, b])
+    assert_close(new["mean"], seen.mean(0), "float32", 120)
+    assert_close(new["var"], seen.var(0), "float32", 120)
+    assert (new["count"] == 3).all()
+
+
+class ThenFrozen(nn.Module):
+    """One layer, first in training, then in inference; then another."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = jbn.linen.BatchNorm(epsilon=0.1)
+        y = nn.relu(layer(x, use_running_average=False))
+        y = layer(y, use_running_average=True)
+        return jbn.linen.BatchNorm(use_running_average=False)(y)
+
+
+def test_frozen_calls_see_what_is_fixed():
+    apply_fn, params, stats = of_linen(ThenFrozen())
+    new = estimate(apply_fn, params, stats, PARTS, layer_by_layer=True)
+    mean, var = X.mean(0, dtype=np.float64), X.var(0, dtype=np.float64)
+    y = oracle.affine(X, mean, var, epsilon=0.1)
+    y = oracle.affine(np.maximum(y, 0), mean, var, epsilon=0.1)
+    assert_close(new["BatchNorm_1"]["mean"], y.mean(0), "float32", 40)
+    assert_close(new["BatchNorm_1"]["var"], y.var(0), "float32", 40)
+
+
+class Frozen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = jbn.linen.BatchNorm(use_running_average=True)(x)
+        return jbn.linen.BatchNorm(use_running_average=False)(x)
+
+
+def test_frozen_layers_stay():
+    apply_fn, params, stats = of_linen(Frozen())
+    stats = jax.tree.map(lambda v: v + 1, stats)
+    new = estimate(apply_fn, params, stats, PARTS, layer_by_layer=True)
+    chex.assert_trees_all_equal(new["BatchNorm_0"], stats["BatchNorm_0"])
+    y = oracle.affine(X, 1.0 * np.ones(4), 2.0 * np.ones(4))
+    assert_close(new["BatchNorm_1"]["var"], y.var(0), "float32", 40)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.complex64], ids=["bfloat16", "complex64"])
+def test_dtypes_stay(dtype):
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal((2, 8, 3)) + 1j * rng.standard_normal((2, 8, 3)) + 5
+    x = x.astype(np.complex64) if dtype == jnp.complex64 else x.real.astype(np.float32)
+    stats = jbn.init_stats(3, dtype)
+    with jax.numpy_dtype_promotion("standard"):  # complex numbers times real ones
+        new = estimate(one_layer, jbn.init_params(3), stats, list(x))
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, stats)
+    exact = x.reshape(-1, 3).astype(np.complex128)
+    np.testing.assert_allclose(
+        np.asarray(new.mean, np.complex128), exact.mean(0), rtol=eps(jnp.finfo(dtype).dtype)
+    )
+    np.testing.assert_allclose(
+        np.asarray(new.var, np.float64), exact.var(0), rtol=4 * eps(jnp.finfo(dtype).dtype)
+    )
+
+
+def test_the_model_compiles_once_a_shape():
+    traced = []
+
+    def apply_fn(params, stats, batch):
+        traced.append(batch.shape)
+        return one_layer(params, stats, batch)
+
+    args = apply_fn, jbn.init_params(2), jbn.init_stats(2)
+    batches = [np.ones((n, 2), np.float32) for n in (4, 4, 4, 2)]
+    for _ in range(2):
+        estimate(*args, batches)
+    assert traced == [(4, 2), (2, 2)]
+
+
+# Devices.
+
+GROUPS = [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("layer_by_layer", [False, True], ids=["one_pass", "layer_by_layer"])
+@pytest.mark.usefixtures("x64")
+def test_sharded_batches(layer_by_layer):
+    params, stats, apply_fn = net()
+    batches = data((16, 16, 8))
+    one = estimate(apply_fn, params, stats, batches, layer_by_layer=layer_by_layer)
+    everything = mesh((8,))
+    with jax.set_mesh(everything):
+        cut = jax.device_put(batches, NamedSharding(everything, P(AXIS)))
+        many = estimate(apply_fn, params, stats, cut, layer_by_layer=layer_by_layer)
+    chex.assert_trees_all_close(many, one, **CLOSE)
+
+
+@pytest.mark.parametrize("layer_by_layer", [False, True], ids=["one_pass", "layer_by_layer"])
+@pytest.mark.parametrize("name", nets.BUILD)
+@pytest.mark.usefixtures("x64")
+def test_shard_map(name, layer_by_layer):
+    batches = data((32, 32, 16))  # of these some devices have masked examples only
+    options = {"layer_by_layer": layer_by_layer}
+    params, stats, apply_fn = net(name)
+    one = estimate(apply_fn, params, stats, batches, **options)
+    across = {"mesh": mesh((8,)), "axis_name": AXIS}
+    synced = net(name, AXIS)[-1]
+    many = estimate(synced, params, stats, batches, **across, **options)
+    chex.assert_trees_all_close(many, one, **CLOSE)
+    # Layers that normalise on each device alone: a deeper one sees that, unless layer by layer.
+    local = by_layer(name, estimate(apply_fn, params, stats, batches, **across, **options))
+    exact = by_layer(name, one)
+    chex.assert_trees_all_close(local[0], exact[0], **CLOSE)
+    if layer_by_layer:
+        chex.assert_trees_all_close(local[1], exact[1], **CLOSE)
+    for leaf in jax.tree.leaves(many):
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(shard.data, leaf)
+
+
+@pytest.mark.parametrize("variance", ["pooled", "paper"])
+@pytest.mark.usefixtures("x64")
+def test_groups_of_devices(variance):
+    params, stats, loss_fn = nets.core(AXIS, jnp.float64, axis_index_groups=GROUPS)
+    apply_fn = lambda *args: loss_fn(*args)[1]  # noqa: E731
+    batches = data((16, 16, 8))
+    options = {"variance": variance, "layer_by_layer": True}
+    across = {"mesh": mesh((2, 2), ("a", "b")), "axis_name": ("a", "b")}
+    two_axes = net(axis_name="b")[-1]
+    one = estimate(net()[-1], params, stats, batches, **options)
+    many = estimate(apply_fn, params, stats, batches, mesh=mesh(), axis_name=AXIS, **options)
+    chex.assert_trees_all_close(many, one, **CLOSE)
+    many = estimate(two_axes, params, stats, batches, **across, **options)
+    chex.assert_trees_all_close(many, one, **CLOSE)
+
+
+def test_statistics_lie_where_they_lay():
+    x = np.ones((8, 2), np.float32)
+    args = one_layer, jbn.init_params(2)
+    free = estimate(*args, jbn.init_stats(2), [x])
+    assert not free.mean.committed
+    assert not estimate(*args, jax.tree.map(np.asarray, jbn.init_stats(2)), [x]).mean.committed
+    everywhere = NamedSharding(mesh((8,)), P())
+    placed = estimate(*args, jax.device_put(jbn.init_stats(2), everywhere), [x])
+    assert all(v.sharding == everywhere for v in placed)
+
+
+PROCESS = """
+    import sys, jax, numpy as np, jbn, jbn.population
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+    jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,))
+
+    def apply_fn(params, stats, x):
+        return jbn.batch_norm(x, params, stats)[1]
+
+    x = np.random.default_rng(0).standard_normal((3, 16, 8)).astype(np.float32)
+    for spec in P("data"), P(None, "data"):  # examples over the processes, then features
+        lies = NamedSharding(mesh, spec)
+        batches = [jax.make_array_from_callback(b.shape, lies, lambda i, b=b: b[i]) for b in x]
+        with jax.set_mesh(mesh):
+            args = jbn.init_params(8), jbn.init_stats(8)
+            new = jbn.population.estimate(apply_fn, *args, batches)
+        print(*[np.asarray(v).tobytes().hex() for v in new])
+"""
+
+
+def test_two_processes():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = "--xla_force_host_platform_device_count=2"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(PROCESS), address, str(i)],
+            cwd=pathlib.Path(__file__).parent.parent,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    ours, theirs = (text.strip().splitlines()[-2:] for text in said)
+    assert ours == theirs
+    x = np.random.default_rng(0).standard_normal((3, 16, 8)).astype(np.float32)
+    exact = x.reshape(-1, 8).astype(np.float64)
+    for line in ours:
+        mean, var, _ = (np.frombuffer(bytes.fromhex(v), np.float32) for v in line.split())
+        assert_close(mean, exact.mean(0), "float32", 48)
+        assert_close(var, exact.var(0), "float32", 48)
+
+
+# What is refused.
+
+
+def raises(error, match, batches=PARTS, apply_fn=one_layer, **options):
+    with pytest.raises(error, match=match):
+        estimate(apply_fn, jbn.init_params(4), jbn.init_stats(4), batches, **options)
+
+
+def test_errors():
+    again = {"layer_by_layer": True}
+    raises(ValueError, "batches is empty", [])
+    raises(ValueError, "batches is empty", iter([]))
+    raises(ValueError, "generator, which is used up", (x for x in PARTS), **again)
+    raises(ValueError, 'must be "pooled".*"paper".*got \'unbiased\'', variance="unbiased")
+    raises(ValueError, "mesh and axis_name belong together.*'data'", axis_name="data")
+    raises(ValueError, "mesh and axis_name belong together", mesh=mesh())
+    raises(ValueError, "structure that it was given", apply_fn=lambda p, s, x: (x, s))
+    raises(ValueError, "apply_fn must return", apply_fn=lambda p, s, x: x)
+    raises(TypeError, "not jbn's", apply_fn=lambda p, s, x: s._replace(mean=x.mean(0)))
+
+
+def test_a_function_that_returns_what_is_used_up():
+    params, stats = random_net(*DIGITS)
+    batches = iter(digits())
+    with pytest.raises(ValueError, match="batches were 16 in the first pass and 0 in pass 2"):
+        estimate(updated, params, stats, lambda: batches, layer_by_layer=True)
+
+
+def test_a_model_in_inference_is_an_error():
+    model = nnx.Sequential(jbn.nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    model.eval()
+    graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+
+    def apply_fn(params, stats, x):
+        model = nnx.merge(graphdef, params, stats)
+        model(x)
+        return nnx.state(model, nnx.BatchStat)
+
+    with pytest.raises(ValueError, match=r"updated no statistics.*model\.train\(\)"):
+        estimate(apply_fn, params, stats, PARTS)
+
+
+def test_layers_of_others_are_named():
+    apply_fn, params, stats = of_linen(nn.BatchNorm(use_running_average=False))
+    with pytest.raises(TypeError, match=r"at \['mean'\] belong to a layer that is not jbn's"):
+        estimate(apply_fn, params, stats, PARTS)
