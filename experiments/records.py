@@ -17,11 +17,17 @@ import jbn
 
 
 class Records:
-    """A file of JSON lines, written through at every line; use it as a context manager."""
+    """A file of JSON lines, written through at every line; use it as a context manager.
 
-    def __init__(self, path: Path, **header: Any):
+    With `resume_from`, the number of a training step, an earlier file is gone on with: what it says
+    of later steps is forgotten, and a new header tells of the new start.
+    """
+
+    def __init__(self, path: Path, *, resume_from: int = 0, **header: Any):
         path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _lines_until(path, resume_from) if resume_from else []
         self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(kept)
         self.write("header", **header, **environment())
 
     def write(self, kind: str, **fields: Any) -> None:
@@ -35,6 +41,13 @@ class Records:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The whole lines of a file, if it is there, that tell of no later step."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    return [line for line in whole if json.loads(line).get("step", 0) <= step]
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

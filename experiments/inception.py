@@ -1,0 +1,286 @@
+"""How many steps does Batch Normalization save a deep network, and what else does it make possible?
+
+Figures 2 and 3 of Ioffe & Szegedy (2015, arXiv 1502.03167): an Inception network of 34 convolution
+layers, with and without Batch Normalization, at the learning rate that suits the plain one and at 5
+and 30 times that, with ReLUs and with sigmoids. The claims: the normalised network reaches the
+plain one's best accuracy in 7 % of its steps; it trains at rates where the plain one diverges; it
+needs no Dropout; and it trains with sigmoids, where the plain one stays at chance.
+
+On CIFAR-10, the same modules an eighth as wide, on a laptop::
+
+    python -m experiments.inception search --data-dir DIR         # the baseline's best rate
+    python -m experiments.inception --data-dir DIR --jobs 2       # the table, three seeds
+    python -m experiments.inception BN-x5 --data-dir DIR          # one row of it
+    python -m experiments.inception remarks ensemble band --data-dir DIR --jobs 2
+    python -m experiments.inception report                        # tables and figures of all runs
+    python -m experiments.inception BN-x5 --dataset smoke         # seconds: does it run?
+
+A run that was stopped goes on when the same command is given again; one that has ended is not
+repeated. CIFAR-10 comes as folders of images, ``train/CLASS/*`` and ``test/CLASS/*``, or as its
+binary files.
+
+On ImageNet, ``train/WNID/*.JPEG`` and ``val/WNID/*.JPEG``, the real thing::
+
+    python -m experiments.inception BN-x30 --data-dir DIR --dataset imagenet --workers 32 --auto
+
+once on every machine of a cluster. Expected there, from the paper (Figures 3 and 4, single crop):
+Inception 72.2 % after 31 million steps of 32 images; BN-Baseline the same after 13.3 million and
+72.7 % at best; BN-x5 after 2.1 million and 73.0 %; BN-x30 after 2.7 million and 74.8 % after 6
+million; BN-x5-Sigmoid 69.8 %. Errors (top-5): 25.2 % (7.82 %) with one crop, 21.99 % (5.82 %) with
+144, six networks together 20.1 % (4.9 %).
+
+Cost: an image takes 1.95 billion multiplications forward, three times that with the way back, so a
+step of 32 images 374 GFLOP, and the 6 million steps of BN-x30 2.2e18. That is eight hours at 80
+TFLOP/s over all devices, if 6,700 images a second are read: 16 processor cores at 2.6 ms an image.
+Inception's 31 million steps are five times as much. These figures are the paper's and arithmetic,
+not measured with this program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from experiments import cluster, data, inception_report, inception_train, models
+from experiments.inception_recipes import ENSEMBLE, RATES, RECIPES, REMARKS, SCALES, TABLE
+from experiments.inception_train import STATISTICS, Options, Run, Sets
+
+ROWS = tuple(row.name for row in models.BN_INCEPTION)
+SEARCH = (0.003, 0.01, 0.03, 0.1)  # first learning rates of the baseline
+GROUPS = {"table": TABLE, "remarks": REMARKS, "ensemble": ENSEMBLE, "band": RATES}
+# Fields of a scale that an option may change.
+SIZES = "rate", "steps", "width", "modules", "size", "batch", "evaluations"
+ACTIONS = ("search", *GROUPS, "report")
+
+
+def runs(args: argparse.Namespace) -> list[Run]:
+    """What is asked for, in the order in which it is of use: a whole table, then the next seed."""
+    scale = SCALES[args.dataset]
+    given = {name: value for name in SIZES if (value := getattr(args, name))}
+    scale = scale._replace(**{k: tuple(v) if k == "modules" else v for k, v in given.items()})
+    chosen = []
+    for seed in args.seeds:
+        for what in args.what:
+            if what == "search":
+                chosen += [Run("Inception", TABLE["Inception"], scale, rate, seed)
+                           for rate in SEARCH]  # fmt: skip
+            elif what != "report":
+                some = GROUPS.get(what) or {what: RECIPES[what]}
+                chosen += [Run(name, r, scale, scale.rate, seed) for name, r in some.items()]
+    return list(dict.fromkeys(chosen))
+
+
+def deal(chosen: list[Run], jobs: int) -> list[list[Run]]:
+    """The runs, each to the job that has the fewest steps so far."""
+    hands: list[list[Run]] = [[] for _ in range(jobs)]
+    for run in chosen:
+        min(hands, key=lambda hand: sum(r.steps for r in hand)).append(run)
+    return hands
+
+
+def spawn(argv: Sequence[str], jobs: int, out: Path) -> None:
+    """Starts the jobs on this machine, each with one thread, and waits for all.
+
+    Two jobs of one thread do almost twice as much as one job of two: the layers are small.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+    environment = os.environ | {"XLA_FLAGS": flags, "OMP_NUM_THREADS": "1"}
+    started = []
+    for job in range(jobs):
+        log = out / f"job-{job}.log"
+        command = [sys.executable, "-m", "experiments.inception", *argv, "--job", str(job)]
+        with log.open("w") as file:
+            started.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
+        print(f"job {job} writes to {log}")
+    try:
+        failed = [job for job, process in enumerate(started) if process.wait()]
+    except KeyboardInterrupt:
+        for process in started:
+            process.wait()  # they are interrupted, too, and save what they have
+        raise
+    if failed:
+        sys.exit(f"error: job {failed[0]} failed; {out / f'job-{failed[0]}.log'} says why.")
+
+
+# --- Command line -------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """Images are the only thing without a default."""
+    p = argparse.ArgumentParser(
+        prog="python -m experiments.inception",
+        description="Inception with and without Batch Normalization, as in the paper's Figure 2. "
+        "Writes every measurement as JSON lines and a checkpoint, so that a run that was stopped "
+        "goes on when the same command is given again; `report` makes tables and figures.",
+        epilog=f"Recipes: {'; '.join(RECIPES)}.",
+    )
+    p.add_argument("what", nargs="*", default=["table"], metavar="WHAT",
+        help="table: the paper's comparison; search: the baseline's learning rate; remarks: BN-x5 "
+        "with one change each; ensemble: more variants of BN-x30; band: which learning rates "
+        "train at all; report: tables and figures of all runs in --out; or the names of recipes, "
+        "listed below (default: table)")  # fmt: skip
+    add_run_options(p.add_argument_group("what to run"))
+    add_device_options(p.add_argument_group("on what"))
+    cluster.add_options(p.add_argument_group("as one process of several, on each of them"))
+    return p
+
+
+def add_run_options(group: argparse._ArgumentGroup) -> None:
+    """Images, length, where the results go."""
+    add = group.add_argument
+    add("--data-dir", metavar="DIR", help="the images: folders train and val (or test) of classes")
+    add("--dataset", choices=SCALES, default="cifar10",
+        help="what they are, hence which size of network and how many steps; smoke: made-up "
+        "images, seconds (default: %(default)s)")  # fmt: skip
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="one run each: initial kernels, batches (default: 0 1 2; of all but the table: 0)",
+    )
+    add("--rate", type=float, metavar="X",
+        help="the baseline's first learning rate; a recipe may multiply it (default: the search's "
+        f"best: {', '.join(f'{k} {s.rate:g}' for k, s in SCALES.items())})")  # fmt: skip
+    add("--steps", type=int, metavar="N",
+        help="of the baseline; a recipe may take a share (default: "
+        f"{', '.join(f'{k} {s.steps:,}' for k, s in SCALES.items())})")  # fmt: skip
+    add("--width", type=float, metavar="X", help="share of the channels of the paper's network "
+        f"(default: {', '.join(f'{k} {s.width:g}' for k, s in SCALES.items())})")  # fmt: skip
+    add("--modules", nargs="+", choices=ROWS, metavar="ROW",
+        help=f"which rows of the paper's table the network has, of {' '.join(ROWS)} (default: all "
+        f"but smoke {' '.join(SCALES['smoke'].modules)})")  # fmt: skip
+    add("--size", type=int, metavar="PIXELS", help="of the images as the network sees them "
+        f"(default: {', '.join(f'{k} {s.size}' for k, s in SCALES.items())})")  # fmt: skip
+    add("--batch", type=int, metavar="N", help="images a step, over all devices (default: "
+        f"{', '.join(f'{k} {s.batch}' for k, s in SCALES.items())})")  # fmt: skip
+    add("--evaluations", type=int, metavar="N", help="how often accuracy is measured in the "
+        "baseline's steps; twice as often a step in shorter runs (default: "
+        f"{', '.join(f'{k} {s.evaluations}' for k, s in SCALES.items())})")  # fmt: skip
+    add("--out", type=Path, default=Path("results/inception"), metavar="DIR",
+        help="where measurements, checkpoints and figures go (default: %(default)s)")  # fmt: skip
+    add("--tensorboard", action="store_true", help="write events for TensorBoard, too")
+    add("--checkpoint-every", type=int, default=Options().checkpoint_every, metavar="STEPS",
+        help="(default: %(default)s)")  # fmt: skip
+    add("--stop-after", type=int, metavar="STEPS", help="stop each run there; it can go on later")
+
+
+def add_device_options(group: argparse._ArgumentGroup) -> None:
+    """Hardware, precision and whose statistics."""
+    add, options = group.add_argument, Options()
+    add(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="how many the batch is spread over (default: all); on a CPU they are virtual",
+    )
+    add("--statistics", choices=STATISTICS, default=options.statistics,
+        help="of the whole batch, of ghost batches, or of each device's part (default: "
+        "%(default)s)")  # fmt: skip
+    add(
+        "--ghost-batch",
+        type=int,
+        default=options.ghost_batch,
+        metavar="N",
+        help="images that share statistics with --statistics ghost (default: %(default)s)",
+    )
+    add("--bfloat16", action="store_true", help="compute in bfloat16; parameters stay in float32")
+    add("--auxiliary", action="store_true", help="two auxiliary heads, as GoogLeNet has")
+    add("--workers", type=int, default=options.workers, metavar="N",
+        help="processes that read images (default: threads of this one)")  # fmt: skip
+    add(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many runs at a time, each with one CPU thread (default: %(default)s)",
+    )
+    add("--job", type=int, help=argparse.SUPPRESS)
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """How the runs are computed."""
+    return Options(**{name: getattr(args, name) for name in Options._fields})
+
+
+def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program, in words, if it cannot run."""
+    unknown = [what for what in args.what if what not in ACTIONS and what not in RECIPES]
+    if unknown:
+        p.error(f"there is no {unknown[0]!r}. Expected {', '.join(ACTIONS)}, or a recipe: "
+                f"{'; '.join(RECIPES)}.")  # fmt: skip
+    if args.data_dir is None and args.dataset != "smoke" and args.what != ["report"]:
+        p.error("no images. Expected --data-dir DIR, with folders train and val (or test) of "
+                "classes; or --dataset smoke, which needs none.")  # fmt: skip
+    for name in (
+        "steps",
+        "size",
+        "batch",
+        "jobs",
+        "devices",
+        "checkpoint_every",
+        "stop_after",
+        "ghost_batch",
+    ):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}. Expected 1 or more.")
+    batch = args.batch or SCALES[args.dataset].batch
+    if batch % (args.devices or 1) or batch % args.num_processes:
+        p.error(f"the batch of {batch} images cannot be spread over {args.devices} devices in "
+                f"{args.num_processes} processes. Expected divisors of {batch}.")  # fmt: skip
+    if args.statistics == "ghost" and batch % args.ghost_batch:
+        p.error(f"--ghost-batch {args.ghost_batch} does not divide the batch of {batch} images.")
+    cluster.check(p, args)
+
+
+def load(args: argparse.Namespace) -> Sets:
+    """The images asked for."""
+    if args.dataset == "smoke":
+        return Sets(*data.stripes(320, 80))
+    try:
+        return Sets(*data.open_dataset(args.data_dir, args.dataset))
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Devices, and a place for compiled programs: a second process need not compile them again."""
+    cluster.join(args)
+    if args.devices and not args.auto and args.num_processes == 1:
+        cluster.virtual_devices(args.devices)
+    jax.config.update("jax_compilation_cache_dir", str((args.out / "compiled").resolve()))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line, or from Python with a list of arguments."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = (options := parser()).parse_args(argv)
+    args.seeds = args.seeds or ([0, 1, 2] if args.what == ["table"] else [0])
+    check(options, args)
+    chosen = runs(args)
+    if args.jobs > 1 and args.job is None:
+        return spawn(argv, args.jobs, args.out)
+    if chosen:
+        prepare(args)
+        sets = load(args)
+        shown = [
+            "DIR" if arg == args.data_dir else arg for arg in argv
+        ]  # where it lay says nothing
+        about = {"command": shlex.join(["python", "-m", "experiments.inception", *shown])}
+        for run in deal(chosen, args.jobs)[args.job or 0]:
+            print(inception_train.train(run, sets, args.out, about, options_of(args)))
+    if "report" in args.what:
+        print(inception_report.report(args.out))
+    return None
+
+
+if __name__ == "__main__":
+    main()
