@@ -43,6 +43,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,20 +62,24 @@ ACTIONS = ("search", *GROUPS, "report")
 
 
 def runs(args: argparse.Namespace) -> list[Run]:
-    """What is asked for, in the order in which it is of use: a whole table, then the next seed."""
-    scale = SCALES[args.dataset]
-    given = {name: value for name in SIZES if (value := getattr(args, name))}
-    scale = scale._replace(**{k: tuple(v) if k == "modules" else v for k, v in given.items()})
+    """What is asked for, in the order in which it is of use: all recipes, then the next seed."""
+    given = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
+    if "modules" in given:
+        given["modules"] = tuple(given["modules"])
+    scale = SCALES[args.dataset]._replace(**given)
     chosen = []
-    for seed in args.seeds:
-        for what in args.what:
-            if what == "search":
-                chosen += [Run("Inception", TABLE["Inception"], scale, rate, seed)
-                           for rate in SEARCH]  # fmt: skip
-            elif what != "report":
-                some = GROUPS.get(what) or {what: RECIPES[what]}
-                chosen += [Run(name, r, scale, scale.rate, seed) for name, r in some.items()]
-    return list(dict.fromkeys(chosen))
+    for what in args.what:
+        seeds = args.seeds or ((0, 1, 2) if what == "table" else (0,))
+        if what == "search":
+            some = [("Inception", TABLE["Inception"], rate) for rate in SEARCH]
+        elif what == "report":
+            some = []
+        else:
+            named = GROUPS.get(what) or {what: RECIPES[what]}
+            some = [(name, recipe, scale.rate) for name, recipe in named.items()]
+        chosen += [Run(name, recipe, scale, rate, seed)
+                   for seed in seeds for name, recipe, rate in some]  # fmt: skip
+    return sorted(dict.fromkeys(chosen), key=lambda run: run.seed)
 
 
 def deal(chosen: list[Run], jobs: int) -> list[list[Run]]:
@@ -96,16 +101,19 @@ def spawn(argv: Sequence[str], jobs: int, out: Path) -> None:
     started = []
     for job in range(jobs):
         log = out / f"job-{job}.log"
-        command = [sys.executable, "-m", "experiments.inception", *argv, "--job", str(job)]
+        command = [sys.executable, "-m", "experiments.inception", *argv]
+        command += ["--job-of-several", str(job)]
         with log.open("w") as file:
             started.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
         print(f"job {job} writes to {log}")
     try:
-        failed = [job for job, process in enumerate(started) if process.wait()]
-    except KeyboardInterrupt:
+        while any(p.poll() is None for p in started) and not any(p.poll() for p in started):
+            time.sleep(1)
+        failed = [job for job, process in enumerate(started) if process.poll()]
+    finally:  # after a failure or an interrupt; the others go on from their checkpoints, next time
         for process in started:
-            process.wait()  # they are interrupted, too, and save what they have
-        raise
+            process.terminate()
+            process.wait()
     if failed:
         sys.exit(f"error: job {failed[0]} failed; {out / f'job-{failed[0]}.log'} says why.")
 
@@ -148,8 +156,8 @@ def add_run_options(group: argparse._ArgumentGroup) -> None:
         help="one run each: initial kernels, batches (default: 0 1 2; of all but the table: 0)",
     )
     add("--rate", type=float, metavar="X",
-        help="the baseline's first learning rate; a recipe may multiply it (default: the search's "
-        f"best: {', '.join(f'{k} {s.rate:g}' for k, s in SCALES.items())})")  # fmt: skip
+        help="the baseline's first learning rate; a recipe may multiply it (default: "
+        f"{', '.join(f'{k} {s.rate:g}' for k, s in SCALES.items())})")  # fmt: skip
     add("--steps", type=int, metavar="N",
         help="of the baseline; a recipe may take a share (default: "
         f"{', '.join(f'{k} {s.steps:,}' for k, s in SCALES.items())})")  # fmt: skip
@@ -165,8 +173,13 @@ def add_run_options(group: argparse._ArgumentGroup) -> None:
     add("--evaluations", type=int, metavar="N", help="how often accuracy is measured in the "
         "baseline's steps; twice as often a step in shorter runs (default: "
         f"{', '.join(f'{k} {s.evaluations}' for k, s in SCALES.items())})")  # fmt: skip
-    add("--out", type=Path, default=Path("results/inception"), metavar="DIR",
-        help="where measurements, checkpoints and figures go (default: %(default)s)")  # fmt: skip
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where measurements, checkpoints and figures go; "
+        f"with several processes a folder that all see (default: {results_of('DATASET')})",
+    )
     add("--tensorboard", action="store_true", help="write events for TensorBoard, too")
     add("--checkpoint-every", type=int, default=Options().checkpoint_every, metavar="STEPS",
         help="(default: %(default)s)")  # fmt: skip
@@ -203,7 +216,7 @@ def add_device_options(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="how many runs at a time, each with one CPU thread (default: %(default)s)",
     )
-    add("--job", type=int, help=argparse.SUPPRESS)
+    add("--job-of-several", type=int, help=argparse.SUPPRESS)
 
 
 def options_of(args: argparse.Namespace) -> Options:
@@ -220,66 +233,85 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.data_dir is None and args.dataset != "smoke" and args.what != ["report"]:
         p.error("no images. Expected --data-dir DIR, with folders train and val (or test) of "
                 "classes; or --dataset smoke, which needs none.")  # fmt: skip
-    for name in (
-        "steps",
-        "size",
-        "batch",
-        "jobs",
-        "devices",
-        "checkpoint_every",
-        "stop_after",
-        "ghost_batch",
-    ):
+    for name in ("steps", "size", "batch", "evaluations", "jobs", "devices", "checkpoint_every",
+                 "stop_after", "ghost_batch"):  # fmt: skip
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}. Expected 1 or more.")
-    batch = args.batch or SCALES[args.dataset].batch
-    if batch % (args.devices or 1) or batch % args.num_processes:
-        p.error(f"the batch of {batch} images cannot be spread over {args.devices} devices in "
-                f"{args.num_processes} processes. Expected divisors of {batch}.")  # fmt: skip
-    if args.statistics == "ghost" and batch % args.ghost_batch:
-        p.error(f"--ghost-batch {args.ghost_batch} does not divide the batch of {batch} images.")
+    for name in ("rate", "width"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            p.error(f"--{name} {getattr(args, name)}. Expected a number above 0.")
+    if min(args.seeds or [0]) < 0 or args.workers < 0:
+        p.error(f"--seeds {args.seeds}, --workers {args.workers}. Expected 0 or more.")
+    if "search" in args.what and args.rate is not None:
+        p.error(f"search tries the rates {', '.join(map(str, SEARCH))}: leave out --rate.")
+    several = args.auto or args.num_processes > 1
+    if several and (args.jobs > 1 or args.devices is not None):
+        p.error("several processes share every run, on all their devices: leave out --jobs and "
+                "--devices.")  # fmt: skip
+    if args.statistics == "ghost" and (args.batch or SCALES[args.dataset].batch) % args.ghost_batch:
+        p.error(f"--ghost-batch {args.ghost_batch} does not divide the batch.")
     cluster.check(p, args)
+
+
+def check_devices(chosen: list[Run], devices: int) -> None:
+    """Raises ValueError if a batch cannot be spread over the devices."""
+    for run in chosen:
+        for batch, what in ((run.scale.batch, "training"), (run.scale.eval_batch, "evaluation")):
+            if batch % devices:
+                raise ValueError(
+                    f"a batch of {batch} images, in {what}, cannot be spread over {devices} "
+                    "devices. Expected a divisor of it: choose --devices, or --batch."
+                )
 
 
 def load(args: argparse.Namespace) -> Sets:
     """The images asked for."""
     if args.dataset == "smoke":
         return Sets(*data.stripes(320, 80))
-    try:
-        return Sets(*data.open_dataset(args.data_dir, args.dataset))
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    return Sets(*data.open_dataset(args.data_dir, args.dataset))
 
 
-def prepare(args: argparse.Namespace) -> None:
-    """Devices, and a place for compiled programs: a second process need not compile them again."""
+def train(chosen: list[Run], argv: Sequence[str], args: argparse.Namespace) -> None:
+    """Trains one after the other, and says where the measurements are."""
     cluster.join(args)
-    if args.devices and not args.auto and args.num_processes == 1:
+    if args.devices:
         cluster.virtual_devices(args.devices)
+    # Another process need not compile the same program again.
     jax.config.update("jax_compilation_cache_dir", str((args.out / "compiled").resolve()))
+    check_devices(chosen, args.devices or jax.device_count())
+    sets = load(args)
+    for run in chosen:
+        print(inception_train.train(run, sets, args.out, about(argv, args), options_of(args)))
+
+
+def about(argv: Sequence[str], args: argparse.Namespace, name: str = "inception") -> dict[str, str]:
+    """The command, but for where the images lay."""
+    shown = ["DIR" if arg == args.data_dir else arg for arg in argv]
+    return {"command": shlex.join(["python", "-m", f"experiments.{name}", *shown])}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line, or from Python with a list of arguments."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = (options := parser()).parse_args(argv)
-    args.seeds = args.seeds or ([0, 1, 2] if args.what == ["table"] else [0])
-    check(options, args)
-    chosen = runs(args)
-    if args.jobs > 1 and args.job is None:
-        return spawn(argv, args.jobs, args.out)
-    if chosen:
-        prepare(args)
-        sets = load(args)
-        shown = [
-            "DIR" if arg == args.data_dir else arg for arg in argv
-        ]  # where it lay says nothing
-        about = {"command": shlex.join(["python", "-m", "experiments.inception", *shown])}
-        for run in deal(chosen, args.jobs)[args.job or 0]:
-            print(inception_train.train(run, sets, args.out, about, options_of(args)))
-    if "report" in args.what:
-        print(inception_report.report(args.out))
-    return None
+    p = parser()
+    args = p.parse_args(argv)
+    args.out = args.out or results_of(args.dataset)
+    check(p, args)
+    chosen, job = runs(args), args.job_of_several
+    try:
+        if chosen and args.jobs > 1 and job is None:
+            spawn(argv, args.jobs, args.out)
+        elif chosen:
+            train(deal(chosen, args.jobs)[job or 0], argv, args)
+        if "report" in args.what and job is None and jax.process_index() == 0:
+            print(inception_report.report(args.out))
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+def results_of(dataset: str) -> Path:
+    """Where results go if nothing is said: every data set has a folder of its own."""
+    return Path("results/inception", dataset)
 
 
 if __name__ == "__main__":

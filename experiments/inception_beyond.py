@@ -45,7 +45,6 @@ minute.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -236,9 +235,8 @@ def parser() -> argparse.ArgumentParser:
         help="how many of them (default: 128 for depth, 2000 for identity; not for ensemble, which "
         "takes all)")  # fmt: skip
     add("--workers", type=int, default=0, metavar="N", help="processes that read images")
-    add("--out", type=Path, default=Path("results/inception"), metavar="DIR",
-        help="where results go, and where runs of experiments.inception are (default: "
-        "%(default)s)")  # fmt: skip
+    add("--out", type=Path, metavar="DIR", help="where results go, and where runs of "
+        f"experiments.inception are (default: {inception.results_of('DATASET')})")  # fmt: skip
     add = p.add_argument_group("depth").add_argument
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     add = p.add_argument_group("identity").add_argument
@@ -268,13 +266,16 @@ def at_least_one(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line, or from Python with a list of arguments."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = (options := parser()).parse_args(argv)
+    args = (p := parser()).parse_args(argv)
+    args.out = args.out or inception.results_of(args.dataset)
     if args.data_dir is None and args.dataset != "smoke":
-        options.error("no images. Expected --data-dir DIR, with folders train and val (or test) of "
+        p.error("no images. Expected --data-dir DIR, with folders train and val (or test) of "
                       "classes; or --dataset smoke, which needs none.")  # fmt: skip
-    sets = inception.load(args)
-    shown = ["DIR" if arg == args.data_dir else arg for arg in argv]  # where it lay says nothing
-    about = {"command": shlex.join(["python", "-m", "experiments.inception_beyond", *shown])}
+    try:
+        sets = inception.load(args)
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    about = inception.about(argv, args, "inception_beyond")
     one_device = jax.make_mesh((1,), ("batch",), (jax.sharding.AxisType.Auto,))
     for what in args.what:
         try:

@@ -103,7 +103,7 @@ def band(recipe: Recipe, share: float = 1 / 20) -> list[Recipe]:
 
 RATES = {
     f"{name} at x{recipe.rate:g}": recipe
-    for name, base in (("Inception", TABLE["Inception"]), ("BN", TABLE["BN-x5"]))
+    for name, base in (("Inception", TABLE["Inception"]), ("BN", TABLE["BN-Baseline"]))
     for recipe in band(base)
 }
 
@@ -113,6 +113,7 @@ RECIPES = TABLE | REMARKS | ENSEMBLE | RATES
 class Scale(NamedTuple):
     """A data set, and the network and the training that suit it."""
 
+    name: str
     net: Callable[..., models.Inception]
     width: float  # share of the channels of the paper's table
     size: int  # pixels
@@ -134,7 +135,7 @@ class Scale(NamedTuple):
     def of_network(self) -> Scale:
         """The scale without what its network does not depend on."""
         rest = {"crop": "", "rate": 0.0, "steps": 1, "weight_decay": 0.0, "shards": 1}
-        return Scale(self.net, **self.numbers(), **rest)
+        return Scale("", self.net, **self.numbers(), **rest)
 
 
 def _he(std: float) -> Callable[..., jax.Array]:
@@ -144,18 +145,18 @@ def _he(std: float) -> Callable[..., jax.Array]:
 
 SCALES = {
     "cifar10": Scale(
-        net=models.small_inception, width=1 / 8, size=32, crop="shift", rate=0.01, steps=20_000,
-        weight_decay=2e-4, shards=200,
+        "cifar10", models.small_inception, width=1 / 8, size=32, crop="shift", rate=0.01,
+        steps=20_000, weight_decay=2e-4, shards=200,
     ),
     # The paper's own: 31 million steps of 32 images are 775 epochs.
     "imagenet": Scale(
-        net=models.wide_inception, width=1, size=224, crop="resized", rate=0.0015,
+        "imagenet", models.wide_inception, width=1, size=224, crop="resized", rate=0.0015,
         steps=31_000_000, weight_decay=4e-5, shards=1024, evaluations=200, eval_batch=64,
         population=100_000,
     ),
     # Seconds on made-up images: does everything run?
     "smoke": Scale(
-        net=models.small_inception, width=1 / 32, size=32, crop="shift", rate=0.01, steps=40,
+        "smoke", models.small_inception, width=1 / 32, size=32, crop="shift", rate=0.01, steps=40,
         weight_decay=2e-4, shards=4, batch=16, modules=("3c",), evaluations=4, eval_batch=32,
         population=64,
     ),

@@ -17,6 +17,7 @@ import numpy as np
 
 from experiments import inception_figures
 from experiments.inception_recipes import BAND, ENSEMBLE, RATES, REMARKS, TABLE
+from experiments.inception_train import lines
 
 BASELINE = "Inception"
 NUMBERS = "inception.jsonl"  # of all runs in one file
@@ -42,7 +43,7 @@ class Curve(NamedTuple):
     first_rate: float  # its own
     steps: np.ndarray  # [T] at which accuracy was measured
     top1: np.ndarray  # [T] fraction of the validation images
-    end: dict[str, Any]  # the last line; empty, if the run has not ended
+    end: dict[str, Any]  # the last line
 
     @property
     def best(self) -> float:
@@ -59,8 +60,8 @@ def collect(out: Path) -> Path:
     """One file of the measurements of all runs that have a folder in `out`."""
     files = sorted(out.glob("*/measurements.jsonl"))
     if files:
-        text = "".join(path.read_text(encoding="utf-8") for path in files)
-        (out / NUMBERS).write_text(text, encoding="utf-8")
+        rows = [json.dumps(row) + "\n" for path in files for row in lines(path)]
+        (out / NUMBERS).write_text("".join(rows), encoding="utf-8")
     if not (out / NUMBERS).is_file():
         raise FileNotFoundError(
             f"{out} has neither runs nor a file {NUMBERS}. Expected the folder that the runs were "
@@ -70,16 +71,15 @@ def collect(out: Path) -> Path:
 
 
 def read(path: Path) -> list[Curve]:
-    """All runs in the file that measured anything."""
+    """All runs in the file that have ended: the best of one that has not may be to come."""
     found: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
     header: dict[str, Any] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in lines(path):
         if row["kind"] == "header":
             header = row
         found.setdefault((header["run"], header["rate"], header["seed"]), []).append(row)
     curves = [_curve(*key, rows) for key, rows in found.items()]
-    return [curve for curve in curves if len(curve.steps)]
+    return [curve for curve in curves if len(curve.steps) and curve.end]
 
 
 def _curve(name: str, rate: float, seed: int, rows: list[dict[str, Any]]) -> Curve:
@@ -140,7 +140,7 @@ def _result(name: str, mine: list[Curve], baseline: dict[int, Curve]) -> Result:
         steps,
         [a / b for a, b in zip(steps, own, strict=True)],
         [c.best for c in mine],
-        [c.end["top1"] for c in mine if c.end],
+        [c.end["top1"] for c in mine],
         [c.end["top1_population"] for c in mine if "top1_population" in c.end],
         sum(bool(c.end.get("diverged")) for c in mine),
     )
@@ -168,8 +168,8 @@ def count(value: float) -> str:
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table as MyST reads it."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    cells = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def main_table(curves: Sequence[Curve]) -> str:
@@ -215,6 +215,16 @@ def search_table(curves: Sequence[Curve]) -> str:
     return markdown(["first rate", "seed", "best accuracy", "at the end"], rows)
 
 
+def better_rate(curves: Sequence[Curve]) -> str:
+    """A warning, if the search found a better rate than the one that the table was made with."""
+    rate = chosen_rate(curves)
+    baseline = {c.rate: c for c in curves if c.name == BASELINE and c.seed == 0}
+    best = max(baseline.values(), key=lambda c: c.best, default=None)
+    if best is None or best.rate == rate:
+        return ""
+    return f"\n\nThe table is made with {rate:g}, but {best.rate:g} is better for the baseline."
+
+
 def band_curves(curves: Sequence[Curve]) -> dict[str, tuple[list[float], list[float]]]:
     """Rates and best accuracies without and with Batch Normalization."""
     rate = chosen_rate(curves)
@@ -237,6 +247,7 @@ def report(out: Path) -> str:
         "One change to BN-x5": variants_table(curves, ["BN-x5", *REMARKS]),
         "Variants of BN-x30": variants_table(curves, ["BN-x30", *ENSEMBLE]),
     }
+    parts["The baseline's learning rate"] += better_rate(curves)
     page = "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items()) + "\n"
     (out / "inception-table.md").write_text(page, encoding="utf-8")
     table = [c for c in curves if c.rate == rate and c.name in TABLE]

@@ -42,7 +42,8 @@ from experiments.records import Records
 
 AXIS = "batch"
 STATISTICS = ("synchronised", "ghost", "local")
-PATIENCE = 20  # steps
+PATIENCE = 20  # steps in a row without finite gradients; then a run has diverged
+LOOK = 100  # steps from one look at the losses to the next
 AUXILIARY_WEIGHT = 0.3  # of the loss of an auxiliary head, as in GoogLeNet
 
 
@@ -135,14 +136,23 @@ def make_judge(net: models.Inception) -> Callable[..., Any]:
         variables = {"params": params, "batch_stats": stats}
         logits: Any = net.apply(variables, as_input(batch["image"]), train=False)
         labels = jnp.maximum(batch["label"], 0)  # padding has none
-        own = jnp.take_along_axis(logits, labels[:, None], 1)
-        better = (~(logits <= own)).sum(1)  # so that NaN is never right
-        values = {"loss": cross_entropy(logits, labels), "top1": better < 1, "top5": better < 5}
+        place = rank(logits, labels)
+        values = {"loss": cross_entropy(logits, labels), "top1": place <= 1, "top5": place <= 5}
         values = {k: v.astype(jnp.float32) for k, v in values.items()}
         weights = batch["mask"].astype(jnp.float32)
         return {k: jbn.training.Mean((v * weights).sum(), weights.sum()) for k, v in values.items()}
 
     return judge
+
+
+def rank(scores: Array, labels: Array) -> Array:
+    """The place of the right class among all: 1 is the best, and shared places are the last.
+
+    ``scores: [N, n_classes]``, ``labels: [N]``; a NaN or infinity is in the last place of all.
+    """
+    own = jnp.take_along_axis(scores, labels[:, None], 1)
+    place = (~(scores < own)).sum(1)
+    return jnp.where(jnp.isfinite(own[:, 0]), place, jnp.iinfo(place.dtype).max)
 
 
 class Program(NamedTuple):
@@ -268,6 +278,8 @@ def train(run: Run, sets: Sets, out: Path, about: dict[str, Any], options: Optio
     A run that has ended is not begun again.
     """
     path = out / run.folder / "measurements.jsonl"
+    identity = json.loads(json.dumps(described(run, options)))  # as the file has it
+    check_same(path, identity)
     if lines(path, "end"):
         return path
     made = program(
@@ -283,9 +295,7 @@ def train(run: Run, sets: Sets, out: Path, about: dict[str, Any], options: Optio
         jax.set_mesh(made.mesh),
     ):
         state = checkpoints.resume(manager, made.start(key, hyper))
-        header = {**about, "run": run.name, "seed": run.seed, "rate": run.rate}
-        header |= {"recipe": run.recipe._asdict(), "options": options._asdict()}
-        header |= {"steps": run.steps, "of_network": run.scale.numbers()}
+        header = {**about, **identity, "steps": run.steps, "options": options._asdict()}
         with Notebook(
             path, resume_from=int(state.step), tensorboard=options.tensorboard, **header
         ) as notebook:
@@ -294,6 +304,75 @@ def train(run: Run, sets: Sets, out: Path, about: dict[str, Any], options: Optio
             if diverged or int(state.step) >= run.steps:
                 loop.finish(state, diverged)
     return path
+
+
+def described(run: Run, options: Options) -> dict[str, Any]:
+    """All that the results of a run depend on."""
+    computed = {k: getattr(options, k) for k in ("statistics", "bfloat16", "auxiliary")}
+    if options.statistics == "ghost":
+        computed["ghost_batch"] = options.ghost_batch
+    if options.statistics == "local":
+        computed["devices"] = options.devices or jax.device_count()
+    return {
+        "run": run.name,
+        "seed": run.seed,
+        "rate": run.rate,
+        "dataset": run.scale.name,
+        "baseline_steps": run.scale.steps,
+        "evaluations": run.scale.evaluations,
+        "of_network": run.scale.numbers(),
+        "recipe": run.recipe._asdict(),
+        **computed,
+    }
+
+
+def check_same(path: Path, identity: dict[str, Any]) -> None:
+    """Raises ValueError if the file tells of a run that is another one."""
+    headers = lines(path, "header")
+    for name, value in identity.items():
+        given = headers[-1].get(name) if headers else value
+        if given != value:
+            raise ValueError(
+                f"{path.parent} holds a run with {name}={given}, and not {value}. Give the same "
+                "options as then to go on with it, or another folder with --out."
+            )
+
+
+class Tally:
+    """Losses of the steps since the last measurement, and whether steps are taken at all."""
+
+    def __init__(self) -> None:
+        self._new: list[dict[str, Array]] = []  # on devices, so that adding does not wait
+        self._seen: list[tuple[float, bool]] = []
+        self._in_a_row = 0
+
+    def add(self, metrics: dict[str, Array]) -> None:
+        """Takes in a step."""
+        self._new.append(metrics)
+
+    def _fetch(self) -> None:
+        for metrics in jax.device_get(self._new):
+            self._seen.append((float(metrics["loss"]), bool(metrics["skipped"])))
+            self._in_a_row = self._in_a_row + 1 if metrics["skipped"] else 0
+        self._new = []
+
+    def diverged(self) -> bool:
+        """Whether the last `PATIENCE` steps were all skipped."""
+        self._fetch()
+        return self._in_a_row >= PATIENCE
+
+    def loss(self) -> float:
+        """Mean over the steps, nats."""
+        self._fetch()
+        return float(np.mean([loss for loss, _ in self._seen]))
+
+    def skipped(self) -> int:
+        """How many steps had no finite gradients."""
+        return sum(skipped for _, skipped in self._seen)
+
+    def forget(self) -> None:
+        """Begins anew, after a measurement."""
+        self._seen = []
 
 
 class Loop(NamedTuple):
@@ -307,30 +386,29 @@ class Loop(NamedTuple):
 
     def advance(self, state: Any, key: Array, manager: Any) -> tuple[Any, bool]:
         """Trains to the end, or to where the run is to stop; whether it has diverged."""
-        first, last = int(state.step), self.run.steps
-        if self.options.stop_after is not None:
-            last = min(last, self.options.stop_after)
-        seen: list[dict[str, Array]] = []
-        diverged = False
+        first, end = int(state.step), self.run.steps
+        last = min(end, self.options.stop_after or end)
+        tally = Tally()
         batches = self.batches(self.run.seed, first)
         with progress(self.run, first) as bar:
             try:
-                for i in range(first, last):
+                for i in range(first + 1, last + 1):
                     state, metrics = self.made.step(state, self.made.place(next(batches)), key)
-                    seen.append(metrics)
+                    tally.add(metrics)
                     bar.update()
-                    if (i + 1) % self.run.every == 0 or i + 1 == last:
-                        told, diverged = self.measure(state, seen)
-                        bar.set_postfix_str(told)
-                        seen = []
-                    if diverged or (i + 1) % self.options.checkpoint_every == 0 or i + 1 == last:
+                    due = i % self.run.every == 0 or i == end
+                    if (due or i % LOOK == 0) and tally.diverged():
+                        self.measure(state, tally)
+                        return state, True
+                    if due:
+                        bar.set_postfix_str(self.measure(state, tally))
+                        tally.forget()
+                    if i % self.options.checkpoint_every == 0 or i == last:
                         checkpoints.save(manager, state)
-                    if diverged:
-                        break
             finally:
                 batches.close()
                 manager.wait_until_finished()
-        return state, diverged
+        return state, False
 
     def batches(self, seed: int, start: int) -> data.Batches:
         """Of training images, this process' share, as the recipe wants them."""
@@ -350,22 +428,12 @@ class Loop(NamedTuple):
             start=start,
         )
 
-    def measure(self, state: Any, seen: list[dict[str, Array]]) -> tuple[str, bool]:
-        """Writes down how training goes, and the accuracy by the moving averages.
-
-        A run has diverged once not one of the last `PATIENCE` steps had finite gradients.
-        """
-        seen = jax.device_get(seen)
-        losses = [float(m["loss"]) for m in seen]
-        skipped = [bool(m["skipped"]) for m in seen]
-        train_loss = float(np.mean(losses))
+    def measure(self, state: Any, tally: Tally) -> str:
+        """Writes down how training goes, and the accuracy by the moving averages."""
         judged = self.judge(state.params, state.stats)
-        step = int(state.step)
-        self.notebook.write(
-            "measurement", step=step, train_loss=train_loss, skipped=sum(skipped), **judged
-        )
-        told = f"loss {train_loss:.3f}, accuracy {judged['top1']:.1%}"
-        return told, len(skipped) >= PATIENCE and all(skipped[-PATIENCE:])
+        row = {"train_loss": tally.loss(), "skipped": tally.skipped(), **judged}
+        self.notebook.write("measurement", step=int(state.step), **row)
+        return f"loss {row['train_loss']:.3f}, accuracy {judged['top1']:.1%}"
 
     def judge(self, params: Any, stats: Any) -> dict[str, float]:
         """Loss, top-1 and top-5 accuracy on the validation images, with these statistics."""

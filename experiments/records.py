@@ -26,8 +26,10 @@ class Records:
     def __init__(self, path: Path, *, resume_from: int = 0, **header: Any):
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = _lines_until(path, resume_from) if resume_from else []
-        self._file = path.open("w", encoding="utf-8")
-        self._file.writelines(kept)
+        new = path.with_suffix(".new")  # so that a program that dies here loses nothing
+        new.write_text("".join(kept), encoding="utf-8")
+        new.replace(path)
+        self._file = path.open("a", encoding="utf-8")
         self.write("header", **header, **environment())
 
     def write(self, kind: str, **fields: Any) -> None:

@@ -145,15 +145,21 @@ def test_larger_initial_kernels():
 
 
 def parsed(*argv):
-    args = inception.parser().parse_args(list(argv))
-    args.seeds = args.seeds or [0]
-    return args
+    seeds = [] if "--seeds" in argv else ["--seeds", "0"]
+    return inception.parser().parse_args([*argv, *seeds])
 
 
 def test_runs_come_a_whole_table_at_a_time():
     chosen = inception.runs(parsed("table", "--seeds", "0", "1"))
     assert [run.name for run in chosen] == [*TABLE, *TABLE]
     assert [run.seed for run in chosen] == [0] * len(TABLE) + [1] * len(TABLE)
+
+
+def test_the_table_has_three_seeds_and_all_else_one():
+    chosen = inception.runs(inception.parser().parse_args(["ensemble", "table"]))
+    seeds = {name: [run.seed for run in chosen if run.name == name] for name in RECIPES}
+    assert all(seeds[name] == [0, 1, 2] for name in TABLE)
+    assert all(seeds[name] == [0] for name in ENSEMBLE)
 
 
 def test_a_search_is_of_the_baseline():
@@ -191,14 +197,21 @@ def test_jobs_share_the_steps():
         (["--dataset", "smoke", "--devices", "3"], "cannot be spread over 3 devices"),
         (["--dataset", "smoke", "--statistics", "ghost", "--ghost-batch", "5"],
          "--ghost-batch 5 does not divide"),
+        (["--dataset", "smoke", "--rate", "0"], "--rate 0.0. Expected a number above 0"),
+        (["--dataset", "smoke", "--seeds", "-1"], "--seeds [-1]"),
+        (["search", "--dataset", "smoke", "--rate", "1"], "leave out --rate"),
+        (["--dataset", "smoke", "--auto", "--jobs", "2"], "leave out --jobs and --devices"),
+        (["report"], "neither runs nor a file"),
         (["--dataset", "smoke", "--num-processes", "2"], "needs --coordinator"),
         (["--dataset", "cifar"], "invalid choice: 'cifar'"),
     ],
 )  # fmt: skip
-def test_mistakes_are_explained(argv, message, capsys):
-    with pytest.raises(SystemExit):
-        inception.main(argv)
-    assert message in capsys.readouterr().err.replace("\n", " ")
+def test_mistakes_are_explained(argv, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        inception.main([*argv, "--out", str(tmp_path)])
+    said = f"{capsys.readouterr().err} {stop.value}"
+    assert message in said.replace("\n", " ")
+    assert not list(tmp_path.glob("*/measurements.jsonl"))
 
 
 def test_a_missing_folder_is_named(tmp_path):
@@ -262,10 +275,10 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not(whole, tmp_path):
 def test_what_was_measured_after_the_checkpoint_is_measured_anew(tmp_path):
     command("BN-x5", "--devices", 1, "--steps", 60, "--stop-after", 5, out=tmp_path)
     [path] = tmp_path.glob("*/measurements.jsonl")
-    later = {"kind": "measurement", "step": 6, "top1": 1.0}
+    later = {"kind": "measurement", "step": 7, "top1": 1.0}
     path.write_text(path.read_text() + json.dumps(later) + "\n" + '{"kind": "meas')  # and killed
     command("BN-x5", "--devices", 1, "--steps", 60, out=tmp_path)
-    assert [row["step"] for row in measurements(tmp_path, "measurement")] == [5, 7, 12]
+    assert [row["step"] for row in measurements(tmp_path, "measurement")] == [7, 12]
 
 
 def test_a_run_that_has_ended_is_not_repeated(whole):
@@ -273,6 +286,28 @@ def test_a_run_that_has_ended_is_not_repeated(whole):
     before = path.read_bytes(), path.stat().st_mtime_ns
     command("BN-x5", "--devices", 1, "--steps", 60, out=whole)
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [(["--steps", 90], "baseline_steps=60, and not 90"), (["--bfloat16"], "bfloat16=False")],
+)
+def test_another_run_does_not_take_its_place(whole, argv, message):
+    with pytest.raises(SystemExit, match=message):
+        command("BN-x5", "--devices", 1, "--steps", 60, *argv, out=whole)
+
+
+def test_jobs_of_their_own(tmp_path):
+    command("BN-x5", "Inception", "report", "--steps", 5, "--jobs", 2, out=tmp_path)
+    assert len(list(tmp_path.glob("job-*.log"))) == 2
+    assert len(list(tmp_path.glob("*/measurements.jsonl"))) == 2
+    assert (tmp_path / "inception-table.md").is_file()
+
+
+def test_a_job_that_fails_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"job 0 failed; .*job-0.log says why"):
+        inception.main(["BN-x5", "--data-dir", str(tmp_path / "nowhere"), "--jobs", "2",
+                        "--out", str(tmp_path)])  # fmt: skip
 
 
 def test_a_run_that_diverges_says_so_and_ends(tmp_path):
@@ -329,6 +364,13 @@ def test_auxiliary_heads_add_to_the_loss(on_one_device):
     loss, state = one_step(devices=1, auxiliary=True)
     assert loss > 1.2 * on_one_device[0]
     assert "AuxiliaryHead_0" in state.params
+
+
+def test_a_class_that_shares_its_place_is_not_right():
+    scores = jnp.array([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0], [jnp.inf] * 3, [jnp.nan] * 3])
+    ranks = inception_train.rank(scores, jnp.zeros(4, jnp.int32))
+    assert ranks[:2].tolist() == [1, 3]
+    assert (ranks[2:] > 5).all()
 
 
 def test_a_network_of_nans_is_never_right():
@@ -473,6 +515,9 @@ def test_nothing_to_report_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither runs nor a file"):
         inception_report.report(tmp_path)
     write_run(tmp_path, "BN-x5", 0, [0.5])
+    write_run(tmp_path, "Inception", 0, [0.5])
+    [path] = tmp_path.glob("Inception*/measurements.jsonl")
+    path.write_text(path.read_text().replace('"end"', '"measurement"'))  # it is under way
     with pytest.raises(ValueError, match="No run of Inception"):
         inception_report.report(tmp_path)
 
