@@ -57,7 +57,7 @@ ROWS = tuple(row.name for row in models.BN_INCEPTION)
 SEARCH = (0.003, 0.01, 0.03, 0.1)  # first learning rates of the baseline
 GROUPS = {"table": TABLE, "remarks": REMARKS, "ensemble": ENSEMBLE, "band": RATES}
 # Fields of a scale that an option may change.
-SIZES = "rate", "steps", "width", "modules", "size", "batch", "evaluations"
+SIZES = "rate", "steps", "width", "modules", "repeat", "size", "batch", "evaluations"
 ACTIONS = ("search", *GROUPS, "report")
 
 
@@ -166,6 +166,8 @@ def add_run_options(group: argparse._ArgumentGroup) -> None:
     add("--modules", nargs="+", choices=ROWS, metavar="ROW",
         help=f"which rows of the paper's table the network has, of {' '.join(ROWS)} (default: all "
         f"but smoke {' '.join(SCALES['smoke'].modules)})")  # fmt: skip
+    add("--repeat", type=int, metavar="N", help="how many times every module that keeps the "
+        "resolution comes, for a deeper network (default: 1)")  # fmt: skip
     add("--size", type=int, metavar="PIXELS", help="of the images as the network sees them "
         f"(default: {', '.join(f'{k} {s.size}' for k, s in SCALES.items())})")  # fmt: skip
     add("--batch", type=int, metavar="N", help="images a step, over all devices (default: "
@@ -233,8 +235,8 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.data_dir is None and args.dataset != "smoke" and args.what != ["report"]:
         p.error("no images. Expected --data-dir DIR, with folders train and val (or test) of "
                 "classes; or --dataset smoke, which needs none.")  # fmt: skip
-    for name in ("steps", "size", "batch", "evaluations", "jobs", "devices", "checkpoint_every",
-                 "stop_after", "ghost_batch"):  # fmt: skip
+    for name in ("steps", "repeat", "size", "batch", "evaluations", "jobs", "devices",
+                 "checkpoint_every", "stop_after", "ghost_batch"):  # fmt: skip
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}. Expected 1 or more.")
     for name in ("rate", "width"):

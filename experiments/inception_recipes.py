@@ -82,7 +82,7 @@ REMARKS = {
     "BN-x5, Dropout 40 %": TABLE["BN-x5"].variant(dropout=0.4),
     "BN-x5, weight decay x5": TABLE["BN-x5"].variant(weight_decay=1.0),
     "BN-x5, no weight decay": TABLE["BN-x5"].variant(weight_decay=0.0),
-    "BN-x5, slow rate decay": TABLE["BN-x5"].variant(decay_speed=1.0),
+    "BN-x5, slow rate decay": TABLE["BN-x5"].variant(decay_speed=1.0, share=1.0),
     "BN-x5, LRN": TABLE["BN-x5"].variant(lrn=True),
     "BN-x5, fixed shards": TABLE["BN-x5"].variant(shuffle="fixed-shards"),
     "BN-x5, full distortion": TABLE["BN-x5"].variant(distortion="full"),
@@ -124,13 +124,15 @@ class Scale(NamedTuple):
     shards: int
     batch: int = 32
     modules: tuple[str, ...] = ()  # rows of the paper's table; () is all
+    repeat: int = 1  # of every module that keeps the resolution
     evaluations: int = 50  # in the baseline's steps; twice as many a step in shorter runs
     eval_batch: int = 512
     population: int = 10_000  # training images that the exact statistics are taken of
 
     def numbers(self) -> dict[str, Any]:
         """What a network depends on and an option may change."""
-        return {name: getattr(self, name) for name in ("width", "size", "batch", "modules")}
+        names = "width", "size", "batch", "modules", "repeat"
+        return {name: getattr(self, name) for name in names}
 
     def of_network(self) -> Scale:
         """The scale without what its network does not depend on."""
@@ -146,7 +148,7 @@ def _he(std: float) -> Callable[..., jax.Array]:
 SCALES = {
     "cifar10": Scale(
         "cifar10", models.small_inception, width=1 / 8, size=32, crop="shift", rate=0.01,
-        steps=20_000, weight_decay=2e-4, shards=200,
+        steps=20_000, weight_decay=2e-4, shards=200, evaluations=40,
     ),
     # The paper's own: 31 million steps of 32 images are 775 epochs.
     "imagenet": Scale(
@@ -175,7 +177,7 @@ def network(recipe: Recipe, scale: Scale, **slots: Any) -> models.Inception:
     norm = functools.partial(jbn.linen.BatchNorm, update=jbn.ema(0.99, debias=True), groups=groups)
     return scale.net(
         width=scale.width,
-        rows=models.rows(*scale.modules, width=scale.width),
+        rows=models.rows(*scale.modules, width=scale.width, repeat=scale.repeat),
         norm=norm if recipe.batch_norm else None,
         fused=recipe.batch_norm,
         activation=nn.sigmoid if recipe.sigmoid else nn.relu,

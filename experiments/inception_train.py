@@ -207,7 +207,7 @@ def network_slots(scale: Scale, n_classes: int, options: Options) -> dict[str, A
     """What a network has besides its recipe."""
     slots: dict[str, Any] = {"n_classes": n_classes}
     if options.auxiliary:
-        names = [row.name for row in models.rows(*scale.modules)]
+        names = [row.name for row in models.rows(*scale.modules, repeat=scale.repeat)]
         slots["auxiliary"] = tuple({"4a", "4d"} & {*names}) or (names[-1],)
     if options.bfloat16:
         slots["dtype"] = jnp.bfloat16

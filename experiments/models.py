@@ -241,8 +241,11 @@ BN_INCEPTION = (
 )
 
 
-def rows(*names: str, width: float = 1.0) -> tuple[Row, ...]:
+def rows(*names: str, width: float = 1.0, repeat: int = 1) -> tuple[Row, ...]:
     """Rows of the paper's table by name, or all of it; with a share of the channels.
+
+    With `repeat` every module that keeps the resolution comes so many times, for a deeper network:
+    "3a", "3a_2", and so on.
 
     Raises:
       ValueError: the table has no row of that name.
@@ -250,7 +253,12 @@ def rows(*names: str, width: float = 1.0) -> tuple[Row, ...]:
     known = [row.name for row in BN_INCEPTION]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"the table has no row {unknown[0]!r}. Expected {', '.join(known)}.")
-    return tuple(r.scaled(width) for r in BN_INCEPTION if not names or r.name in names)
+    return tuple(
+        row.scaled(width)._replace(name=row.name + (f"_{i}" if i > 1 else ""))
+        for row in BN_INCEPTION
+        for i in range(1, 1 + (repeat if row.stride == 1 else 1))
+        if not names or row.name in names
+    )
 
 
 class InceptionModule(nn.Module):

@@ -7,11 +7,11 @@ parameters stand still, and every batch says what it is:
     sum n,  sum n (mean - K),  sum n var,  sum n |mean - K|^2               over batches, in float64
     mean, var                                                               division last
 
-K is the first batch's mean, near the others, so that nothing cancels: the relative error of var is
-at most about (number of batches) * 2^-52. The sums are NumPy's, on the host, one batch behind the
-devices. In float32 single values are lost from a count of 2^24 on, which are five batches of 256
-images of 112 x 112; and of 5,000 batches, merged one by one, the variance would be off by some
-1e-5, and at mean/std = 1e4 the mean by 0.01 std.
+K is the first batch's mean, near the others, so that nothing cancels: the sums add a relative error
+of at most about (number of batches) * 2^-52 to that of the batches themselves. They are NumPy's, on
+the host, one batch behind the devices. In float32 single values are lost from a count of 2^24 on,
+which are five batches of 256 images of 112 x 112; and of 5,000 batches, merged one by one, the
+variance would be off by some 1e-5, and at mean/std = 1e4 the mean by 0.01 std.
 
 A model is any function of (params, stats, batch): Flax linen, Flax nnx, or the core alone.
 """
@@ -19,7 +19,8 @@ A model is any function of (params, stats, batch): Flax linen, Flax nnx, or the 
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
@@ -73,9 +74,10 @@ def estimate(
 
     Args:
       apply_fn: (params, stats, batch) -> stats: the model in *training* mode, of which the new
-        statistics alone are returned. It is compiled once for each shape of a batch; pass the same
-        function each time. With linen, `apply(..., mutable=["batch_stats"])[1]["batch_stats"]`;
-        with nnx, merge the model, call it and return `nnx.state(model, nnx.BatchStat)`.
+        statistics alone are returned. It is compiled once for each shape of a batch, and stays
+        compiled: pass the same function each time, and not a new lambda. With linen,
+        `apply(..., mutable=["batch_stats"])[1]["batch_stats"]`; with nnx, merge the model, call it
+        and return `nnx.state(model, nnx.BatchStat)`.
       params: the model's, whatever they are.
       stats: linen's `batch_stats`, nnx's State of BatchStat, or a tree of jbn.RunningStats.
       batches: of any sizes, with masks or weights if the model takes them. Such as training has:
@@ -88,31 +90,33 @@ def estimate(
         not quite what it will see in inference. True: further passes, in which layers normalise by
         what the pass before has found, as in inference. Each makes one more layer of every path
         exact; they end when nothing changes any more, at the latest after as many as the model has
-        layers. (A layer that is called several times counts as several; where it depends on
-        itself, what comes out is not yet a fixed point.)
+        layers. The model compiles twice. (A layer that is called several times counts as several;
+        where it depends on itself, what comes out is not yet a fixed point.)
       mesh: run in a shard_map over this mesh, with batches cut along their first axis over
         axis_name. Moments are pooled over devices where the layers have not done so themselves.
-        None on one device, and with sharded arrays, where a batch is the global one.
+        None on one device, and with sharded arrays, where a batch is the global one. In several
+        processes batches have to be such arrays, or there has to be a mesh.
       axis_name: of mesh, one or several.
 
     Returns:
       A tree of the structure and dtypes of `stats`, the same on all devices and in all processes.
       `count` is the number of batches that entered, for each feature; a layer that is called
-      several times counts each call. What no batch has data for, as well as a batch with a NaN or
-      infinity in a feature, is left out; without any the statistics stay as they were, as do those
-      of layers that are frozen.
+      several times counts each call. Where a batch has no data of a feature, or a NaN or infinity,
+      it is left out; a feature without any stays as it was, as do layers that are frozen.
 
     Raises:
-      TypeError: a layer is not jbn's.
-      ValueError: there is no batch; batches can be read once only and layer_by_layer is True, or
-        their number differs from pass to pass; apply_fn returns something else than statistics, or
+      TypeError: a layer is not jbn's; or batches is an array or a dictionary.
+      ValueError: there is no batch, or none has data; batches lie in one of several processes,
+        can be read once only and layer_by_layer is True, or differ in number from pass to pass;
+        apply_fn returns something else than statistics, or
         updates none; variance is another word; or mesh comes without axis_name.
 
     PyTorch's `torch.optim.swa_utils.update_bn` takes E_B[m_B/(m_B - 1) var_B], with every batch
     counting the same: without what lies between the batches.
     """
     _check_options(variance, mesh, axis_name)
-    way = _Way(variance == "paper", False, mesh, axis_name)
+    names = tuple(axis_name) if isinstance(axis_name, list) else axis_name
+    way = _Way(variance == "paper", False, mesh, names)
     read = _reader(batches, layer_by_layer)
     layers, n = _measure(apply_fn, way, params, stats, read())
     if n == 0:
@@ -176,10 +180,11 @@ class _Layer(NamedTuple):
 
     @property
     def calls(self) -> int:
-        """How many layers these may be: calls, and with leading axes such as those of a scan."""
+        """How many layers these may be at most: calls, and with further axes, such as a scan's."""
         shape = self.cell.shape
         once = self.cell.field == "mean"
-        return once * len(self.cell.moments) * int(np.prod(shape[:-1], dtype=int))
+        # Features are one of the axes, unknown which: the shortest leaves the most for layers.
+        return once * len(self.cell.moments) * (math.prod(shape) // max(1, min(shape, default=1)))
 
     @property
     def value(self) -> np.ndarray:
@@ -194,13 +199,20 @@ def _measure(
     sums: dict[int, _Sums] = {}
     last: dict[int, Update] = {}
     n = 0
-    for updates in _one_behind(_step(apply_fn, way, params, stats, b) for b in batches):
+    steps = (_step(apply_fn, way, params, stats, _check_batch(b, way)) for b in batches)
+    for updates in _one_behind(steps):
         moments = _on_host({at: update.moments for at, update in updates.items()})
         for at, calls in moments.items():
             for m in calls:
                 sums[at] = _add(sums.get(at), m, weighted=not way.paper)
         last |= updates
         n += 1
+    if sums and not any(total.batches.any() for total in sums.values()):
+        raise ValueError(
+            "no batch has data: every value is masked, NaN or infinite"
+            + ', or has no other beside it, of which "paper" could take a variance' * way.paper
+            + ". All statistics would stay as they were."
+        )
     return {
         at: _Layer(last[at], _divide(last[at].stats, sums[at], pooled=not way.paper)) for at in last
     }, n
@@ -213,7 +225,7 @@ def _step(
     """The moments of one batch: of every layer that it updates, of every call."""
 
     def observe(params: Tree, stats: Tree, batch: Tree) -> dict[int, Update]:
-        waiting = defer(stats, fixed=way.fixed)
+        waiting = defer(stats, fixed=way.fixed, lone=True)
         new = apply_fn(params, waiting, batch)
         check_structure("apply_fn", new, waiting)
         found = cells(new, axis_name=way.axis_name)
@@ -297,6 +309,12 @@ def _reader(batches: Batches, again: bool) -> Callable[[], Iterable[Any]]:
     """A function that returns the batches, from the first on."""
     if callable(batches):
         return batches
+    if isinstance(batches, np.ndarray | Array | Mapping):
+        raise TypeError(
+            f"batches must be a list or another iterable of batches, or a function that returns "
+            f"one; got {type(batches).__name__}, which would be taken apart. If it is one batch, "
+            f"pass [batch]; if its first axis counts batches, list(batches)."
+        )
     if again and iter(batches) is batches:
         raise ValueError(
             f"layer_by_layer=True reads the batches several times, and batches is a "
@@ -304,6 +322,18 @@ def _reader(batches: Batches, again: bool) -> Callable[[], Iterable[Any]]:
             f"function that returns the batches: lambda: load(...)."
         )
     return lambda: batches
+
+
+def _check_batch(batch: T, way: _Way) -> T:
+    """Refuses a batch that only this one of several processes has."""
+    arrays = [x for x in jax.tree.leaves(batch) if isinstance(x, Array)]
+    if jax.process_count() > 1 and way.mesh is None and all(x.is_fully_addressable for x in arrays):
+        raise ValueError(
+            "batches lie in this process alone, one of several: each would find statistics of its "
+            "own. Pass global arrays (jax.make_array_from_process_local_data), or mesh= and "
+            "axis_name= over the devices that the batches are meant for."
+        )
+    return batch
 
 
 def _check_options(variance: str, mesh: Mesh | None, axis_name: AxisName | None) -> None:

@@ -981,6 +981,27 @@ MUTANTS = [
         "test_population.py::test_batches_are_any_cut_of_the_data",
     ),
     Mutant(
+        "a single value enters the population",
+        POPULATION,
+        "lone=True",
+        "lone=False",
+        "test_population.py::test_a_last_batch_of_one_example",
+    ),
+    Mutant(
+        "a population needs data",
+        POPULATION,
+        "if sums and not any(",
+        "if False and not any(",
+        "test_population.py::test_no_data_at_all",
+    ),
+    Mutant(
+        "layers on any axis of the statistics have a pass each",
+        POPULATION,
+        "(math.prod(shape) // max(1, min(shape, default=1)))",
+        "math.prod(shape[:-1])",
+        "test_population.py::test_scanned_layers_are_layers",
+    ),
+    Mutant(
         "every call of a layer enters the population",
         POPULATION,
         "for m in calls:",
@@ -997,8 +1018,8 @@ MUTANTS = [
     Mutant(
         "one pass normalises by the batch",
         POPULATION,
-        '_Way(variance == "paper", False, mesh, axis_name)',
-        '_Way(variance == "paper", True, mesh, axis_name)',
+        '_Way(variance == "paper", False, mesh, names)',
+        '_Way(variance == "paper", True, mesh, names)',
         "test_population.py::test_models",
     ),
     Mutant(
