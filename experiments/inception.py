@@ -50,12 +50,23 @@ from pathlib import Path
 import jax
 
 from experiments import cluster, data, inception_report, inception_train, models
-from experiments.inception_recipes import ENSEMBLE, RATES, RECIPES, REMARKS, SCALES, TABLE
+from experiments.command import NO_IMAGES
+from experiments.inception_recipes import (
+    ENSEMBLE,
+    INITS,
+    RATES,
+    RECIPES,
+    REMARKS,
+    SCALES,
+    TABLE,
+)
 from experiments.inception_train import STATISTICS, Options, Run, Sets
 
 ROWS = tuple(row.name for row in models.BN_INCEPTION)
 SEARCH = (0.003, 0.01, 0.03, 0.1)  # first learning rates of the baseline
-GROUPS = {"table": TABLE, "remarks": REMARKS, "ensemble": ENSEMBLE, "band": RATES}
+GROUPS = {
+    "table": TABLE, "remarks": REMARKS, "init": INITS, "ensemble": ENSEMBLE, "band": RATES
+}  # fmt: skip
 # Fields of a scale that an option may change.
 SIZES = "rate", "steps", "width", "modules", "repeat", "size", "batch", "evaluations"
 ACTIONS = ("search", *GROUPS, "report")
@@ -132,9 +143,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("what", nargs="*", default=["table"], metavar="WHAT",
         help="table: the paper's comparison; search: the baseline's learning rate; remarks: BN-x5 "
-        "with one change each; ensemble: more variants of BN-x30; band: which learning rates "
-        "train at all; report: tables and figures of all runs in --out; or the names of recipes, "
-        "listed below (default: table)")  # fmt: skip
+        "with one change each; init: both with smaller initial kernels; ensemble: more variants of "
+        "BN-x30; band: which learning rates train at all; report: tables and figures of all runs "
+        "in --out; or the names of recipes, listed below (default: table)")  # fmt: skip
     add_run_options(p.add_argument_group("what to run"))
     add_device_options(p.add_argument_group("on what"))
     cluster.add_options(p.add_argument_group("as one process of several, on each of them"))
@@ -233,8 +244,7 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"there is no {unknown[0]!r}. Expected {', '.join(ACTIONS)}, or a recipe: "
                 f"{'; '.join(RECIPES)}.")  # fmt: skip
     if args.data_dir is None and args.dataset != "smoke" and args.what != ["report"]:
-        p.error("no images. Expected --data-dir DIR, with folders train and val (or test) of "
-                "classes; or --dataset smoke, which needs none.")  # fmt: skip
+        p.error(NO_IMAGES)
     for name in ("steps", "repeat", "size", "batch", "evaluations", "jobs", "devices",
                  "checkpoint_every", "stop_after", "ghost_batch"):  # fmt: skip
         if getattr(args, name) is not None and getattr(args, name) < 1:

@@ -63,6 +63,7 @@ from experiments import (
     inception_identity,
     inception_train,
 )
+from experiments.command import NO_IMAGES, at_least_one
 from experiments.inception_recipes import SCALES, TABLE, Scale, network
 from experiments.inception_train import Options, Sets
 from experiments.records import Records, aligned
@@ -248,19 +249,12 @@ def parser() -> argparse.ArgumentParser:
     add("--rate", type=float, default=0.01, metavar="X", help="of SGD (default: %(default)s)")
     add = p.add_argument_group("ensemble").add_argument
     add("--members", default="BN-x30", metavar="NAME",
-        help="all runs whose recipe begins so (default: %(default)s)")  # fmt: skip
+        help="all runs of this recipe and of its variants (default: %(default)s)")  # fmt: skip
     add("--devices", type=at_least_one, metavar="N", help="(default: all)")
     add("--crops", choices=inception_ensemble.CROPS,
         help="beside the centre: 18 shifted and mirrored views, or GoogLeNet's 144 crops (default: "
         "what suits the images)")  # fmt: skip
     return p
-
-
-def at_least_one(text: str) -> int:
-    """A count from the command line."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}. Expected a whole number, 1 or more.")
-    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -269,8 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = (p := parser()).parse_args(argv)
     args.out = args.out or inception.results_of(args.dataset)
     if args.data_dir is None and args.dataset != "smoke":
-        p.error("no images. Expected --data-dir DIR, with folders train and val (or test) of "
-                      "classes; or --dataset smoke, which needs none.")  # fmt: skip
+        p.error(NO_IMAGES)
     try:
         sets = inception.load(args)
     except (OSError, ValueError, ImportError) as error:

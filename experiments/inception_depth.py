@@ -21,7 +21,7 @@ from flax import linen as nn
 from experiments import inception_train, models
 from experiments.inception_recipes import TABLE, Scale, network
 
-NETS = {"without BN": TABLE["Inception"], "with BN": TABLE["BN-x5"]}
+NETS = {"without BN": TABLE["Inception"], "with BN": TABLE["BN-Baseline"]}
 ACTIVATIONS = ("relu", "sigmoid")
 INITS = (0.5, 1.0, 2.0)  # standard deviation of the kernels, as a multiple of He's
 
@@ -115,7 +115,7 @@ def profiles(
         start = quickly(functools.partial(fresh.init, x=image, train=False))
         drawn = {seed: start(jax.random.key(seed)) for seed in seeds}
         for activation in ACTIVATIONS:
-            recipe = recipe.variant(sigmoid=activation == "sigmoid", dropout=0.0)
+            recipe = recipe._replace(sigmoid=activation == "sigmoid", dropout=0.0)
             look = quickly(functools.partial(probe, network(recipe, scale, **slots)))
             for init, seed in itertools.product(inits, seeds):
                 params = scaled(drawn[seed]["params"], init)

@@ -64,8 +64,8 @@ class Score(NamedTuple):
 # --- Networks -----------------------------------------------------------------------------------
 
 
-def finished(out: Path, prefix: str) -> list[Path]:
-    """The folders of all runs that have ended well, of recipes whose name begins so.
+def finished(out: Path, recipe: str) -> list[Path]:
+    """The folders of all runs that have ended well, of a recipe and of its variants.
 
     Raises:
       FileNotFoundError: there is none.
@@ -74,11 +74,12 @@ def finished(out: Path, prefix: str) -> list[Path]:
     for path in sorted(out.glob("*/measurements.jsonl")):
         [*_, header] = inception_train.lines(path, "header") or [{"run": ""}]
         ends = inception_train.lines(path, "end")
-        if header["run"].startswith(prefix) and ends and not ends[-1]["diverged"]:
+        named = header["run"].split(",")[0] == recipe  # a variant is called "recipe, change"
+        if named and ends and not ends[-1]["diverged"]:
             found.append(path.parent)
     if not found:
         raise FileNotFoundError(
-            f"{out} has no run of {prefix} that has ended. Expected the folder that "
+            f"{out} has no run of {recipe} that has ended. Expected the folder that "
             "experiments.inception was given with --out, after `table` or `ensemble`."
         )
     return found
@@ -133,7 +134,7 @@ class Compiled(NamedTuple):
 
 def compiled(run: Run, options: Options, n_classes: int) -> Compiled:
     """Networks that differ in Dropout or in how they began are the same in inference."""
-    recipe = run.recipe.of_network().variant(dropout=0.0, init=1.0)
+    recipe = run.recipe.of_network()._replace(dropout=0.0, init=1.0)
     return _compiled(recipe, run.scale.of_network(), n_classes, options.of_program())
 
 

@@ -54,7 +54,7 @@ def activations(
     """What the convolution of a unit puts out, before normalisation and nonlinearity."""
 
     def wanted(module: nn.Module, _: str) -> bool:
-        return module.path == (*path, "Conv_0")
+        return module.path[:-1] == path and str(module.name).startswith("Conv_")
 
     def forward(variables: Any, images: jax.Array) -> list[jax.Array]:
         _, state = net.apply(variables, images, train=False, capture_intermediates=wanted)
@@ -66,7 +66,7 @@ def activations(
             f"no unit {'/'.join(path)!r} in the network. Expected one with a convolution, such as "
             "'ConvUnit_0' or 'inception_3a/ConvUnit_1'."
         )
-    return found[0]
+    return found[-1]  # of a separable convolution, the second one
 
 
 def learn(x: jax.Array, *, batch: int, steps: int, rate: float, seed: int = 0) -> Learned:

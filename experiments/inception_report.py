@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import inception_figures
-from experiments.inception_recipes import BAND, ENSEMBLE, RATES, REMARKS, TABLE
+from experiments.inception_recipes import BAND, ENSEMBLE, INITS, RATES, REMARKS, TABLE
 from experiments.inception_train import lines
 
 BASELINE = "Inception"
@@ -172,11 +172,13 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
+COLUMNS = ("network", "first rate", "steps to the baseline's best", "share", "best accuracy",
+           "at the end", "with Algorithm 2", "seeds")  # fmt: skip
+
+
 def main_table(curves: Sequence[Curve]) -> str:
     """The paper's table beside ours."""
-    header = ["network", "first rate", "steps to the baseline's best", "share", "best accuracy",
-              "at the end", "with Algorithm 2", "seeds", "paper: steps", "share",
-              "best"]  # fmt: skip
+    header = [*COLUMNS, "paper: steps", "share", "best"]
     return markdown(header, [[*_cells(r), *_paper(r.name)] for r in results(curves, TABLE)])
 
 
@@ -203,9 +205,21 @@ def _paper(name: str) -> list[str]:
 
 def variants_table(curves: Sequence[Curve], names: Iterable[str]) -> str:
     """Recipes that differ from one of the table's in one point."""
-    header = ["network", "first rate", "steps to the baseline's best", "share", "best accuracy",
-              "at the end", "with Algorithm 2", "seeds"]  # fmt: skip
-    return markdown(header, map(_cells, results(curves, names)))
+    return markdown(COLUMNS, map(_cells, results(curves, names)))
+
+
+def init_table(curves: Sequence[Curve]) -> str:
+    """With smaller initial kernels; the baseline is the plain network with them, at its best."""
+    plain, _ = INITS
+    baseline: dict[int, Curve] = {}
+    for curve in sorted((c for c in curves if c.name == plain), key=lambda c: c.best):
+        baseline[curve.seed] = curve
+    found = []
+    for name, rate in sorted({(c.name, c.rate) for c in curves if c.name in INITS}):
+        mine = [c for c in curves if (c.name, c.rate) == (name, rate) and c.seed in baseline]
+        if mine:
+            found.append(_result(name, mine, baseline))
+    return markdown(COLUMNS, map(_cells, found))
 
 
 def search_table(curves: Sequence[Curve]) -> str:
@@ -245,6 +259,7 @@ def report(out: Path) -> str:
         "The paper's comparison": main_table(curves),
         "The baseline's learning rate": search_table(curves),
         "One change to BN-x5": variants_table(curves, ["BN-x5", *REMARKS]),
+        "Smaller initial kernels": init_table(curves),
         "Variants of BN-x30": variants_table(curves, ["BN-x30", *ENSEMBLE]),
     }
     parts["The baseline's learning rate"] += better_rate(curves)

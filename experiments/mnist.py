@@ -38,6 +38,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import figures
+from experiments.command import at_least_one
 from experiments.digits import MIRROR, Digits, bundled_digits, download_mnist, read_idx_folder
 from experiments.mlp import NETS, SIZES, init_mlp
 from experiments.mnist_sweep import Grid, sweep
@@ -230,13 +231,6 @@ def add_training_options(group: argparse._ArgumentGroup) -> None:
         help="constant, not used by a sweep (default: %(default)s)")  # fmt: skip
     add("--init-std", type=float, default=config.init_std, metavar="X",
         help="of the initial kernels, not used by a sweep (default: %(default)s)")  # fmt: skip
-
-
-def at_least_one(text: str) -> int:
-    """A number of steps from the command line."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}. Expected a whole number of steps, 1 or more.")
-    return int(text)
 
 
 def load(args: argparse.Namespace) -> tuple[Digits, str]:

@@ -432,7 +432,7 @@ PlainInception = functools.partial(Inception, norm=None, lrn=True, dropout=0.4)
 def wide_inception(width: float = 1.0, **slots: Any) -> Inception:
     """The paper's tower with a share of the channels; `slots` as for `Inception`."""
     stem = tuple(
-        part if isinstance(part, str) else (round(width * part[0]), *part[1:])
+        part if isinstance(part, str) else (max(1, round(width * part[0])), *part[1:])
         for part in Inception.stem
     )
     return Inception(**({"rows": rows(width=width), "stem": stem} | slots))
@@ -447,7 +447,7 @@ def small_inception(width: float = 1 / 8, **slots: Any) -> Inception:
       width: the share of the channels that every module has.
       **slots: as for `Inception`.
     """
-    stem = ((round(width * 192), 3, 2), "lrn", "pool")
+    stem = ((max(1, round(width * 192)), 3, 2), "lrn", "pool")
     small = {"rows": rows(width=width), "stem": stem, "n_classes": 10, "separable": None}
     return Inception(**(small | slots))
 

@@ -54,6 +54,7 @@ from tqdm import tqdm
 import jbn.linen
 import jbn.training
 from experiments import cluster, figures
+from experiments.command import at_least_one
 from experiments.models import ResNet, matmul_conv
 from experiments.photos import (
     CIFAR10_URL,
@@ -434,13 +435,6 @@ def add_training_options(group: argparse._ArgumentGroup) -> None:
     add("--learning-rate", type=float, metavar="X",
         help="at 16 images a step, proportionally more or less at others "
         f"(default: {config.learning_rate})")  # fmt: skip
-
-
-def at_least_one(text: str) -> int:
-    """A whole number from the command line."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}. Expected a whole number, 1 or more.")
-    return int(text)
 
 
 def load(args: argparse.Namespace) -> tuple[Photos, str]:

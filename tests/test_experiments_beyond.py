@@ -119,7 +119,7 @@ def test_the_longest_path_follows_the_signal():
 
 def test_the_probe_measures_gradients_of_the_loss(one_device):
     """By Euler's theorem: relu(W u) is homogeneous in W, so <dL/dW, W> = <dL/dy, y>."""
-    recipe = TABLE["Inception"].variant(dropout=0.0)
+    recipe = TABLE["Inception"]._replace(dropout=0.0)
     net = network(recipe, SMOKE, n_classes=10)
     batch = {
         "image": jnp.asarray(data.stripes(8, 10)[0].pixels),
