@@ -11,10 +11,11 @@ step alone, so the end is the same as without the stop.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,11 @@ from experiments.inception_recipes import (
     optimizer,
 )
 from experiments.records import Records
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 AXIS = "batch"
 STATISTICS = ("synchronised", "ghost", "local")
@@ -291,6 +297,7 @@ def train(run: Run, sets: Sets, out: Path, about: dict[str, Any], options: Optio
     key, dropout_key = jax.random.split(jax.random.key(run.seed))
     hyper = {k: np.float32(v) for k, v in hyperparameters(run.recipe, run.scale, run.rate).items()}
     with (
+        alone(path.parent),
         checkpoints.manager(path.parent / "checkpoints", keep=1) as manager,
         jax.set_mesh(made.mesh),
     ):
@@ -336,6 +343,24 @@ def check_same(path: Path, identity: dict[str, Any]) -> None:
                 f"{path.parent} holds a run with {name}={given}, and not {value}. Give the same "
                 "options as then to go on with it, or another folder with --out."
             )
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds the folder of a run as long as it is written to; ValueError if another program does."""
+    if fcntl is None or jax.process_index() != 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:  # a program that has died holds it no more
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder} is in use: another program trains this very run. Wait for it, or give "
+                "another folder with --out."
+            ) from None
+        yield
 
 
 class Tally:

@@ -462,6 +462,15 @@ def test_imagenet_in_small_on_devices_and_processes_stopped_and_resumed(jpegs, t
     assert len(inception_train.lines(path, "header")) == 2
 
 
+def test_two_programs_do_not_write_to_one_folder(tmp_path):
+    in_use = pytest.raises(ValueError, match="run is in use: another program")
+    first, second, third = (inception_train.alone(tmp_path / "run") for _ in range(3))
+    with first, in_use, second:
+        pass
+    with third:
+        pass
+
+
 # --- The report ---------------------------------------------------------------------------------
 
 
