@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check
 from jbn._axes import Axes, resolve
-from jbn._deferred import absorb, fixed, lone, read, waits
+from jbn._deferred import absorb, fixed, read, waits
 from jbn._normalize import (
     Activation,
     Params,
@@ -107,7 +107,7 @@ def batch_norm(
     old = _check.stats(read(stats), axes)
     _check.holds_mean(old, x.dtype)
     over = scope(axis_name, axis_index_groups)
-    if axis_name is None and not lone(stats):
+    if axis_name is None and not fixed(stats):
         _check.several_values(axes, groups)
     params = Params(*_check.params(params))
     shared: dict[str, Any] = {

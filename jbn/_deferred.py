@@ -65,7 +65,6 @@ class Deferred(_Waiting):
     value: Array
     path: str = ""  # where it stands in the tree, for error messages
     fixed: bool = False  # the layer is to normalise by these statistics, not by its batch's
-    lone: bool = False  # a single value is a batch, too: its moments are wanted, and not its y
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,7 +89,6 @@ class Update(_Waiting):
       field: which field of RunningStats this is.
       path: where it stands in the tree.
       fixed: whether the layer normalised by `stats`.
-      lone: whether a batch may be a single value.
     """
 
     stats: RunningStats
@@ -100,7 +98,6 @@ class Update(_Waiting):
     field: str
     path: str = ""
     fixed: bool = False
-    lone: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -120,21 +117,20 @@ class Update(_Waiting):
         return stats
 
 
-jax.tree_util.register_dataclass(Deferred, ["value"], ["path", "fixed", "lone"])
+jax.tree_util.register_dataclass(Deferred, ["value"], ["path", "fixed"])
 jax.tree_util.register_dataclass(
-    Update, ["stats", "moments"], ["rules", "over", "field", "path", "fixed", "lone"]
+    Update, ["stats", "moments"], ["rules", "over", "field", "path", "fixed"]
 )
 
 
-def defer(tree: T, *, fixed: bool = False, lone: bool = False) -> T:
+def defer(tree: T, *, fixed: bool = False) -> T:
     """Every array of a tree of statistics, marked as to be updated later.
 
-    With `fixed`, layers are to normalise by them, and not by their batch's; with `lone`, they are
-    to take a single value for a batch, too.
+    With `fixed`, layers are to normalise by them, and not by their batch's.
     """
 
     def mark(path: Any, value: Array) -> Any:
-        return Deferred(jnp.asarray(value), jax.tree_util.keystr(path), fixed, lone)
+        return Deferred(jnp.asarray(value), jax.tree_util.keystr(path), fixed)
 
     return jax.tree_util.tree_map_with_path(mark, tree)
 
@@ -181,9 +177,8 @@ def absorb(
         stats = earlier.stats
         calls = (*earlier.moments, moments), (*earlier.rules, rule), (*earlier.over, over)
     stats = lax.stop_gradient(stats)
-    flags = fixed(given), lone(given)
     updates: Any = [  # in the place of arrays
-        Update(stats, *calls, field, getattr(getattr(given, field), "path", ""), *flags)
+        Update(stats, *calls, field, getattr(getattr(given, field), "path", ""), fixed(given))
         for field in RunningStats._fields
     ]
     return RunningStats(*updates)
@@ -252,11 +247,6 @@ def waits(stats: Any) -> bool:
 def fixed(stats: Any) -> bool:
     """Whether a layer is to normalise by these statistics in training, too."""
     return waits(stats) and any(is_waiting(value) and value.fixed for value in stats)
-
-
-def lone(stats: Any) -> bool:
-    """Whether a layer is to take a single value for a batch."""
-    return waits(stats) and any(is_waiting(value) and value.lone for value in stats)
 
 
 def _unstack(cell: Any) -> Any:

@@ -87,15 +87,17 @@ def estimate(
         every batch counts the same, and its variance is the unbiased one. A batch with one value of
         a feature has none, and is left out there.
       layer_by_layer: in one pass layers normalise by their batch, so what a deeper layer sees is
-        not quite what it will see in inference. True: further passes, in which layers normalise by
-        what the pass before has found, as in inference. Each makes one more layer of every path
-        exact; they end when nothing changes any more, at the latest after as many as the model has
-        layers. The model compiles twice. (A layer that is called several times counts as several;
-        where it depends on itself, what comes out is not yet a fixed point.)
+        not quite what it will see in inference. True: several passes, in which layers normalise by
+        what the pass before has found (the first by `stats`), as in inference. Each makes one more
+        layer of every path exact; they end when nothing changes any more, at the latest after as
+        many as the model can have layers. (A layer that is called several times counts as several;
+        where it depends on itself, what comes out need not be a fixed point. Of statistics with
+        further axes, such as a scan's, all axes but the shortest count.)
       mesh: run in a shard_map over this mesh, with batches cut along their first axis over
         axis_name. Moments are pooled over devices where the layers have not done so themselves.
-        None on one device, and with sharded arrays, where a batch is the global one. In several
-        processes batches have to be such arrays, or there has to be a mesh.
+        None on one device, and with sharded arrays, where a batch is the global one. Where several
+        processes compute together, batches have to be global arrays; a mesh of the process' own
+        devices takes the statistics of its own batches.
       axis_name: of mesh, one or several.
 
     Returns:
@@ -107,16 +109,17 @@ def estimate(
     Raises:
       TypeError: a layer is not jbn's; or batches is an array or a dictionary.
       ValueError: there is no batch, or none has data; batches lie in one of several processes,
-        can be read once only and layer_by_layer is True, or differ in number from pass to pass;
-        apply_fn returns something else than statistics, or
-        updates none; variance is another word; or mesh comes without axis_name.
+        can be read once only and layer_by_layer is True, or differ in number from pass to pass; a
+        batch is a single value of each feature, by which a layer would have to normalise (not with
+        layer_by_layer); apply_fn returns something else than statistics, or updates none; variance
+        is another word; or mesh comes without axis_name.
 
     PyTorch's `torch.optim.swa_utils.update_bn` takes E_B[m_B/(m_B - 1) var_B], with every batch
     counting the same: without what lies between the batches.
     """
     _check_options(variance, mesh, axis_name)
     names = tuple(axis_name) if isinstance(axis_name, list) else axis_name
-    way = _Way(variance == "paper", False, mesh, names)
+    way = _Way(variance == "paper", layer_by_layer, mesh, names)
     read = _reader(batches, layer_by_layer)
     layers, n = _measure(apply_fn, way, params, stats, read())
     if n == 0:
@@ -127,7 +130,6 @@ def estimate(
             "use_running_average=False in linen, or model.train() in nnx."
         )
     passes = sum(layer.calls for layer in layers.values()) if layer_by_layer else 1
-    way = way._replace(fixed=True)
     for i in range(2, passes + 1):
         given, previous = _write(stats, layers), layers
         layers, again = _measure(apply_fn, way, params, given, read())
@@ -209,9 +211,10 @@ def _measure(
         n += 1
     if sums and not any(total.batches.any() for total in sums.values()):
         raise ValueError(
-            "no batch has data: every value is masked, NaN or infinite"
-            + ', or has no other beside it, of which "paper" could take a variance' * way.paper
-            + ". All statistics would stay as they were."
+            "no batch has data: every value is masked, has weight 0, is NaN or infinite, or is so "
+            "large that its square overflows. All statistics would stay as they were."
+            + ' (Nor has "paper" use for a batch with one value of a feature, which has no '
+            'unbiased variance; "pooled" has.)' * way.paper
         )
     return {
         at: _Layer(last[at], _divide(last[at].stats, sums[at], pooled=not way.paper)) for at in last
@@ -225,7 +228,7 @@ def _step(
     """The moments of one batch: of every layer that it updates, of every call."""
 
     def observe(params: Tree, stats: Tree, batch: Tree) -> dict[int, Update]:
-        waiting = defer(stats, fixed=way.fixed, lone=True)
+        waiting = defer(stats, fixed=way.fixed)
         new = apply_fn(params, waiting, batch)
         check_structure("apply_fn", new, waiting)
         found = cells(new, axis_name=way.axis_name)
@@ -310,10 +313,11 @@ def _reader(batches: Batches, again: bool) -> Callable[[], Iterable[Any]]:
     if callable(batches):
         return batches
     if isinstance(batches, np.ndarray | Array | Mapping):
+        kind = "a dictionary" if isinstance(batches, Mapping) else "an array"
         raise TypeError(
             f"batches must be a list or another iterable of batches, or a function that returns "
-            f"one; got {type(batches).__name__}, which would be taken apart. If it is one batch, "
-            f"pass [batch]; if its first axis counts batches, list(batches)."
+            f"one; got {kind}, which would be taken apart. If it is one batch, pass [batch]; if "
+            f"its first axis counts batches, list(batches)."
         )
     if again and iter(batches) is batches:
         raise ValueError(
@@ -325,13 +329,16 @@ def _reader(batches: Batches, again: bool) -> Callable[[], Iterable[Any]]:
 
 
 def _check_batch(batch: T, way: _Way) -> T:
-    """Refuses a batch that only this one of several processes has."""
-    arrays = [x for x in jax.tree.leaves(batch) if isinstance(x, Array)]
-    if jax.process_count() > 1 and way.mesh is None and all(x.is_fully_addressable for x in arrays):
+    """Refuses, where several processes compute together, what only one of them has."""
+    devices = jax.devices() if way.mesh is None else way.mesh.devices.flat
+    together = len({device.process_index for device in devices}) > 1
+    arrays = [x for x in jax.tree.leaves(batch) if np.ndim(x) > 0]
+    if together and any(not isinstance(x, Array) or x.is_fully_addressable for x in arrays):
         raise ValueError(
-            "batches lie in this process alone, one of several: each would find statistics of its "
-            "own. Pass global arrays (jax.make_array_from_process_local_data), or mesh= and "
-            "axis_name= over the devices that the batches are meant for."
+            "batches lie in this process alone, one of several. Make them global: with "
+            "jax.make_array_from_process_local_data where each process has a part, with "
+            "jax.make_array_from_callback where each has all. For statistics of this process "
+            "alone pass a mesh of jax.local_devices()."
         )
     return batch
 

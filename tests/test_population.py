@@ -324,24 +324,26 @@ def test_one_value_has_no_unbiased_variance():
     np.testing.assert_allclose([v[0] for v in pooled], [4, 26 / 3, 2], rtol=eps("float32"))
 
 
-@pytest.mark.parametrize("layer_by_layer", [False, True], ids=["one_pass", "layer_by_layer"])
-def test_a_last_batch_of_one_example(layer_by_layer):
+@pytest.mark.parametrize("size", [64, 1])
+def test_a_last_batch_of_one_example(size):
+    """Or all of one: nothing is normalised by them."""
     params, stats = random_net(*DIGITS)
     x = bundled_digits().train_images[:65]
-    options = {"layer_by_layer": layer_by_layer}
-    new = estimate(updated, params, stats, [x[:64], x[64:]], **options)
-    assert all((layer.count == 2).all() for layer in new)
-    if layer_by_layer:
-        assert_normalised(params, new, x)
-    else:
-        seen = x.astype(np.float64) @ wide(params)[0][0]
-        assert_close(new[0].var, seen.var(0), "float32", 784, magnitude=1)
+    batches = [x[i : i + size] for i in range(0, 65, size)]
+    new = estimate(updated, params, stats, batches, layer_by_layer=True)
+    assert all((layer.count == len(batches)).all() for layer in new)
+    assert_normalised(params, new, x)
 
 
-def test_a_training_step_refuses_one_example():
-    """Its output would be the bias; here only the moments are of use."""
+def test_one_example_normalises_nothing():
+    """Deeper layers would see the bias, whatever the example."""
+    params, stats = random_net(*DIGITS)
+    x = bundled_digits().train_images[:65]
     with pytest.raises(ValueError, match="one value per channel"):
-        updated(*random_net(*DIGITS), np.ones((1, 784), np.float32))
+        estimate(updated, params, stats, [x[:64], x[64:]])
+    across = {"mesh": mesh((8,)), "axis_name": AXIS}
+    with pytest.raises(ValueError, match="one value per channel"):
+        estimate(updated, params, stats, [x[:8]], **across)
 
 
 @pytest.mark.parametrize("variance", ["pooled", "paper"])
@@ -672,10 +674,15 @@ PROCESS = """
             args = jbn.init_params(8), jbn.init_stats(8)
             new = jbn.population.estimate(apply_fn, *args, batches)
         print(*[np.asarray(v).tobytes().hex() for v in new])
-    try:
-        jbn.population.estimate(apply_fn, *args, list(x))
-    except ValueError as error:
-        print(error)
+    across, mine = ({"mesh": m, "axis_name": "data"} for m in (
+        mesh, jax.sharding.Mesh(jax.local_devices(), "data")))
+    args = jbn.init_params(8), jbn.init_stats(8)  # on this process' first device
+    for how in {}, across, mine:
+        try:
+            new = jbn.population.estimate(apply_fn, *args, list(x + jax.process_index()), **how)
+            print(*np.asarray(new.mean))
+        except ValueError as error:
+            print(error)
 """
 
 
@@ -700,10 +707,15 @@ def test_two_processes():
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0]
-    (*ours, refused), theirs = (text.strip().splitlines()[-3:] for text in said)
-    assert [*ours, refused] == theirs
-    assert refused.startswith("batches lie in this process alone")
     x = np.random.default_rng(0).standard_normal((3, 16, 8)).astype(np.float32)
+    printed = [[line for line in text.splitlines() if "[Gloo]" not in line] for text in said]
+    ours, theirs = (lines[:2] for lines in printed)
+    assert ours == theirs
+    for i, (*_, no_mesh, global_mesh, own) in enumerate(printed):
+        assert no_mesh.startswith("batches lie in this process alone")
+        assert global_mesh == no_mesh
+        alone = (x + np.float32(i)).reshape(-1, 8).mean(0, dtype=np.float64)
+        assert_close(np.float32(own.split()), alone, "float32", 48)
     exact = x.reshape(-1, 8).astype(np.float64)
     for line in ours:
         mean, var, _ = (np.frombuffer(bytes.fromhex(v), np.float32) for v in line.split())
@@ -729,9 +741,9 @@ def test_errors():
     raises(ValueError, "mesh and axis_name belong together", mesh=mesh())
     raises(ValueError, "structure that it was given", apply_fn=lambda p, s, x: (x, s))
     raises(ValueError, "apply_fn must return", apply_fn=lambda p, s, x: x)
-    raises(TypeError, r"got ndarray.*pass \[batch\]", X)
-    raises(TypeError, "got ArrayImpl", jnp.asarray(X))
-    raises(TypeError, "got dict", {"x": X})
+    raises(TypeError, r"got an array.*pass \[batch\]", X)
+    raises(TypeError, "got an array", jnp.asarray(X))
+    raises(TypeError, "got a dictionary", {"x": X})
     raises(TypeError, "not jbn's", apply_fn=lambda p, s, x: s._replace(mean=x.mean(0)))
 
 
