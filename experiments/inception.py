@@ -143,9 +143,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("what", nargs="*", default=["table"], metavar="WHAT",
         help="table: the paper's comparison; search: the baseline's learning rate; remarks: BN-x5 "
-        "with one change each; init: both with smaller initial kernels; ensemble: more variants of "
-        "BN-x30; band: which learning rates train at all; report: tables and figures of all runs "
-        "in --out; or the names of recipes, listed below (default: table)")  # fmt: skip
+        "with one change each; init: Inception and BN-x5 with LeCun's smaller kernels, Flax's "
+        "default; ensemble: more variants of BN-x30; band: which learning rates train at all; "
+        "report: tables and figures of all runs in --out; or the names of recipes, listed below "
+        "(default: table)")  # fmt: skip
     add_run_options(p.add_argument_group("what to run"))
     add_device_options(p.add_argument_group("on what"))
     cluster.add_options(p.add_argument_group("as one process of several, on each of them"))

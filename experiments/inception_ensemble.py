@@ -74,7 +74,8 @@ def finished(out: Path, recipe: str) -> list[Path]:
     for path in sorted(out.glob("*/measurements.jsonl")):
         [*_, header] = inception_train.lines(path, "header") or [{"run": ""}]
         ends = inception_train.lines(path, "end")
-        named = header["run"].split(",")[0] == recipe  # a variant is called "recipe, change"
+        # A variant is called "recipe, change".
+        named = recipe in (header["run"], header["run"].split(",")[0])
         if named and ends and not ends[-1]["diverged"]:
             found.append(path.parent)
     if not found:

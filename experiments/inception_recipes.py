@@ -84,7 +84,7 @@ REMARKS = {
     "BN-x5, full distortion": TABLE["BN-x5"]._replace(distortion="full"),
 }
 
-# The kernels' initial size that Flax has by default, 0.7 times He's: does it matter?
+# Kernels by LeCun's initialiser, Flax's default, 0.7 times as large as He's: does it matter?
 INITS = {
     f"{name}, LeCun init": TABLE[name]._replace(init=math.sqrt(1 / 2))
     for name in ("Inception", "BN-x5")

@@ -110,7 +110,7 @@ class Result(NamedTuple):
 
 def chosen_rate(curves: Iterable[Curve]) -> float:
     """The rate of the search at which the baseline was best, of those that the table has."""
-    table = {curve.rate for curve in curves if curve.name != BASELINE} or None
+    table = {curve.rate for curve in curves if curve.name in {*TABLE} - {BASELINE}} or None
     baseline = [c for c in curves if c.name == BASELINE and (table is None or c.rate in table)]
     if not baseline:
         raise ValueError(f"No run of {BASELINE} was found: everything is compared with it.")

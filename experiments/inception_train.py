@@ -15,6 +15,7 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
@@ -46,6 +48,7 @@ try:
 except ImportError:  # on Windows
     fcntl = None
 
+log = logging.getLogger(__name__)
 AXIS = "batch"
 STATISTICS = ("synchronised", "ghost", "local")
 PATIENCE = 20  # steps in a row without finite gradients; then a run has diverged
@@ -284,10 +287,15 @@ def train(run: Run, sets: Sets, out: Path, about: dict[str, Any], options: Optio
     A run that has ended is not begun again.
     """
     path = out / run.folder / "measurements.jsonl"
-    identity = json.loads(json.dumps(described(run, options)))  # as the file has it
-    check_same(path, identity)
-    if lines(path, "end"):
-        return path
+    with alone(path.parent):
+        identity = json.loads(json.dumps(described(run, options)))  # as the file has it
+        check_same(path, identity)
+        if not lines(path, "end"):
+            _train(run, sets, path, about | identity, options)
+    return path
+
+
+def _train(run: Run, sets: Sets, path: Path, about: dict[str, Any], options: Options) -> None:
     made = program(
         run.recipe.of_network(),
         run.scale.of_network(),
@@ -297,12 +305,11 @@ def train(run: Run, sets: Sets, out: Path, about: dict[str, Any], options: Optio
     key, dropout_key = jax.random.split(jax.random.key(run.seed))
     hyper = {k: np.float32(v) for k, v in hyperparameters(run.recipe, run.scale, run.rate).items()}
     with (
-        alone(path.parent),
         checkpoints.manager(path.parent / "checkpoints", keep=1) as manager,
         jax.set_mesh(made.mesh),
     ):
         state = checkpoints.resume(manager, made.start(key, hyper))
-        header = {**about, **identity, "steps": run.steps, "options": options._asdict()}
+        header = {**about, "steps": run.steps, "options": options._asdict()}
         with Notebook(
             path, resume_from=int(state.step), tensorboard=options.tensorboard, **header
         ) as notebook:
@@ -310,7 +317,6 @@ def train(run: Run, sets: Sets, out: Path, about: dict[str, Any], options: Optio
             state, diverged = loop.advance(state, dropout_key, manager)
             if diverged or int(state.step) >= run.steps:
                 loop.finish(state, diverged)
-    return path
 
 
 def described(run: Run, options: Options) -> dict[str, Any]:
@@ -347,20 +353,34 @@ def check_same(path: Path, identity: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Holds the folder of a run as long as it is written to; ValueError if another program does."""
-    if fcntl is None or jax.process_index() != 0:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:  # a program that has died holds it no more
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    """Holds the folder of a run as long as it is written to.
+
+    Raises ValueError, in all processes, if another program holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        free = jax.process_index() != 0 or _hold(folder, stack)
+        if jax.process_count() > 1:  # as the first process says
+            free = bool(multihost_utils.broadcast_one_to_all(np.asarray(free)))
+        if not free:
             raise ValueError(
                 f"{folder} is in use: another program trains this very run. Wait for it, or give "
                 "another folder with --out."
-            ) from None
+            )
         yield
+
+
+def _hold(folder: Path, stack: contextlib.ExitStack) -> bool:
+    """Whether the folder is free; then it is held until the stack is left, or the program dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = stack.enter_context((folder / "lock").open("w"))
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some shared file systems have no locks
+        log.warning("%s cannot be locked: take care that no other program trains this run.", folder)
+    return True
 
 
 class Tally:

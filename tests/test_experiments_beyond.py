@@ -380,6 +380,7 @@ def test_only_runs_that_ended_well_are_members(tmp_path):
     write("d", "BN-x30")
     write("e", "BN-x5", end)
     assert [path.name for path in inception_ensemble.finished(tmp_path, "BN-x30")] == ["a", "b"]
+    assert [f.name for f in inception_ensemble.finished(tmp_path, "BN-x30, Dropout 5 %")] == ["b"]
     with pytest.raises(SystemExit, match=r"no run of Inception that has ended\. Expected"):
         command("ensemble", "--members", "Inception", out=tmp_path)
     with pytest.raises(SystemExit, match="holds no run with a checkpoint"):

@@ -492,6 +492,7 @@ def finished_runs(tmp_path):
         write_run(tmp_path, "Inception", seed, [0.2, 0.4, 0.5, 0.6 + 0.1 * seed])
         write_run(tmp_path, "BN-x5", seed, [0.5, 0.7, 0.65], every=2, top1_population=0.68)
     write_run(tmp_path, "Inception", 0, [0.3, 0.2], rate=0.1)
+    write_run(tmp_path, "Inception", 0, [0.5, 0.9], rate=0.03)
     write_run(tmp_path, "Inception-x5", 0, [0.1], diverged=True)
     write_run(tmp_path, "Inception-Sigmoid", 0, [0.1, 0.1])
     write_run(tmp_path, "BN at x10", 0, [0.3, 0.6])
@@ -521,6 +522,7 @@ def test_the_report_has_both_tables_and_figures(finished_runs):
     assert "| Inception-Sigmoid | 0.01 | never | never | 10.0 % |" in page
     assert "diverged in 1 of 1" in page
     assert page.count("| 0.1 | 0 | 30.0 % | 20.0 % |") == 1  # the search
+    assert "made with 0.01, but 0.03 is better for the baseline" in page
     # Beside the better of the two rates.
     assert "| Inception, LeCun init | 0.01 | never | never | 30.0 % |" in page
     assert "| Inception, LeCun init | 0.03 | 20 | 100.0 % | 40.0 % |" in page
