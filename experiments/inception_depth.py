@@ -93,7 +93,11 @@ def probe(net: models.Inception, params: Any, stats: Any, batch: Any) -> dict[st
     (of_params, of_outputs), outputs = of_all(params, nudges)
     layers = [functools.reduce(lambda tree, name: tree[name], at, of_params) for at in path]
     return {
-        "kernel_gradient": [layer["Conv_0"]["kernel"] for layer in layers],
+        # Of a separable convolution, the second one's.
+        "kernel_gradient": [
+            layer[max(name for name in layer if name.startswith("Conv_"))]["kernel"]
+            for layer in layers
+        ],
         "output_gradient": [of_outputs[at] for at in path],
         "output": [outputs[at] for at in path],
     }

@@ -61,9 +61,9 @@ def band(path: Path, found: Mapping[str, tuple[list[float], list[float]]], steps
     axes = figure.subplots()
     for name, (rates, best) in found.items():
         label, color, dashes = BN[name]
-        each = np.unique(rates)
-        mean = [100 * np.mean(np.asarray(best)[rates == rate]) for rate in each]
-        axes.plot(each, mean, color=color, linestyle=dashes, marker="o", markersize=4, label=label)
+        each, inverse = np.unique(rates, return_inverse=True)
+        at = 100 * np.bincount(inverse, best) / np.bincount(inverse)
+        axes.plot(each, at, color=color, linestyle=dashes, marker="o", markersize=4, label=label)
     axes.set_xscale("log")
     axes.set_xlabel("learning rate (constant)")
     axes.set_ylabel(f"best accuracy within {steps:,} steps [%]")

@@ -330,6 +330,8 @@ def _reader(batches: Batches, again: bool) -> Callable[[], Iterable[Any]]:
 
 def _check_batch(batch: T, way: _Way) -> T:
     """Refuses, where several processes compute together, what only one of them has."""
+    if jax.process_count() == 1:
+        return batch
     devices = jax.devices() if way.mesh is None else way.mesh.devices.flat
     together = len({device.process_index for device in devices}) > 1
     arrays = [x for x in jax.tree.leaves(batch) if np.ndim(x) > 0]

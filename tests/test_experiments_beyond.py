@@ -233,13 +233,19 @@ def test_the_command_finds_the_identity(results):
     assert all(row["scale"] == pytest.approx(row["std"], rel=5e-4) for row in features)
 
 
-def test_activations_are_those_before_the_norm(one_device):
-    net = models.Inception((), ((4, 3, 2),), 5, separable=None)
+@pytest.mark.parametrize("separable", [None, 2])
+def test_activations_are_those_before_the_norm(one_device, separable):
+    net = models.Inception((), ((4, 3, 2),), 5, separable=separable)
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
     variables = quickly(functools.partial(net.init, train=False))(jax.random.key(1), x)
     got = inception_identity.activations(net, variables, x, ("ConvUnit_0",))
-    conv = nn.Conv(4, (3, 3), 2, use_bias=False)
-    want = conv.apply({"params": variables["params"]["ConvUnit_0"]["Conv_0"]}, x)
+    kernels = variables["params"]["ConvUnit_0"]
+    if separable is None:
+        conv = nn.Conv(4, (3, 3), 2, use_bias=False)
+        want = conv.apply({"params": kernels["Conv_0"]}, x)
+    else:
+        spread = nn.Conv(6, (3, 3), 2, feature_group_count=3, use_bias=False)
+        want = spread.apply({"params": kernels["Conv_0"]}, x) @ kernels["Conv_1"]["kernel"][0, 0]
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"no unit 'inception_9a/x' in the network"):
         inception_identity.activations(net, variables, x, ("inception_9a", "x"))

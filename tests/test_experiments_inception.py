@@ -21,7 +21,7 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
-from experiments import checkpoints, inception, inception_report, inception_train
+from experiments import checkpoints, inception, inception_figures, inception_report, inception_train
 from experiments.inception_recipes import (
     ENSEMBLE,
     FINAL_SHARE,
@@ -530,6 +530,14 @@ def test_the_report_has_both_tables_and_figures(finished_runs):
     for name in ("figure2.png", "band.png"):
         with Image.open(finished_runs / name) as image:
             assert image.width > 500
+
+
+def test_the_band_is_of_means_over_the_seeds(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(inception_figures, "save", lambda figure, _: drawn.append(figure))
+    inception_figures.band(tmp_path / "band.png", {"BN": ([0.1, 0.01, 0.1], [0.2, 0.5, 0.4])}, 10)
+    [line] = drawn[0].axes[0].lines
+    np.testing.assert_allclose(line.get_xydata(), [[0.01, 50], [0.1, 30]])
 
 
 def test_the_report_can_be_made_of_the_one_file(finished_runs, tmp_path_factory):

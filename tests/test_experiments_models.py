@@ -327,6 +327,14 @@ def test_rows_by_name():
         models.rows("3a", "3z")
 
 
+def test_modules_that_keep_the_resolution_are_repeated():
+    deeper = models.rows("3a", "3c", "5b", width=1 / 32, repeat=3)
+    names = ["3a", "3a_2", "3a_3", "3c", "5b", "5b_2", "5b_3"]
+    assert [row.name for row in deeper] == names
+    first, *_ = models.rows("3a", width=1 / 32)
+    assert deeper[2] == first._replace(name="3a_3")
+
+
 def test_a_narrow_row_keeps_its_branches():
     for row, narrow in zip(models.rows(), models.rows(width=1 / 1000), strict=True):
         assert [n > 0 for n in narrow[1:6]] == [n > 0 for n in row[1:6]]
