@@ -657,10 +657,12 @@ def test_statistics_lie_where_they_lay():
 
 
 PROCESS = """
-    import sys, jax, numpy as np, jbn, jbn.population
+    import functools, sys, jax, numpy as np, jbn, jbn.population
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
     jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+    # To a file: the threads of JAX's transport write to the standard output, in between.
+    say = functools.partial(print, file=open(sys.argv[3], "w"), flush=True)
     mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,))
 
     def apply_fn(params, stats, x):
@@ -673,45 +675,45 @@ PROCESS = """
         with jax.set_mesh(mesh):
             args = jbn.init_params(8), jbn.init_stats(8)
             new = jbn.population.estimate(apply_fn, *args, batches)
-        print(*[np.asarray(v).tobytes().hex() for v in new])
+        say(*[np.asarray(v).tobytes().hex() for v in new])
     across, mine = ({"mesh": m, "axis_name": "data"} for m in (
         mesh, jax.sharding.Mesh(jax.local_devices(), "data")))
     args = jbn.init_params(8), jbn.init_stats(8)  # on this process' first device
     for how in {}, across, mine:
         try:
             new = jbn.population.estimate(apply_fn, *args, list(x + jax.process_index()), **how)
-            print(*np.asarray(new.mean))
+            say(*np.asarray(new.mean))
         except ValueError as error:
-            print(error)
+            say(error)
 """
 
 
-def test_two_processes():
+def test_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     flags = "--xla_force_host_platform_device_count=2"
+    files = [tmp_path / str(i) for i in range(2)]
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(PROCESS), address, str(i)],
+            [sys.executable, "-c", textwrap.dedent(PROCESS), address, str(i), files[i]],
             cwd=pathlib.Path(__file__).parent.parent,
             env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-            stdout=subprocess.PIPE,
-            text=True,
         )
         for i in range(2)
     ]
     try:
-        said = [process.communicate(timeout=300)[0] for process in started]
+        for process in started:
+            process.wait(timeout=300)
     finally:  # if one has died, the other would wait for it
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0]
     x = np.random.default_rng(0).standard_normal((3, 16, 8)).astype(np.float32)
-    printed = [[line for line in text.splitlines() if "[Gloo]" not in line] for text in said]
-    ours, theirs = (lines[:2] for lines in printed)
+    said = [file.read_text().splitlines() for file in files]
+    ours, theirs = (lines[:2] for lines in said)
     assert ours == theirs
-    for i, (*_, no_mesh, global_mesh, own) in enumerate(printed):
+    for i, (*_, no_mesh, global_mesh, own) in enumerate(said):
         assert no_mesh.startswith("batches lie in this process alone")
         assert global_mesh == no_mesh
         alone = (x + np.float32(i)).reshape(-1, 8).mean(0, dtype=np.float64)
