@@ -149,7 +149,7 @@ def _he(std: float) -> Callable[..., jax.Array]:
 
 SCALES = {
     "cifar10": Scale(
-        "cifar10", models.small_inception, width=1 / 8, size=32, crop="shift", rate=0.01,
+        "cifar10", models.small_inception, width=1 / 8, size=32, crop="shift", rate=0.03,
         steps=20_000, weight_decay=2e-4, shards=200, evaluations=40,
     ),
     # The paper's own: 31 million steps of 32 images are 775 epochs.
