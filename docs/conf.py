@@ -17,6 +17,7 @@ extensions = [
 exclude_patterns = [
     "_build",
     "peers.md",
+    "experiments/inception/inception-table.md",
     "collectives-table.md",
     "performance-table.md",
     "performance-targets.md",

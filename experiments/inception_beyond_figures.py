@@ -103,5 +103,5 @@ def ensemble(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_ylabel("validation accuracy [%]")
     axes.grid(alpha=0.3, axis="y")
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=9, loc="lower right")
     save(figure, path)
