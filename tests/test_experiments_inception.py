@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -546,6 +547,17 @@ def test_the_report_can_be_made_of_the_one_file(finished_runs, tmp_path_factory)
     text = (finished_runs / inception_report.NUMBERS).read_text()
     (other / inception_report.NUMBERS).write_text(text)
     assert inception_report.report(other) == page
+
+
+def test_the_documentation_shows_what_was_measured(tmp_path):
+    shown = Path(__file__).parents[1] / "docs/experiments/inception"
+    shutil.copy(shown / inception_report.NUMBERS, tmp_path)
+    page = (shown / "inception-table.md").read_text(encoding="utf-8")
+    assert inception_report.report(tmp_path) == page
+    text = (shown.parent / "inception.md").read_text(encoding="utf-8")
+    for heading in ("The paper's comparison", "The baseline's learning rate", "One change to BN-x5"):
+        assert f'"## {heading}"' in text  # where an included table begins
+        assert f"## {heading}\n\n| " in page
 
 
 def test_nothing_to_report_is_said(tmp_path):
