@@ -41,9 +41,9 @@ start's share that is left; on batches of 32 by 0.3 % (median) and 0.5 % (worst 
 them too small, as a batch's standard deviation is; biases by 0.1 % of a standard deviation. Half a
 minute.
 
-ensemble: BN-Baseline, three seeds: one network 64.7 %, with 18 views 66.7 %; all together 67.9 % and
-68.5 %. Six minutes on one core. BN-x30 and its variants, the paper's members and the default, do
-not train on CIFAR-10, but are what ImageNet's are.
+ensemble: BN-Baseline, three seeds: one network 64.7 %, with 18 views 66.7 %; all together 67.9 %
+and 68.5 %. Six minutes on one core. BN-x30 and its variants, the paper's members and the default,
+do not train on CIFAR-10, but are what ImageNet's are.
 """
 
 from __future__ import annotations
