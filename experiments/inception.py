@@ -318,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen, job = runs(args), args.job_of_several
     try:
         if chosen and args.jobs > 1 and job is None:
-            spawn(argv, args.jobs, args.out)
+            spawn(argv, min(args.jobs, len(chosen)), args.out)
         elif chosen:
             train(deal(chosen, args.jobs)[job or 0], argv, args)
         if "report" in args.what and job is None and jax.process_index() == 0:
