@@ -34,11 +34,10 @@ from jbn._moments import (
     differentiable_measure,
     only_active,
     prepare,
-    shifted,
 )
 from jbn._once import made_once
 from jbn._pool import Moments, pool_groups, restore
-from jbn._reference import accumulator
+from jbn._reference import accumulator, active
 from jbn._sync import AxisName, Scope, scope
 
 Activation = Callable[[Array], Array]
@@ -158,6 +157,10 @@ def _transform(
     residual = _check.residual(residual, x)
     if residual is not None:
         residual = _sharding.divide(residual, problem.axes)
+        if weights is not None:
+            # The backward pass keeps the residual, which others may keep as well, and no mask.
+            harmless = jax.checkpoint(_harmless, prevent_cse=False)
+            residual = harmless(residual, residual, weights)
     scale, bias = affine(scale, bias, problem.axes)
     run = _normalize if isinstance(divided, Tracer) else _eager
     y, m = run(rule, divided, scale, bias, weights, residual)
@@ -277,16 +280,37 @@ def _forward(rule: _Rule, x, scale, bias, weights, residual) -> tuple[Array, Mom
     shift, m = named(differentiable_measure(rule.problem, x, weights))
     scale, bias = expanded(scale, bias, rule.problem.axes, accumulator(x.dtype))
     if weights is not None:
-        # Without data the bias. Plus zeros: of the sharding of the counts.
-        scale = scale + jnp.zeros_like(m.count, scale.dtype)
-        scale = jnp.where(m.count > 0, scale, jnp.zeros_like(scale))
+        scale = _where_data(m.count, scale)  # without data y is the bias
     at = place(shift, m, rule.epsilon)
     vectors = (m.mean, m.var, *at, *at.fold(scale, bias))
     mean, var, center, rest, rstd, a, c = made_once(*vectors)
     known = _Known(shift, Moments(m.count, mean, var), Place(center, rest, rstd), (a, c))
-    y = transform(x.astype(center.dtype) - center, a, c, residual)
+    y = transform(_displaced(x, center, weights), a, c, residual)
     y = (y if rule.activation is None else rule.activation(y)).astype(rule.dtype)
     return y, _of_x(rule, known.moments, shift, weights), known
+
+
+def _where_data(count: Array, values: Array) -> Array:
+    """`values`, 0 for features without data."""
+    values = values + jnp.zeros_like(count, values.dtype)  # plus zeros: of the counts' sharding
+    return jnp.where(count > 0, values, jnp.zeros_like(values))
+
+
+def _displaced(x: Array, center: Array, weights: Array | None) -> Array:
+    """x - center at every position, masked ones included."""
+    z = x.astype(center.dtype) - center
+    return _harmless(z, z, weights)
+
+
+def _harmless(values: Array, at: Array, weights: Array | None) -> Array:
+    """`values`, 0 at positions that are masked and where `at` is not finite.
+
+    There y is a constant, and so is what padding of NaN or infinity makes of the gradients of
+    everything else: nothing.
+    """
+    if weights is None:
+        return values
+    return jnp.where(active(weights) | jnp.isfinite(at), values, jnp.zeros_like(values))
 
 
 def _of_x(rule: _Rule, m: Moments, shift: Array, weights: Array | None) -> Moments:
@@ -316,8 +340,13 @@ def _differential(rule: _Rule, data, known: _Known, tangents) -> tuple[Array, Mo
         tangents = jax.tree.map(lambda t: t.astype(at.center.dtype), tangents)
         dx, dscale, dbias, dresidual = tangents
         dscale, dbias = (0 if t is None else axes.expand(t) for t in (dscale, dbias))
-        dx = only_active(dx, weights)
-        mean_dx, half_dvar = derivative(rule.problem, x, at.center, dx, m.count, at.rest, weights)
+        if weights is not None and tangents[1] is not None:
+            dscale = _where_data(m.count, dscale)
+        active_dx = only_active(dx, weights)
+        mean_dx, half_dvar = derivative(
+            rule.problem, x, at.center, active_dx, m.count, at.rest, weights
+        )
+        dx = _harmless(dx, x.astype(dx.dtype) - at.center, weights)
         # Where rstd is 0, as y is the bias, the sums over z may be infinite.
         mean_xhat_dx = jnp.where(at.rstd == 0, 0.0, at.rstd * half_dvar.astype(dx.dtype))
         slope = jnp.where(at.rstd == 0, 0.0, at.rstd * (dscale - a * mean_xhat_dx))
@@ -326,7 +355,7 @@ def _differential(rule: _Rule, data, known: _Known, tangents) -> tuple[Array, Mo
         dy = _through(rule, x, at.center, weights, kept, (a, c), own, others)
         dm = Moments(jnp.zeros_like(m.count), mean_dx, 2 * half_dvar)
         _, dm = jax.jvp(lambda m: _of_x(rule, m, shift, weights), (m,), (dm,))
-        return only_active(dy, weights).astype(rule.dtype), dm
+        return dy.astype(rule.dtype), dm
 
     # prevent_cse=False: the compiler may keep what it wants; only autodiff must not.
     return jax.checkpoint(differential, prevent_cse=False)(data, known, tangents)
@@ -345,11 +374,12 @@ def _through(rule: _Rule, x, center, weights, kept, vectors, own, others) -> Arr
         u, v = map(row, others)
         dy = kernel.spread(x, row(center), u, v, own, gate=gate, dtype=rule.dtype)
         return dy if kept is None else jnp.where(kept > 0, dy, jnp.zeros_like(dy))
-    z, (a, c) = shifted(x, center, weights), vectors
-    # Backwards `v` gives the sum of z dy. Without the choice, which changes nothing, XLA for CPUs
-    # takes z from memory there, where it has lain since the forward pass: as much as x again.
+    z, (a, c) = _displaced(x, center, weights), vectors
+    # Backwards `v` gives the sum of z dy. Without the choice, XLA for CPUs takes z from memory there,
+    # where it has lain since the forward pass: as much as x again. For finite z the choice is v
+    # whatever z is, so that every derivative is that of z v.
     u, v = others
-    others = z * jnp.where(z != 0, v, jnp.zeros_like(v)) + u
+    others = z * jnp.where(jnp.isfinite(z), v, jnp.zeros_like(v)) + u
     if activation is None:
         return own + others
     if kept is not None:  # the residual's gradient is an array, which both parts may use
