@@ -70,8 +70,9 @@ def batch_norm(
       epsilon: is added to the variance, inside the root.
       update: how the batch enters the running statistics: `ema`, `cumulative`, or any function
         (RunningStats, Moments) -> RunningStats.
-      mask: bool, of x's rank, broadcasts against x. False: the value takes no part, neither in
-        the statistics nor in any derivative, and may be NaN.
+      mask: bool, of x's rank, broadcasts against x. False: the value takes no part in the
+        statistics, and is normalised by those of the others, as in Flax. It may be NaN: where it
+        is not finite, y is the bias.
       weights: real and not negative, broadcasts like `mask`. Zero is the same as masked; a
         negative or NaN weight counts as zero.
       axis_name: share statistics over these named axes (of vmap, pmap, shard_map). Under `jit`

@@ -213,12 +213,14 @@ def as_replicated_as(old: Array, new: Array) -> None:
     )
 
 
-def participation(axes: Axes, mask: ArrayLike | None, weights: ArrayLike | None) -> Array | None:
-    """Mask and weights as one array of x's rank: None, bool, or real and >= 0."""
+def participation(
+    axes: Axes, mask: ArrayLike | None, weights: ArrayLike | None, dtype: DTypeLike
+) -> Array | None:
+    """Mask and weights as one array of x's rank: None, bool, or the real type of `dtype`, >= 0."""
     taking_part = None if mask is None else _mask(axes, jnp.asarray(mask))
     if weights is None:
         return taking_part
-    weights = _weights(axes, jnp.asarray(weights))
+    weights = _weights(axes, jnp.asarray(weights), jnp.finfo(dtype))
     if taking_part is None:
         return weights
     return jnp.where(taking_part, weights, jnp.zeros_like(weights))
@@ -233,15 +235,17 @@ def _mask(axes: Axes, mask: Array) -> Array:
     return _broadcastable("mask", mask, axes)
 
 
-def _weights(axes: Axes, weights: Array) -> Array:
+def _weights(axes: Axes, weights: Array, numbers: jnp.finfo) -> Array:
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise TypeError(
             f"weights must be floating point; got {weights.dtype}. Pass a bool array as mask=, "
             f"and convert others: weights.astype(jnp.float32)."
         )
-    weights = _broadcastable("weights", weights, axes)
-    # A negative or NaN weight counts as none.
-    return jnp.where(weights > 0, weights, jnp.zeros_like(weights))
+    weights = _broadcastable("weights", weights, axes).astype(numbers.dtype)
+    # A negative or NaN weight counts as none, and so does one that a processor may take for 0
+    # anyway. Of the largest, 2^24 still have a finite sum.
+    largest = jnp.asarray(numbers.max * 2.0**-24, numbers.dtype)
+    return jnp.where(weights >= numbers.tiny, jnp.minimum(weights, largest), jnp.zeros_like(weights))
 
 
 def _broadcastable(name: str, values: Array, axes: Axes) -> Array:

@@ -26,7 +26,7 @@ from jbn import _bfloat16, _check, _kernels, _sharding
 from jbn._axes import Axes, resolve
 from jbn._once import made_once
 from jbn._pool import Moments, dot, pool_blocks, pool_instances, restore, square
-from jbn._reference import active, reference
+from jbn._reference import accumulator, active, reference
 from jbn._sync import AxisName, Scope, scope
 
 
@@ -94,7 +94,7 @@ def prepare(
     x = _check.floating(x)
     axes = resolve(x.shape, axis)
     _check.reduction_axis(axes, over.names)
-    weights = _check.participation(axes, mask, weights)
+    weights = _check.participation(axes, mask, weights, accumulator(x.dtype))
     if groups is None:
         return Problem(axes, over, _kernels.suited(axes, x, weights, over.names)), x, weights
     split = axes.split(_check.groups(groups, axes))
@@ -202,13 +202,24 @@ def average(
     `values` are 0 where masked. One collective carries all of them. Division comes last, by the
     whole count, so uneven instances are averaged exactly and not as a mean of means.
     """
-    if weights is not None and weights.dtype != jnp.bool_:
-        values = tuple(v * weights.astype(v.real.dtype) for v in values)
     axes, over, _ = problem
-    sums = over.sum(tuple(jnp.sum(v, axes.reduction, keepdims=True) for v in values))
     if weights is not None or not isinstance(axes.size, int) or axes.size == 0:
         count = jnp.where(count > 0, count, jnp.ones_like(count))
+    if weights is not None and weights.dtype != jnp.bool_:
+        unit = _power_of_two(count)
+        weights, count = weights / unit, count / unit
+        values = tuple(v * weights.astype(v.dtype) for v in values)
+    sums = over.sum(tuple(jnp.sum(v, axes.reduction, keepdims=True) for v in values))
     return tuple(s / count.astype(s.dtype) for s in sums)
+
+
+def _power_of_two(count: Array) -> Array:
+    """The one nearest to `count`, so that to divide weights by it rounds nothing.
+
+    Weights of any common factor, such as 1e30, then neither overflow nor vanish in w (x - K)^2.
+    """
+    bits = jnp.finfo(count.dtype)
+    return lax.reduce_precision(count, exponent_bits=bits.nexp, mantissa_bits=0)
 
 
 def shifted_moments(

@@ -98,8 +98,8 @@ def normalize(
       bias: [C], or None for 0.
       axis: the feature axis or axes, C.
       epsilon: is added to the variance, inside the root.
-      mask: bool, of x's rank, broadcasts against x. False: the value takes no part, neither in
-        the moments nor in any derivative, and may be NaN.
+      mask: bool, of x's rank, broadcasts against x. False: the value takes no part in the moments,
+        and is normalised by those of the others.
       weights: real and not negative, broadcasts like `mask`. Zero is the same as masked; a
         negative or NaN weight counts as zero.
       axis_name: take the moments over these named axes (of vmap, pmap, shard_map) as well.
@@ -110,9 +110,9 @@ def normalize(
       dtype: of y; by default x's.
 
     Returns:
-      y, of x's shape, and the moments. Both are differentiable in x, scale and bias to any order.
-      A masked position shows x normalised by the others' moments, as a constant: what it holds
-      touches no other value and its gradient is 0. A feature without any data gives its bias.
+      y, of x's shape, and the moments. Both are differentiable in x, scale and bias to any order,
+      masked positions included. What a masked position holds touches no other value and no other
+      gradient: where it is not finite, xhat is 0 there. A feature without any data gives its bias.
       Of activation and residual a backward pass keeps the residual alone, or y where the activation
       is `jax.nn.relu`: no mask, no sum.
 
@@ -285,7 +285,7 @@ def _forward(rule: _Rule, x, scale, bias, weights, residual) -> tuple[Array, Mom
     vectors = (m.mean, m.var, *at, *at.fold(scale, bias))
     mean, var, center, rest, rstd, a, c = made_once(*vectors)
     known = _Known(shift, Moments(m.count, mean, var), Place(center, rest, rstd), (a, c))
-    y = transform(_displaced(x, center, weights), a, c, residual)
+    y = transform(_displaced(x, center, a, weights), a, c, residual)
     y = (y if rule.activation is None else rule.activation(y)).astype(rule.dtype)
     return y, _of_x(rule, known.moments, shift, weights), known
 
@@ -296,17 +296,16 @@ def _where_data(count: Array, values: Array) -> Array:
     return jnp.where(count > 0, values, jnp.zeros_like(values))
 
 
-def _displaced(x: Array, center: Array, weights: Array | None) -> Array:
+def _displaced(x: Array, center: Array, a: Array, weights: Array | None) -> Array:
     """x - center at every position, masked ones included."""
     z = x.astype(center.dtype) - center
-    return _harmless(z, z, weights)
+    return _harmless(z, z * a, weights)
 
 
 def _harmless(values: Array, at: Array, weights: Array | None) -> Array:
     """`values`, 0 at positions that are masked and where `at` is not finite.
 
-    There y is a constant, and so is what padding of NaN or infinity makes of the gradients of
-    everything else: nothing.
+    So y is a constant there, the bias, and a NaN in the padding of a batch reaches no gradient.
     """
     if weights is None:
         return values
@@ -346,7 +345,7 @@ def _differential(rule: _Rule, data, known: _Known, tangents) -> tuple[Array, Mo
         mean_dx, half_dvar = derivative(
             rule.problem, x, at.center, active_dx, m.count, at.rest, weights
         )
-        dx = _harmless(dx, x.astype(dx.dtype) - at.center, weights)
+        dx = _harmless(dx, a * (x.astype(dx.dtype) - at.center), weights)
         # Where rstd is 0, as y is the bias, the sums over z may be infinite.
         mean_xhat_dx = jnp.where(at.rstd == 0, 0.0, at.rstd * half_dvar.astype(dx.dtype))
         slope = jnp.where(at.rstd == 0, 0.0, at.rstd * (dscale - a * mean_xhat_dx))
@@ -374,7 +373,8 @@ def _through(rule: _Rule, x, center, weights, kept, vectors, own, others) -> Arr
         u, v = map(row, others)
         dy = kernel.spread(x, row(center), u, v, own, gate=gate, dtype=rule.dtype)
         return dy if kept is None else jnp.where(kept > 0, dy, jnp.zeros_like(dy))
-    z, (a, c) = _displaced(x, center, weights), vectors
+    a, c = vectors
+    z = _displaced(x, center, a, weights)
     # Backwards `v` gives the sum of z dy. Without the choice, XLA for CPUs takes z from memory there,
     # where it has lain since the forward pass: as much as x again. For finite z the choice is v
     # whatever z is, so that every derivative is that of z v.

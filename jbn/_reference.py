@@ -1,84 +1,190 @@
-"""K: the constant that is taken from every value of a feature before anything is summed."""
+"""K, the shift: the constant that is taken from every value of a feature before anything is summed.
+
+Rounding makes an error of about eps (1 + (K - mean)^2 / var) in the variance (docs/mathematics), so
+K has to lie within a few standard deviations of the mean. Most values do: at most 1/t^2 of them are
+further away than t standard deviations (Chebyshev). K is the median of seven values, drawn at
+different places of different examples, so that neither one odd place in every example (a token, a
+border, a row and a column) nor a few odd examples are the majority.
+"""
+
+import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jbn._axes import Axes
+from jbn._once import made_once
 from jbn._sharding import is_explicitly_sharded
+
+_DRAWS = 7  # of which three may be odd
+# From an axis to the next the draws change their order, so that no line meets two of them.
+_STRIDES = (1, 3, 2, 5, 4, 6)
+# Where in its seventh of the weight a draw lies. Not in the same place of each: in a batch of
+# 7 n examples of one length, that would be the same place in all of them.
+_OFFSETS = np.array([0.37, 0.71, 0.13, 0.59, 0.29, 0.83, 0.47])
+_LANES = 128  # values that a TPU keeps side by side
 
 
 def reference(x: Array, weights: Array | None, axes: Axes) -> Array:
-    """K: for each feature a value of x that takes part.
+    """K: for each feature a value of x that takes part, near the mean.
 
     A value of x, and no average, so that a constant channel becomes exactly 0; 0 if there is none.
     The result of Batch Normalization does not depend on K, so K carries no gradient.
     """
     if axes.size == 0:
-        shift = jnp.full(axes.per_feature, -jnp.inf, x.dtype)
-    elif is_explicitly_sharded(x):  # such an x has no rows to index: any value will do
+        return jnp.zeros(axes.per_feature, accumulator(x.dtype))
+    if is_explicitly_sharded(x):  # such an x has no rows to index: any value will do
         values = x if weights is None else jnp.where(active(weights), x, -jnp.inf)
         shift = jnp.max(values, axes.reduction, keepdims=True)
     elif weights is None:
-        shift = _median(*_rows(x, axes))
+        shift = _median(_rows(x, axes))
     else:
-        shift = _median(*(_heaviest_row(x, weights, quarter, axes) for quarter in (1, 2, 3)))
+        shift = _median(_weighted_rows(x, weights, axes))
     shift = shift.astype(accumulator(x.dtype))
     # From here on (1e31 for float32) x - K could overflow, by half an ulp of the largest x.
     info = jnp.finfo(shift.dtype)
     usable = jnp.abs(shift) < info.max * info.eps / 4
-    return jnp.where(usable, shift, jnp.zeros_like(shift))
+    shift = jnp.where(usable, shift, jnp.zeros_like(shift))
+    return made_once(shift, shift)[0]  # by two, because alone it would not be made once
 
 
-def _median(a: Array, b: Array, c: Array) -> Array:
-    # So that one odd row, such as padding, does no harm: var has a relative error of about
-    # eps (1 + (K - mean)^2 / var).
-    return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
+def _median(rows: list[Array]) -> Array:
+    """The median of an odd number of rows; for complex ones that of each part."""
+    if jnp.iscomplexobj(rows[0]):
+        return lax.complex(_median([r.real for r in rows]), _median([r.imag for r in rows]))
+    rows = list(rows)
+    for i in range(len(rows)):  # odd-even transposition sort
+        for j in range(i % 2, len(rows) - 1, 2):
+            rows[j], rows[j + 1] = lax.min(rows[j], rows[j + 1]), lax.max(rows[j], rows[j + 1])
+    return rows[len(rows) // 2]
+
+
+def _index(n: int, order: int, draw: int) -> int:
+    """Where a draw lies along a reduction axis of size n, the `order`-th of them."""
+    if not isinstance(n, int):  # a dimension of jax.export
+        return 0
+    middle = _DRAWS // 2
+    place = ((draw - middle) * _STRIDES[order % len(_STRIDES)] + middle) % _DRAWS
+    return n * (2 * place + 1) // (2 * _DRAWS)
 
 
 def _rows(x: Array, axes: Axes) -> list[Array]:
-    """One value of each feature, a quarter, a half and three quarters down every other axis.
+    """The draws where every value weighs the same."""
+    where = [
+        {i: _index(axes.shape[i], order, draw) for order, i in enumerate(axes.reduction)}
+        for draw in range(_DRAWS)
+    ]
 
-    With several examples all three lie half-way down the axes within an example. Those are cut
-    first: a TPU may keep examples of a narrow layer side by side, and would copy x to cut there.
+    def cut(x: Array, at: dict[int, int]) -> Array:
+        return x[tuple(slice(at[i], at[i] + 1) if i in at else slice(None) for i in range(x.ndim))]
+
+    first, *inner = axes.reduction
+    examples, features = axes.shape[first], math.prod(axes.feature_shape)
+    if not (inner and features < _LANES and (not isinstance(examples, int) or examples > _DRAWS)):
+        return [cut(x, at) for at in where]
+    # A TPU may keep the examples of a narrow layer side by side, and would copy x to cut there, so
+    # the axes within an example are cut first. Where an example has few places, one is enough: an
+    # odd one is a large share of the batch then, and not far from the mean.
+    if math.prod(axes.shape[i] for i in inner if isinstance(axes.shape[i], int)) <= _DRAWS + 1:
+        middle = where[_DRAWS // 2]
+        where = [{**middle, first: at[first]} for at in where]
+    places = {tuple(at[i] for i in inner): at for at in where}
+    parts = [cut(x, {i: at[i] for i in inner}) for at in places.values()]
+    parts = dict(zip(places, lax.optimization_barrier(parts), strict=True))  # else both become one
+    return [cut(parts[tuple(at[i] for i in inner)], {first: at[first]}) for at in where]
+
+
+def _weighted_rows(x: Array, weights: Array, axes: Axes) -> list[Array]:
+    """The draws at equal shares of the weight, for each feature; 0 where every weight is 0.
+
+    So a value is drawn in proportion to its weight: one of a tiny weight may lie far from the
+    others, and the variance not show it.
     """
-    first = axes.reduction[:1]
-    several = all(isinstance(x.shape[i], int) and x.shape[i] > 2 for i in first)
+    varying = [i for i in axes.reduction if weights.shape[i] != 1]
+    kept = [i for i in range(len(axes.shape)) if i not in axes.reduction and weights.shape[i] != 1]
+    rows = weights.transpose(
+        *varying, *kept, *(i for i in range(len(axes.shape)) if i not in (*varying, *kept))
+    )
+    sizes = [weights.shape[i] for i in varying]
+    rows = rows.reshape(math.prod(sizes), *(weights.shape[i] for i in kept))
+    chosen, found = _draw(rows.astype(jnp.float32) if rows.dtype == jnp.bool_ else rows)
+    index: dict[int, Array] = dict(zip(varying, jnp.unravel_index(chosen, sizes), strict=True))
+    out = []
+    for draw in range(_DRAWS):
+        at = [
+            index[i][draw] if i in index else _index(axes.shape[i], order, draw)
+            for order, i in enumerate(axes.reduction)
+        ]
+        out.append(_take(x, dict(zip(axes.reduction, at, strict=True)), kept, axes))
+    there = jnp.expand_dims(found, [i for i in range(len(axes.shape)) if i not in kept])
+    return [jnp.where(there, row, jnp.zeros_like(row)) for row in out]
 
-    def cut(x: Array, where: tuple[int, ...], quarter: int) -> Array:
-        def at(n: int) -> slice:
-            i = n * quarter // 4 if isinstance(n, int) else 0  # not: a dimension of jax.export
-            return slice(i, i + 1)
 
-        return x[tuple(at(n) if i in where else slice(None) for i, n in enumerate(x.shape))]
+def _take(x: Array, at: dict[int, Array | int], kept: list[int], axes: Axes) -> Array:
+    """The values of x at these places along the reduction axes, which may differ along `kept`."""
+    zero = jnp.zeros((), jnp.int32)
+    if not kept:  # the same for all features
+        starts = [jnp.asarray(at.get(i, zero), jnp.int32) for i in range(x.ndim)]
+        return lax.dynamic_slice(x, starts, axes.per_feature)
+    places = []
+    for i, n in enumerate(axes.per_feature):
+        if i in at:
+            place = jnp.asarray(at[i], jnp.int32)
+            place = jnp.broadcast_to(place, [axes.shape[j] for j in kept])
+            place = jnp.expand_dims(place, [j for j in range(x.ndim) if j not in kept])
+        else:
+            place = lax.broadcasted_iota(jnp.int32, [n if j == i else 1 for j in range(x.ndim)], i)
+        places.append(jnp.broadcast_to(place, axes.per_feature))
+    return x.at[tuple(places)].get(mode="clip")
 
-    left = axes.reduction
-    if several:
-        x, left = lax.optimization_barrier(cut(x, left[1:], 2)), first  # else both become one again
-    return [cut(x, left, quarter) for quarter in (1, 2, 3)]
 
+def _draw(weights: Array) -> tuple[Array, Array]:
+    """([draws, ...] indices into [rows, ...] weights, [...] whether there is any weight).
 
-def _heaviest_row(x: Array, weights: Array, quarter: int, axes: Axes) -> Array:
-    """For each feature the first value of the largest weight, from a quarter of the rows on.
-
-    The search goes round the end; -inf where every weight is 0. Not just any value that takes part:
-    one of a tiny weight may lie far from the others and the variance not show it.
+    In two steps, first the block and then the row in it, because a running sum over all rows would
+    cost as much as the sums over x.
     """
+    n, rest = weights.shape[0], weights.shape[1:]
+    length = math.isqrt(n - 1) + 1 if isinstance(n, int) and n > 1024 else n
+    blocks = -(-n // length)
+    if blocks * length != n:
+        weights = jnp.pad(weights, [(0, blocks * length - n)] + [(0, 0)] * len(rest))
+    weights = weights.reshape(blocks, length, *rest)
+    share = (np.arange(_DRAWS) + _OFFSETS) / _DRAWS
+    share = jnp.asarray(share, weights.dtype).reshape(_DRAWS, *(1 for _ in rest))
+    block, within, found = _quantile(jnp.sum(weights, 1)[None], share)
+    chosen = jnp.take_along_axis(
+        weights, jnp.expand_dims(block, 1), 0, mode="clip"
+    )  # [draws, length, ...]
+    row, _, _ = _quantile(chosen, within)
+    return block * length + row, found[0]
 
-    def rows(a: Array) -> Array:
-        """All reduction axes as one, the first."""
-        a = jnp.moveaxis(a, axes.reduction, range(len(axes.reduction)))
-        return a.reshape(axes.size, *a.shape[len(axes.reduction) :])
 
-    per_feature = any(weights.shape[i] != 1 for i in axes.features)
-    weights = rows(jnp.broadcast_to(weights, axes.shape if per_feature else axes.per_position))
-    start = axes.size * quarter // 4
-    index = jnp.argmax(jnp.roll(weights, -start, axis=0), axis=0, keepdims=True)
-    index = (index + start) % axes.size
-    found = active(jnp.take_along_axis(weights, index, axis=0, mode="clip"))
-    x = rows(x)
-    first = jnp.take_along_axis(x, jnp.broadcast_to(index, (1, *x.shape[1:])), axis=0, mode="clip")
-    return jnp.where(found, first, jnp.full_like(first, -jnp.inf)).reshape(axes.per_feature)
+def _quantile(weights: Array, share: Array) -> tuple[Array, Array, Array]:
+    """(index, share within it, whether there is weight), at which a share of the weight is reached.
+
+    The weights, [draws or 1, n, ...], are rounded to whole numbers, whose running sums are exact:
+    a value of no weight, or of a millionth of the largest, is never found.
+    """
+    n = weights.shape[1]
+    bits = 30 - n.bit_length() if isinstance(n, int) else 8
+    largest = jnp.max(weights, 1, keepdims=True)
+    some = jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    whole = (weights / some * 2**bits).astype(jnp.int32)
+    sums = jnp.cumsum(whole, 1)
+    total = sums[:, -1]
+    target = (share * total.astype(share.dtype)).astype(jnp.int32)
+    target = jnp.clip(target, 0, jnp.maximum(total - 1, 0))
+    reached = jnp.sum(sums <= jnp.expand_dims(target, 1), 1, dtype=jnp.int32)
+    index = jnp.minimum(reached, n - 1)
+    at = jnp.expand_dims(index, 1)
+    own = jnp.take_along_axis(jnp.broadcast_to(whole, (len(share), *whole.shape[1:])), at, 1)
+    upper = jnp.take_along_axis(jnp.broadcast_to(sums, (len(share), *sums.shape[1:])), at, 1)
+    before = (target - (upper - own)[:, 0]).astype(share.dtype)
+    within = before / jnp.maximum(own[:, 0], 1).astype(share.dtype)
+    return index, within, total > 0
 
 
 def accumulator(dtype: DTypeLike) -> DTypeLike:

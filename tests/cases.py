@@ -18,6 +18,7 @@ class Case(NamedTuple):
     std: float = 1.0
     mask: str = "none"  # examples | positions | features | channel (one has no position at all)
     weights: str = "none"  # examples | features (about a fifth of them zero)
+    values: str = "normal"  # integer | symmetric | constant | one_hot | relu: some equal the mean
 
     def __str__(self):
         """The id of the test."""
@@ -27,6 +28,7 @@ class Case(NamedTuple):
             parts.append(f"{self.offset:g}±{self.std:g}")
         parts += [f"mask-{self.mask}"] * (self.mask != "none")
         parts += [f"weights-{self.weights}"] * (self.weights != "none")
+        parts += [self.values] * (self.values != "normal")
         return "-".join(parts)
 
     @property
@@ -119,7 +121,18 @@ MASKS = (
     Case((64, 5), weights="examples", dtype="bfloat16"),
 )
 
-ALL = AXES + OFFSETS + DTYPES + MASKS
+# What data have and normal numbers never: values that equal the mean, and each other.
+VALUES = (
+    Case((5, 3), values="symmetric"),
+    Case((8, 4), values="integer"),
+    Case((4, 6, 16), axis=1, values="relu"),
+    Case((6, 8), values="one_hot"),
+    Case((8, 3), values="constant", offset=-3.0),
+    Case((8, 4), values="integer", mask="examples"),
+    Case((8, 4), values="integer", weights="features"),
+)
+
+ALL = AXES + OFFSETS + DTYPES + MASKS + VALUES
 
 
 def make(case: Case, masked: float = 7.0) -> Data:
@@ -133,7 +146,11 @@ def make(case: Case, masked: float = 7.0) -> Data:
     features, reduced = oracle.axes(len(shape), case.axis)
     sizes = tuple(shape[a] for a in features)
     spread = case.std * np.expand_dims(rng.uniform(0.5, 2.0, sizes), reduced)
-    x = case.offset + spread * rng.normal(size=shape)
+    x = case.offset + (
+        spread * rng.normal(size=shape)
+        if case.values == "normal"
+        else _whole_numbers(rng, case, reduced)
+    )
     mask, weights = _mask(rng, case, features, reduced), _weights(rng, case, reduced)
     valid = oracle.position_weights(x, mask, weights) > 0
     return Data(
@@ -146,6 +163,21 @@ def make(case: Case, masked: float = 7.0) -> Data:
         rng.normal(size=sizes).astype(wide),
         rng.normal(size=sizes).astype(wide),
     )
+
+
+def _whole_numbers(rng, case, reduced):
+    x = rng.integers(-2, 3, size=case.shape).astype(np.float64)
+    if case.values == "symmetric":
+        (axis,) = reduced
+        return np.broadcast_to(
+            np.expand_dims(np.arange(case.shape[axis]) - (case.shape[axis] - 1) / 2, 1 - axis),
+            case.shape,
+        )
+    if case.values == "constant":
+        return np.zeros(case.shape)
+    if case.values == "one_hot":  # the last feature is never hot
+        return np.eye(case.shape[-1])[rng.integers(case.shape[-1] - 1, size=case.shape[:-1])]
+    return np.maximum(x, 0) if case.values == "relu" else x
 
 
 def _mask(rng, case, features, reduced):

@@ -5,7 +5,8 @@ the backward pass of section 3 with the weights carried along, and the running a
 sums. `test_oracle.py` holds the backward pass against finite differences of the forward pass.
 
 Shapes: everything per channel has the sizes of the feature axes, in the order of the array. A
-position with weight 0 is masked: it takes no part, and a cotangent that arrives there is dropped.
+position with weight 0 is masked: it takes no part in the statistics, and is normalised by them. What
+is not finite there is normalised to 0, whatever it is.
 """
 
 import functools
@@ -88,8 +89,14 @@ def normalize(x, scale=None, bias=None, axis=-1, epsilon=1e-5, mask=None, weight
     A channel in which nothing takes part has none, and shows its bias.
     """
     m = moments(x, axis, mask, weights)
+    x = np.where(_is_constant(x, mask, weights), _wide(axes(x.ndim, axis)[1], m.mean), x)
     scale = np.where(m.count > 0, 1.0 if scale is None else scale, 0.0)
     return affine(x, m.mean, m.var, scale, bias, axis, epsilon), m
+
+
+def _is_constant(x, mask, weights):
+    """Where y does not depend on x: masked, and not finite."""
+    return (position_weights(x, mask, weights) == 0) & ~np.isfinite(np.asarray(x, np.float64))
 
 
 def vjp(x, scale, bias, dy, dmean, dvar, axis=-1, epsilon=1e-5, mask=None, weights=None):
@@ -101,17 +108,19 @@ def vjp(x, scale, bias, dy, dmean, dvar, axis=-1, epsilon=1e-5, mask=None, weigh
         dvar  = sum(dxhat (x - mean)) (-1/2) (var + eps)^(-3/2)  + dvar given
         dmean = sum(dxhat) (-1) (var + eps)^(-1/2)               + dmean given
         dx    = dxhat (var + eps)^(-1/2) + dvar 2 (x - mean) p + dmean p
+
+    A channel in which nothing takes part is its bias, whatever x and scale are.
     """
     w = position_weights(x, mask, weights)
     m = moments(x, axis, mask, weights)
     reduced = axes(x.ndim, axis)[1]
     wide = functools.partial(_wide, reduced)
-    valid = w > 0
     p = w / wide(np.where(m.count > 0, m.count, 1.0))
-    centred = np.where(valid, np.asarray(x, np.float64), wide(m.mean)) - wide(m.mean)
+    constant = _is_constant(x, mask, weights) | (wide(m.count) == 0)
+    centred = np.where(constant, wide(m.mean), np.asarray(x, np.float64)) - wide(m.mean)
     std = np.sqrt(m.var + epsilon)
-    dy = np.where(valid, np.asarray(dy, np.float64), 0.0)
-    dxhat = dy * (1.0 if scale is None else wide(scale))
+    dy = np.asarray(dy, np.float64)
+    dxhat = np.where(constant, 0.0, dy) * (1.0 if scale is None else wide(scale))
     dvar = dvar - 0.5 * (dxhat * centred).sum(reduced) / std**3
     dmean = dmean - dxhat.sum(reduced) / std
     dx = dxhat / wide(std) + wide(dvar) * 2 * centred * p + wide(dmean) * p

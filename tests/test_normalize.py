@@ -132,8 +132,8 @@ def test_what_lies_under_a_mask_changes_nothing_elsewhere(kind, junk, by):
 def test_a_masked_position_is_normalised_with_the_statistics_of_the_others():
     x = np.float32([[1.0], [3.0], [50.0], [np.nan]])
     mask = np.array([[True], [True], [False], [False]])
-    y, _ = compiled.normalize(x, mask=mask, epsilon=1e-12)
-    np.testing.assert_allclose(y[:, 0], [-1, 1, 48, np.nan], rtol=1e-6)
+    y, _ = compiled.normalize(x, bias=np.float32([5.0]), mask=mask, epsilon=1e-12)
+    np.testing.assert_allclose(y[:, 0], [4, 6, 53, 5], rtol=1e-6)  # the bias in the place of NaN
 
 
 def test_masked_is_left_out():
