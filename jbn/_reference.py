@@ -21,6 +21,11 @@ from jbn._once import made_once
 from jbn._sharding import is_explicitly_sharded
 
 _DRAWS = 7  # of which three may be odd
+# Pairs to put in order, one after the other; the median of seven is in the middle then.
+_MEDIAN = (
+    *((0, 5), (0, 3), (1, 6), (2, 4), (0, 1), (3, 5), (2, 6)),
+    *((2, 3), (3, 6), (4, 5), (1, 4), (1, 3), (3, 4)),
+)
 # From an axis to the next the draws change their order, so that no line meets two of them.
 _STRIDES = (1, 3, 2, 5, 4, 6)
 # Where in its seventh of the weight a draw lies. Not in the same place of each: in a batch of
@@ -53,13 +58,12 @@ def reference(x: Array, weights: Array | None, axes: Axes) -> Array:
 
 
 def _median(rows: list[Array]) -> Array:
-    """The median of an odd number of rows; for complex ones that of each part."""
+    """The median of the draws; for complex ones that of each part."""
     if jnp.iscomplexobj(rows[0]):
         return lax.complex(_median([r.real for r in rows]), _median([r.imag for r in rows]))
     rows = list(rows)
-    for i in range(len(rows)):  # odd-even transposition sort
-        for j in range(i % 2, len(rows) - 1, 2):
-            rows[j], rows[j + 1] = lax.min(rows[j], rows[j + 1]), lax.max(rows[j], rows[j + 1])
+    for i, j in _MEDIAN:
+        rows[i], rows[j] = lax.min(rows[i], rows[j]), lax.max(rows[i], rows[j])
     return rows[len(rows) // 2]
 
 
@@ -82,10 +86,13 @@ def _rows(x: Array, axes: Axes) -> list[Array]:
     def cut(x: Array, at: dict[int, int]) -> Array:
         return x[tuple(slice(at[i], at[i] + 1) if i in at else slice(None) for i in range(x.ndim))]
 
+    def directly(x: Array) -> list[Array]:
+        return [cut(x, at) for at in where]
+
     first, *inner = axes.reduction
     examples, features = axes.shape[first], math.prod(axes.feature_shape)
     if not inner or features >= _LANES or (isinstance(examples, int) and examples <= _DRAWS):
-        return [cut(x, at) for at in where]
+        return directly(x)
     # XLA for TPUs keeps the examples of a narrow layer side by side, and copies x to cut there
     # (jax 0.10.2, libtpu 0.0.42: 12 B/element). So the axes within an example are cut first, and the
     # barrier keeps both cuts from becoming one.
@@ -93,10 +100,13 @@ def _rows(x: Array, axes: Axes) -> list[Array]:
     places = 1 if size <= _DRAWS + 1 else 3 if len(inner) == 1 else _DRAWS
     middle = (_DRAWS - places) // 2
     chosen = [{i: at[i] for i in inner} for at in where[middle : middle + places]]
-    lines = lax.optimization_barrier(jnp.concatenate([cut(x, at) for at in chosen], inner[0]))
-    return [
-        cut(lines, {first: at[first], inner[0]: draw % places}) for draw, at in enumerate(where)
-    ]
+
+    def places_first(x: Array) -> list[Array]:
+        lines = lax.optimization_barrier(jnp.concatenate([cut(x, at) for at in chosen], inner[0]))
+        within = [{first: at[first], inner[0]: draw % places} for draw, at in enumerate(where)]
+        return [cut(lines, at) for at in within]
+
+    return lax.platform_dependent(x, tpu=places_first, default=directly)
 
 
 def _weighted_rows(x: Array, weights: Array, axes: Axes) -> list[Array]:
