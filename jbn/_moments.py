@@ -206,20 +206,22 @@ def average(
     if weights is not None or not isinstance(axes.size, int) or axes.size == 0:
         count = jnp.where(count > 0, count, jnp.ones_like(count))
     if weights is not None and weights.dtype != jnp.bool_:
-        unit = _power_of_two(count)
-        weights, count = weights / unit, count / unit
+        inverse = _inverse(count)
+        weights, count = weights * inverse, count * inverse
         values = tuple(v * weights.astype(v.dtype) for v in values)
     sums = over.sum(tuple(jnp.sum(v, axes.reduction, keepdims=True) for v in values))
     return tuple(s / count.astype(s.dtype) for s in sums)
 
 
-def _power_of_two(count: Array) -> Array:
-    """The one nearest to `count`, so that to divide weights by it rounds nothing.
+def _inverse(count: Array) -> Array:
+    """1 / count, rounded to a power of two, by which weights are multiplied without an error.
 
-    Weights of any common factor, such as 1e30, then neither overflow nor vanish in w (x - K)^2.
+    So weights of any common factor, such as 1e30, neither overflow nor vanish in w (x - K)^2. Not
+    a division by a power of two: XLA turns a / (b / c) into a c / b, which may overflow.
     """
-    bits = jnp.finfo(count.dtype)
-    return lax.reduce_precision(count, exponent_bits=bits.nexp, mantissa_bits=0)
+    numbers = jnp.finfo(count.dtype)
+    inverse = lax.reduce_precision(1 / count, exponent_bits=numbers.nexp, mantissa_bits=0)
+    return jnp.maximum(inverse, numbers.tiny)
 
 
 def shifted_moments(
