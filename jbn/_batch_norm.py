@@ -160,7 +160,8 @@ def batch_norm_inference(
       dtype: of y; by default x's.
 
     Returns:
-      y, of x's shape, by one affine map per feature; differentiable in x, params and stats.
+      y, of x's shape, by one affine map per feature; differentiable in x, params and stats, in
+      32 or 64 bits and without `activation` by jax.experimental.jet as well.
 
     Raises:
       TypeError: x or residual is not floating point, activation is not callable, or params or stats
@@ -188,6 +189,9 @@ def _inference(axes: Axes, epsilon, activation, dtype, x, mean, var, scale, bias
         return (y if activation is None else activation(y)).astype(dtype)
 
     scale, bias = expanded(scale, bias, axes, accumulator(x.dtype))
-    # A backward pass keeps x in x's dtype. prevent_cse=False: the compiler may keep what it wants.
-    run = jax.checkpoint(run, prevent_cse=False)
+    if x.dtype != accumulator(x.dtype) or activation is not None:
+        # A backward pass keeps x in x's dtype, and not the activation's input. prevent_cse=False:
+        # the compiler may keep what it wants. Else nothing is saved, and jax.experimental.jet knows
+        # no checkpoint.
+        run = jax.checkpoint(run, prevent_cse=False)
     return run(x, axes.expand(mean), axes.expand(var), scale, bias, residual)

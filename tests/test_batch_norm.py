@@ -6,6 +6,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import jet
 
 import jbn
 from tests import cases, compiled, oracle, tolerance
@@ -300,3 +301,14 @@ def test_export_with_a_symbolic_batch():
         for rows in (2, 32):
             y = exported.call(jnp.asarray(data.x[:rows]))
             chex.assert_trees_all_close(y, run(data.x[:rows]), **tolerance.tol("float32", 32))
+
+
+def test_inference_has_a_taylor_series():
+    x, stats = jax.random.normal(jax.random.key(0), (4, 3)), jbn.init_stats(3)
+    square = lambda x: jbn.batch_norm_inference(x, jbn.init_params(3), stats, epsilon=0.25) ** 2  # noqa: E731
+    one, none = jnp.ones_like(x), jnp.zeros_like(x)
+    y, (first, second) = jet.jet(square, (x,), ((one, none),))
+    # Of x^2 / 1.25: 2 x / 1.25 and 2 / 1.25.
+    np.testing.assert_allclose(y, x**2 / 1.25, rtol=1e-5)
+    np.testing.assert_allclose(first, 2 * x / 1.25, rtol=1e-5)
+    np.testing.assert_allclose(second, np.full(x.shape, 1.6), rtol=1e-5)
