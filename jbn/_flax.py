@@ -16,7 +16,7 @@ from jbn._axes import resolve
 from jbn._batch_norm import batch_norm_inference
 from jbn._deferred import absorb, fixed, read
 from jbn._normalize import Activation, Params, normalize_pooled
-from jbn._running import RunningStats, UpdateRule
+from jbn._running import RunningStats, UpdateRule, ema_of_flax
 from jbn._sync import AxisName, Scope, scope
 
 
@@ -44,8 +44,7 @@ def training(
         x, axes = x[None], resolve((1, *x.shape), tuple(i + 1 for i in axes.features))
         residual = None if residual is None else jnp.asarray(residual)[None]
     old = read(stats)
-    if jnp.iscomplexobj(x):
-        old = old._replace(mean=old.mean.astype(x.dtype))
+    old = old._replace(mean=old.mean.astype(mean_dtype(old.mean.dtype, x.dtype)))
     old = _check.stats(old, axes)
     over = Scope() if axis_name is None else scope(axis_name, axis_index_groups)  # as in Flax
     shared: dict[str, Any] = {
@@ -85,7 +84,27 @@ def _as_float(x: ArrayLike, dtype: DTypeLike) -> Array:
     """x in a dtype fit for computing a y of `dtype`: half precision stays as it is."""
     x = jnp.asarray(x)
     wide = jnp.finfo(dtype).bits > 32 or not jnp.issubdtype(x.dtype, jnp.inexact)
+    # Real x and complex parameters, or dtype=complex64.
+    wide |= jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.iscomplexobj(x)
     return x.astype(jnp.promote_types(x.dtype, dtype)) if wide else x
+
+
+def mean_dtype(real: DTypeLike, *others: DTypeLike | None) -> DTypeLike:
+    """The dtype of the running mean: `real`, or complex where one of `others` is."""
+    if any(d is not None and jnp.issubdtype(d, jnp.complexfloating) for d in others):
+        return jnp.promote_types(real, jnp.complex64)
+    return real
+
+
+def refuse_loss(x: ArrayLike, dtype: DTypeLike | None) -> None:
+    """Refuses a real y of complex x, before x is promoted."""
+    if dtype is not None and jnp.iscomplexobj(x):
+        _check.output_dtype(dtype, jnp.asarray(x))
+
+
+def rule(momentum: float, update: UpdateRule | None) -> UpdateRule:
+    """The user's rule, or Flax's: there the variance of a single value enters, too."""
+    return ema_of_flax(momentum) if update is None else update
 
 
 def _of_rank(values: ArrayLike | None, ndim: int) -> Array | None:

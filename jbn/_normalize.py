@@ -119,9 +119,10 @@ def normalize(
 
     Raises:
       NameError: no vmap, pmap or shard_map binds axis_name.
-      TypeError: x or residual is not floating point, mask is not bool, or activation not callable.
+      TypeError: x or residual is not floating point, dtype cannot hold y, mask is not bool, or
+        activation is no function of JAX.
       ValueError: axis, scale, bias, mask, weights, groups or residual do not fit x's shape, epsilon
-        < 0, or activation changes the shape.
+        < 0, or activation changes the shape or mixes elements.
     """
     prepared = prepare(x, axis, mask, weights, scope(axis_name, axis_index_groups), groups)
     x = jnp.asarray(x)
@@ -153,7 +154,7 @@ def _transform(
 ) -> tuple[Array, Moments]:
     problem, divided, weights = prepared
     activation = _check.activation(activation, divided.shape, accumulator(x.dtype))
-    dtype = np.dtype(x.dtype if dtype is None else dtype)
+    dtype = _check.output_dtype(dtype, x, scale=scale, bias=bias, residual=residual)
     rule = _Rule(problem, _check.epsilon(epsilon), activation, dtype, pooled)
     residual = _check.residual(residual, x)
     if residual is not None:

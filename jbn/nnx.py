@@ -17,7 +17,7 @@ from jax import Array
 from jbn import _flax
 from jbn._deferred import read
 from jbn._normalize import Activation, Params
-from jbn._running import RunningStats, UpdateRule, ema
+from jbn._running import RunningStats, UpdateRule
 from jbn._sync import AxisName
 
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
@@ -44,7 +44,9 @@ class BatchNorm(nnx.BatchNorm):
       axis: the feature axis of x.
       momentum: weight of the old value in the running statistics; the core's `decay`.
       epsilon: is added to the variance, inside the root.
-      dtype: of y; by default that of x, scale and bias promoted.
+      dtype: of y; by default that of x, scale and bias promoted. For complex x say so here, or in
+        `param_dtype`: the mean is then complex from the start, and not from the first batch on,
+        which a `scan` over steps would refuse and `jit` compile twice.
       param_dtype: of scale and bias.
       use_bias: whether to add a learned bias.
       use_scale: whether to multiply by a learned scale.
@@ -60,7 +62,8 @@ class BatchNorm(nnx.BatchNorm):
       scale_metadata: of the scale's `nnx.Param`.
       update: how a batch enters the running statistics, such as `jbn.ema(0.9, debias=True)` or
         `jbn.cumulative()`; it takes momentum's place, and adds a `count` to the module's
-        `nnx.BatchStat`s. By default `jbn.ema(momentum)`.
+        `nnx.BatchStat`s. By default as in Flax: `jbn.ema(momentum)`, with the variance 0 of a
+        single value.
       groups: normalise each of this many equal, consecutive parts of the batch by statistics of its
         own; the stored ones are of the whole batch.
       activation: an elementwise function, such as `jax.nn.relu`, applied to y at last. As part of
@@ -115,6 +118,9 @@ class BatchNorm(nnx.BatchNorm):
         self.update = update
         self.groups = groups
         self.activation = activation
+        mean = _flax.mean_dtype(jnp.float32, dtype, param_dtype)
+        if mean != jnp.float32:
+            self.mean = nnx.BatchStat(jnp.zeros(num_features, mean))
         if update is not None:
             self.count = nnx.BatchStat(jnp.zeros(num_features, jnp.float32))
 
@@ -151,6 +157,7 @@ class BatchNorm(nnx.BatchNorm):
         stats = RunningStats(mean, var, *(count or [jnp.zeros(var.shape, jnp.float32)]))
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
         mean, var, _ = read(stats)
+        _flax.refuse_loss(x, self.dtype)
         x, _, _, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
         params = Params(scale, bias)
         dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
@@ -169,7 +176,7 @@ class BatchNorm(nnx.BatchNorm):
             x,
             params,
             stats,
-            ema(self.momentum) if self.update is None else self.update,
+            _flax.rule(self.momentum, self.update),
             mask=mask,
             weights=weights,
             axis_name=self.axis_name,
