@@ -1,7 +1,7 @@
 """What a user can get wrong, said once and clearly, while tracing."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +38,8 @@ def _array(values: Any, name: str) -> Array:
             raise TypeError
         return jnp.asarray(values)
     except (TypeError, ValueError):
+        if hasattr(values, "__jax_array__"):  # says itself why it is none here
+            raise
         raise TypeError(
             f"{name} must be an array; got {type(values).__name__}. Write jnp.asarray of numbers."
         ) from None
@@ -79,22 +81,44 @@ def output_dtype(dtype: DTypeLike | None, x: Array, **others: ArrayLike | None) 
 def _dtype(name: str, value: Any) -> np.dtype:
     """A dtype as NumPy has it; Python's own float and complex in JAX's default precision."""
     try:
-        value = jax.dtypes.canonicalize_dtype(value) if value in (float, complex) else value
+        if value is None or value in (float, complex):
+            value = jax.dtypes.canonicalize_dtype(float if value is None else value)
         return np.dtype(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a dtype, such as jnp.float32; got {value!r}.") from None
+        raise TypeError(
+            f"{name} must be a dtype, such as jnp.float32; got {_short(value)}."
+        ) from None
+
+
+def params_dtype(value: DTypeLike) -> np.dtype:
+    """The dtype of scale, bias or a running mean: floating point (complex included)."""
+    dtype = _dtype("dtype", value)
+    if not jnp.issubdtype(dtype, jnp.inexact) or not _is_signed(dtype):
+        raise TypeError(
+            f"parameters and running statistics are floating point, with a sign; got "
+            f"dtype={dtype}. Write dtype=jnp.float32."
+        )
+    return dtype
 
 
 def stats_dtype(value: DTypeLike) -> np.dtype:
-    """The dtype of running means: floating point of at least 32 bits."""
-    dtype = _dtype("dtype", value)
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(
-            f"running statistics are averages, and so floating point; got dtype={dtype}. Write "
-            f"dtype=jnp.float32."
-        )
+    """The dtype of a running mean: floating point of at least 32 bits."""
+    dtype = params_dtype(value)
     _not_narrow("dtype", dtype)
     return dtype
+
+
+def number_of_features(value: int | Sequence[int]) -> tuple[int, ...]:
+    """The feature shape, of one number or one for each feature axis."""
+    several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    shape = tuple(map(integer, value if several else (value,)))
+    found = tuple(n for n in shape if n is not None and n >= 0)
+    if len(found) < len(shape):
+        raise TypeError(
+            f"features must be a number of features, such as x.shape[-1], or a tuple of them for "
+            f"several feature axes; got {_short(value)}."
+        )
+    return found
 
 
 def _not_narrow(name: str, dtype: np.dtype) -> None:
@@ -131,11 +155,12 @@ def _static(function: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
     trace = jax.make_jaxpr(function, return_shape=True)
     try:
         program, result = trace(jax.ShapeDtypeStruct(shape, dtype))
-    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
+    except Exception as error:
         raise TypeError(
-            f"activation must be a function that JAX can trace, such as jnp.tanh or jax.nn.relu; "
-            f"{function!r} asks for the numbers in the array, as NumPy, Python's math and `if` do. "
-            f"Write it with jax.numpy: jnp.tanh for np.tanh, jnp.where for `if`."
+            f"activation must be a function of one array that JAX can trace, such as jnp.tanh or "
+            f"jax.nn.relu; {_short(function)} raised {type(error).__name__}: {_short(error)}. "
+            f"Write it with jax.numpy: jnp.tanh for np.tanh, jnp.where for `if`. A layer with "
+            f"parameters of its own comes behind this one."
         ) from error
     if any(isinstance(value, Tracer) for value in program.consts):
         raise TypeError(
@@ -181,7 +206,7 @@ def epsilon(value: float) -> float:
     if isinstance(value, Tracer):
         raise TypeError("epsilon must be a Python number, not a traced value: it is static.")
     number = _number(value)
-    if number is None or not 0 <= number <= np.finfo(np.float32).max:
+    if number is None or not 0 <= number <= float(np.finfo(np.float32).max):
         raise ValueError(
             f"epsilon must be a number >= 0 that is added to the variance, such as 1e-5; "
             f"got {_short(value)}."
@@ -217,12 +242,13 @@ def _number(value: Any) -> float | None:
 
 
 def _short(value: Any) -> str:
-    """repr(value), cut where it is long; Python prints no integer of thousands of digits."""
+    """A value or an error in a line; Python prints no integer of thousands of digits."""
     try:
-        text = repr(value)
+        text = str(value) if isinstance(value, Exception) else repr(value)
     except ValueError:
         return f"a {type(value).__name__} of too many digits to print"
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+    text = " ".join(text.split())
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def features(name: str, values: ArrayLike, axes: Axes) -> Array:

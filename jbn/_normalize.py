@@ -63,6 +63,7 @@ def init_params(features: int | Sequence[int], dtype: DTypeLike = jnp.float32) -
     >>> jbn.init_params(2)
     Params(scale=Array([1., 1.], dtype=float32), bias=Array([0., 0.], dtype=float32))
     """
+    dtype, features = _check.params_dtype(dtype), _check.number_of_features(features)
     return Params(jnp.ones(features, dtype), jnp.zeros(features, dtype))
 
 
@@ -154,12 +155,12 @@ def _transform(
 ) -> tuple[Array, Moments]:
     problem, divided, weights = prepared
     activation = _check.activation(activation, divided.shape, accumulator(x.dtype))
-    dtype = _check.output_dtype(dtype, x, scale=scale, bias=bias, residual=residual)
-    rule = _Rule(problem, _check.epsilon(epsilon), activation, dtype, pooled)
     residual = _check.residual(residual, x)
     if residual is not None:
         residual = _sharding.divide(residual, problem.axes)
     scale, bias = affine(scale, bias, problem.axes)
+    dtype = _check.output_dtype(dtype, x, scale=scale, bias=bias, residual=residual)
+    rule = _Rule(problem, _check.epsilon(epsilon), activation, dtype, pooled)
     run = _normalize if isinstance(divided, Tracer) else _eager
     y, m = run(rule, divided, scale, bias, weights, residual)
     return _sharding.join(y, x, problem.axes), m

@@ -67,7 +67,7 @@ def init_stats(features: int | Sequence[int], dtype: DTypeLike = jnp.float32) ->
     Raises:
       TypeError: dtype is not floating point, or narrower than float32.
     """
-    dtype = _check.stats_dtype(dtype)
+    dtype, features = _check.stats_dtype(dtype), _check.number_of_features(features)
     real = jnp.finfo(dtype).dtype
     return RunningStats(
         jnp.zeros(features, dtype), jnp.ones(features, real), jnp.zeros(features, real)

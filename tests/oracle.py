@@ -123,8 +123,8 @@ def running(batches, decay=None, debias=False, unbiased=False) -> Running:
 
     `decay=None` is the plain average. With a decay d the k-th of t absorbed batches has the weight
     (1 - d) d^(t-k); what is left, d^t, stays with the initial mean 0 and variance 1, or, debiased,
-    the weights are divided by their sum. A batch enters a channel if the channel has a count (of two
-    observations, up to rounding, for the unbiased variance) and finite moments.
+    the weights are divided by their sum. A batch enters a channel if the channel has a count (for
+    the unbiased variance of two observations, up to rounding) and finite moments.
     """
     shape = np.shape(batches[0].mean)
     mean, var, absorbed = np.zeros(shape), np.ones(shape), np.zeros(shape, np.int32)
