@@ -175,10 +175,10 @@ def batch_norm_inference(
     x = _check.floating(x)
     axes = resolve(x.shape, axis)
     stats = _check.stats(read(stats), axes)
-    _check.same_field(stats, x, training=False)
     scale, bias = affine(*_check.params(params), axes)
     residual = _check.residual(residual, x)
     dtype = _check.output_dtype(dtype, x, scale=scale, bias=bias, residual=residual)
+    _check.same_field(stats, x, training=False)
     activation = _check.activation(activation, x.shape, accumulator(x.dtype))
     rule = axes, _check.epsilon(epsilon), activation, dtype
     return _inference(*rule, x, stats.mean, stats.var, scale, bias, residual)

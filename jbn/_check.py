@@ -81,6 +81,8 @@ def output_dtype(dtype: DTypeLike | None, x: Array, **others: ArrayLike | None) 
 def _dtype(name: str, value: Any) -> np.dtype:
     """A dtype as NumPy has it; Python's own float and complex in JAX's default precision."""
     try:
+        if isinstance(value, Array | np.ndarray):
+            raise TypeError
         if value is None or value in (float, complex):
             value = jax.dtypes.canonicalize_dtype(float if value is None else value)
         return np.dtype(value)

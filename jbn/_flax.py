@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
@@ -92,14 +93,16 @@ def _as_float(x: ArrayLike, dtype: DTypeLike) -> Array:
 def mean_dtype(real: DTypeLike, *others: DTypeLike | None) -> DTypeLike:
     """The dtype of the running mean: `real`, or complex where one of `others` is."""
     if any(d is not None and jnp.issubdtype(d, jnp.complexfloating) for d in others):
-        return jnp.promote_types(real, jnp.complex64)
+        return np.promote_types(real, np.complex64)
     return real
 
 
-def refuse_loss(x: ArrayLike, dtype: DTypeLike | None) -> None:
-    """Refuses a real y of complex x, before x is promoted."""
-    if dtype is not None and jnp.iscomplexobj(x):
-        _check.output_dtype(dtype, jnp.asarray(x))
+def refuse_loss(
+    dtype: DTypeLike | None, x: ArrayLike, scale: ArrayLike | None, bias: ArrayLike | None
+) -> None:
+    """Refuses a real y of complex numbers, before these are promoted to real ones."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.complexfloating):
+        _check.output_dtype(dtype, jnp.asarray(x), scale=scale, bias=bias)
 
 
 def rule(momentum: float, update: UpdateRule | None) -> UpdateRule:
