@@ -41,7 +41,7 @@ def training(
     """`jbn.batch_norm` with y of `dtype`, for all that Flax accepts."""
     x = _as_float(x, dtype)
     shape, axes = x.shape, resolve(x.shape, axis)
-    if not axes.reduction and axis_name is None:  # a single example is a batch of one
+    if not axes.reduction and axis_name in (None, ()):  # a single example is a batch of one
         x, axes = x[None], resolve((1, *x.shape), tuple(i + 1 for i in axes.features))
         residual = None if residual is None else jnp.asarray(residual)[None]
     old = read(stats)

@@ -267,9 +267,9 @@ def _keep_sound(
     `seen` are what a rule need not show: of those of jbn a moment that is not finite makes
     statistics that are not.
     """
-    new = RunningStats(*(jnp.asarray(n).astype(o.dtype) for n, o in zip(new, old, strict=True)))
-    sound = (moments.count > 0) & (new.var >= 0)
-    for values in (*seen, *new):
+    stored = RunningStats(*(jnp.asarray(n).astype(o.dtype) for n, o in zip(new, old, strict=True)))
+    sound = (moments.count > 0) & (stored.var >= 0)
+    for values in (*seen, *stored):
         sound &= jnp.isfinite(values)
     spread = sound if single_values else sound & ~((moments.var == 0) & (moments.count < _FEW))
 
@@ -277,7 +277,7 @@ def _keep_sound(
         return jnp.where(where, jnp.broadcast_to(new, old.shape), old)
 
     return old._replace(
-        mean=choose(sound, new.mean, old.mean),
-        var=choose(spread, new.var, old.var),
-        count=choose(spread, new.count, old.count),
+        mean=choose(sound, stored.mean, old.mean),
+        var=choose(spread, stored.var, old.var),
+        count=choose(spread, stored.count, old.count),
     )
