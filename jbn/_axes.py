@@ -134,8 +134,9 @@ def _as_tuple(axis: int | Sequence[int]) -> tuple[int, ...]:
             f'{axis}. Under jax.jit name it, static_argnames="axis", or close over it: '
             f"jax.jit(lambda x: jbn.normalize(x, axis=1))."
         )
-    one = integer(axis) is not None or not isinstance(axis, Iterable)
-    axes = (integer(axis),) if one else tuple(map(integer, axis))
+    axes: tuple[int | None, ...] = (integer(axis),)
+    if axes == (None,) and isinstance(axis, Iterable):  # not an array of one number
+        axes = tuple(map(integer, axis))
     if None in axes:
         raise TypeError(
             f"axis must be an integer or a tuple of integers, such as axis=-1 or axis=(1, 3); "

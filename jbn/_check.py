@@ -112,8 +112,9 @@ def stats_dtype(value: DTypeLike) -> np.dtype:
 
 def number_of_features(value: int | Sequence[int]) -> tuple[int, ...]:
     """The feature shape, of one number or one for each feature axis."""
-    several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-    shape = tuple(map(integer, value if several else (value,)))
+    shape: tuple[int | None, ...] = (integer(value),)
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        shape = tuple(map(integer, value))
     found = tuple(n for n in shape if n is not None and n >= 0)
     if len(found) < len(shape):
         raise TypeError(

@@ -3,6 +3,9 @@
 Change one import, `from jbn.linen import BatchNorm`; models and checkpoints stay as they are.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -129,6 +132,7 @@ def _statistics(module: BatchNorm, shape: tuple[int, ...], x: Dtype) -> list[nn.
     dtype = jnp.float32 if module.force_float32_reductions else module.param_dtype
     affine = module.param_dtype if module.use_scale or module.use_bias else None
     mean = _flax.mean_dtype(dtype, x, module.dtype, affine)
+    initial: dict[str, tuple[Callable[..., Array], Any]]
     initial = {"mean": (jnp.zeros, mean), "var": (jnp.ones, jnp.finfo(dtype).dtype)}
     if module.update is not None:
         initial["count"] = (jnp.zeros, jnp.float32)  # in half precision it could not count
