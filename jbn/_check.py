@@ -18,7 +18,7 @@ from jbn._sync import bound_axes, varying
 
 def floating(x: ArrayLike, name: str = "x") -> Array:
     """x as an array, of floating point (complex included)."""
-    x = _array(x, name)
+    x = array(x, name)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
             f"{name} must be floating point; got {x.dtype}, of shape {x.shape}. Convert it first: "
@@ -32,7 +32,8 @@ def floating(x: ArrayLike, name: str = "x") -> Array:
     return x
 
 
-def _array(values: Any, name: str) -> Array:
+def array(values: Any, name: str) -> Array:
+    """`values` as an array, which text, None and containers other than lists are not."""
     try:
         if values is None:
             raise TypeError
@@ -256,7 +257,7 @@ def _short(value: Any) -> str:
 
 def features(name: str, values: ArrayLike, axes: Axes) -> Array:
     """`values` as an array, of exactly the feature shape."""
-    values = _array(values, name)
+    values = array(values, name)
     if values.shape != axes.feature_shape:
         axes = axes.whole
         raise ValueError(
@@ -295,7 +296,7 @@ def stats(values: Any, axes: Axes, *, training: bool = False) -> Any:
     kinds = {"mean": jnp.inexact, "var": jnp.floating, "count": jnp.number}
     checked = {}
     for name, kind in kinds.items():
-        value = _array(getattr(values, name), f"stats.{name}")
+        value = array(getattr(values, name), f"stats.{name}")
         if not jnp.issubdtype(value.dtype, kind) or (name == "count" and jnp.iscomplexobj(value)):
             raise TypeError(
                 f"stats.{name} must be {'real' if kind is jnp.number else 'floating point'}; got "
@@ -393,10 +394,10 @@ def as_replicated_as(old: Array, new: Array) -> None:
 
 def participation(axes: Axes, mask: ArrayLike | None, weights: ArrayLike | None) -> Array | None:
     """Mask and weights as one array of x's rank: None, bool, or real and >= 0."""
-    taking_part = None if mask is None else _mask(axes, _array(mask, "mask"))
+    taking_part = None if mask is None else _mask(axes, array(mask, "mask"))
     if weights is None:
         return taking_part
-    weights = _weights(axes, _array(weights, "weights"))
+    weights = _weights(axes, array(weights, "weights"))
     if taking_part is None:
         return weights
     return jnp.where(taking_part, weights, jnp.zeros_like(weights))

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check
@@ -88,6 +89,17 @@ def _as_float(x: ArrayLike, dtype: DTypeLike) -> Array:
     # Real x and complex parameters, or dtype=complex64.
     wide |= jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.iscomplexobj(x)
     return x.astype(jnp.promote_types(x.dtype, dtype)) if wide else x
+
+
+def inference_wanted(switch: Any) -> bool:
+    """`use_running_average` as a bool."""
+    if isinstance(switch, Tracer | str | bytes):
+        kind = "a traced value" if isinstance(switch, Tracer) else repr(switch)
+        raise TypeError(
+            f"use_running_average must be True or False while tracing; got {kind}. Under jax.jit "
+            f"name it in static_argnames, or choose between two calls with jax.lax.cond."
+        )
+    return bool(switch)
 
 
 def mean_dtype(real: DTypeLike, *others: DTypeLike | None) -> DTypeLike:

@@ -13,7 +13,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 from jax import Array
 
-from jbn import _flax
+from jbn import _check, _flax
 from jbn._axes import resolve
 from jbn._normalize import Activation, Params
 from jbn._running import RunningStats, UpdateRule
@@ -91,8 +91,9 @@ class BatchNorm(nn.BatchNorm):
         inference = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        shape = resolve(jnp.shape(x), self.axis).feature_shape
-        variables = _statistics(self, shape, jnp.result_type(x))
+        x = _check.array(x, "x")
+        shape = resolve(x.shape, self.axis).feature_shape
+        variables = _statistics(self, shape, x.dtype)
         params = _params(self, shape)
         dtype = canonicalize_dtype(x, *params, dtype=self.dtype)
         mean, var, *count = (v.value for v in variables)
@@ -104,7 +105,7 @@ class BatchNorm(nn.BatchNorm):
             "residual": residual,
             "dtype": dtype,
         }
-        if inference:
+        if _flax.inference_wanted(inference):
             return _flax.inference(x, params, stats, **shared)
         y, stats = _flax.training(
             x,

@@ -14,7 +14,7 @@ from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax import Array
 
-from jbn import _flax
+from jbn import _check, _flax
 from jbn._deferred import read
 from jbn._normalize import Activation, Params
 from jbn._running import RunningStats, UpdateRule
@@ -152,6 +152,7 @@ class BatchNorm(nnx.BatchNorm):
             error_msg="BatchNorm needs use_running_average=True or False, in the constructor or in "
             "the call; or call model.train() or model.eval() first, or nnx.view(model, ...).",
         )
+        x = _check.array(x, "x")
         variables = [self.mean, self.var] + ([] if self.update is None else [self.count])
         mean, var, *count = (v.get_value() for v in variables)
         stats = RunningStats(mean, var, *(count or [jnp.zeros(var.shape, jnp.float32)]))
@@ -168,9 +169,9 @@ class BatchNorm(nnx.BatchNorm):
             "residual": residual,
             "dtype": dtype,
         }
-        if inference:
+        if _flax.inference_wanted(inference):
             return _flax.inference(x, params, stats, **shared)
-        if mask is not None and jnp.asarray(mask).dtype != jnp.bool_:
+        if mask is not None and _check.array(mask, "mask").dtype != jnp.bool_:
             raise ValueError(f"mask must be bool; got {jnp.asarray(mask).dtype}.")
         y, stats = _flax.training(
             x,

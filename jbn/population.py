@@ -119,6 +119,11 @@ def estimate(
     PyTorch's `torch.optim.swa_utils.update_bn` takes E_B[m_B/(m_B - 1) var_B], with every batch
     counting the same: without what lies between the batches.
     """
+    if not callable(apply_fn):
+        raise TypeError(
+            f"apply_fn must be a function (params, stats, batch) -> stats, the model in training "
+            f"mode; got {type(apply_fn).__name__}."
+        )
     _check_options(variance, mesh, axis_name)
     names = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     way = _Way(variance == "paper", layer_by_layer, mesh, names)
@@ -328,6 +333,11 @@ def _reader(batches: Batches, again: bool) -> Callable[[], Iterable[Any]]:
             f"batches must be a list or another iterable of batches, or a function that returns "
             f"one; got {kind}, which would be taken apart. If it is one batch, pass [batch]; if "
             f"its first axis counts batches, list(batches)."
+        )
+    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes):
+        raise TypeError(
+            f"batches must be a list or another iterable of batches, or a function that returns "
+            f"one; got {type(batches).__name__}."
         )
     if again and iter(batches) is batches:
         raise ValueError(

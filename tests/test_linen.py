@@ -381,6 +381,32 @@ def test_no_finite_batch_makes_statistics_infinite(dtype, microbatches):
     assert stats["mean"][1] != 0
 
 
+@pytest.mark.parametrize("use", ["no", b"yes", "traced"])
+def test_the_switch_is_true_or_false(use):
+    layer, x = BatchNorm(use_running_average=None), normal(0, (4, 3))
+
+    def run(use):
+        return layer.init_with_output(jax.random.key(0), x, use)[0]
+
+    with pytest.raises(TypeError, match=r"use_running_average must be True or False"):
+        jax.jit(run)(True) if use == "traced" else run(use)
+    run(np.bool_(True))
+
+
+@pytest.mark.parametrize("x", [None, "abc", {}], ids=str)
+def test_what_is_no_array(x):
+    layer, use = BatchNorm(use_running_average=None), True
+    with pytest.raises(TypeError, match=rf"x must be an array; got {type(x).__name__}"):
+        layer.init_with_output(jax.random.key(0), x, use)[0]
+
+
+def test_a_list_is_an_array():
+    layer, use = BatchNorm(use_running_average=None), False
+    x = [[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]]
+    y = layer.init_with_output(jax.random.key(0), x, use)[0]
+    chex.assert_trees_all_close(y, jnp.array([[-1.0] * 3, [1.0] * 3]), rtol=1e-4)
+
+
 # The differences from Flax, one test each; docs/semantics lists them.
 
 

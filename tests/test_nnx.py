@@ -300,6 +300,32 @@ def test_no_finite_batch_makes_converted_statistics_infinite():
     assert (var[0] != 1) & (mean[0] != 0)
 
 
+@pytest.mark.parametrize("use", ["no", b"yes", "traced"])
+def test_the_switch_is_true_or_false(use):
+    layer, x = BatchNorm(3, use_running_average=None, rngs=nnx.Rngs(0)), normal(0, (4, 3))
+
+    def run(use):
+        return layer(x, use)
+
+    with pytest.raises(TypeError, match=r"use_running_average must be True or False"):
+        jax.jit(run)(True) if use == "traced" else run(use)
+    run(np.bool_(True))
+
+
+@pytest.mark.parametrize("x", [None, "abc", {}], ids=str)
+def test_what_is_no_array(x):
+    layer, use = BatchNorm(3, use_running_average=None, rngs=nnx.Rngs(0)), True
+    with pytest.raises(TypeError, match=rf"x must be an array; got {type(x).__name__}"):
+        layer(x, use)
+
+
+def test_a_list_is_an_array():
+    layer, use = BatchNorm(3, use_running_average=None, rngs=nnx.Rngs(0)), False
+    x = [[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]]
+    y = layer(x, use)
+    chex.assert_trees_all_close(y, jnp.array([[-1.0] * 3, [1.0] * 3]), rtol=1e-4)
+
+
 def test_train_eval_and_call_switch_as_in_flax():
     x = normal(0, (6, 3)) + 1
     for cls in (BatchNorm, nnx.BatchNorm):

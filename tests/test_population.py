@@ -807,6 +807,15 @@ def test_errors():
     raises(TypeError, "not jbn's", apply_fn=lambda p, s, x: s._replace(mean=x.mean(0)))
 
 
+def test_careless_arguments():
+    args = jbn.init_params(2), jbn.init_stats(2)
+    with pytest.raises(TypeError, match=r"apply_fn must be a function .*got NoneType"):
+        estimate(None, *args, [np.ones((4, 2))])
+    for batches in (None, 3, "train"):
+        with pytest.raises(TypeError, match=rf"batches must be .*got {type(batches).__name__}"):
+            estimate(one_layer, *args, batches)
+
+
 def test_a_function_that_returns_what_is_used_up():
     params, stats = random_net(*DIGITS)
     batches = iter(digits())
