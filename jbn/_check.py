@@ -235,11 +235,11 @@ def decay(value: float, debias: bool) -> float:
 
 def _number(value: Any) -> float | None:
     """A single real number as a float; None for what is none, such as True, text or a vector."""
-    if isinstance(value, str | bytes | bytearray | bool | np.bool_) or np.ndim(value):
-        return None
-    if getattr(value, "dtype", None) == np.bool_:
+    if isinstance(value, str | bytes | bytearray | bool):
         return None
     try:
+        if np.ndim(value) or getattr(value, "dtype", None) == np.bool_:
+            return None
         return float(value)
     except (TypeError, ValueError, OverflowError):
         return None

@@ -169,7 +169,8 @@ def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningSt
     """`rule`, made safe: no gradient, no change of type, no empty or non-finite batch.
 
     Raises:
-      TypeError: `rule` is not a rule, or returns something else than RunningStats.
+      TypeError: `rule` is not a rule, or returns something else than RunningStats, or complex
+        statistics in the place of real ones.
       ValueError: it returns statistics of another shape.
     """
     if rule is ema or rule is cumulative:
@@ -194,6 +195,11 @@ def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningSt
         )
     new = new._replace(**{f: jnp.asarray(v) for f, v in new._asdict().items()})
     for field, value in new._asdict().items():
+        if jnp.iscomplexobj(value) and not jnp.iscomplexobj(getattr(stats, field)):
+            raise TypeError(
+                f"the update rule {rule!r} returned {field} in {value.dtype}, and its imaginary "
+                f"part would be lost; expected {getattr(stats, field).dtype}."
+            )
         if value.shape not in ((), getattr(stats, field).shape):
             raise ValueError(
                 f"the update rule {rule!r} returned {field} of shape {value.shape}; "

@@ -93,7 +93,18 @@ def test_one_value_per_channel_cannot_be_trained_on(shape):
 # --- arguments ---------------------------------------------------------------------------------
 
 
-NO_NUMBERS = ["1e-5", b"1e-5", None, 1e-5 + 0j, True, np.True_, np.array([0.5]), [0.5]]
+NO_NUMBERS = [
+    [1, [2]],
+    {},
+    "1e-5",
+    b"1e-5",
+    None,
+    1e-5 + 0j,
+    True,
+    np.True_,
+    np.array([0.5]),
+    [0.5],
+]
 
 
 @pytest.mark.parametrize("epsilon", [-1e-5, math.nan, math.inf, 1e39, *NO_NUMBERS], ids=repr)

@@ -7,10 +7,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jbn
-from jbn import _running
+from jbn import _running, training
 from tests import compiled, oracle, tolerance
 
 STEPS, ROWS, CHANNELS = 6, 9, 4
@@ -285,6 +286,23 @@ def test_light_weights_on_many_values_have_a_variance():
         np.testing.assert_array_equal(stats.count, 1)
 
 
+@pytest.mark.parametrize("left", [1, 2])
+def test_a_single_value_of_all_microbatches_is_a_single_value(left):
+    x, mask = batches(1, rows=8)[0], np.arange(8)[:, None] < left  # one in each microbatch
+
+    def loss_fn(params, stats, batch):
+        y, stats = jbn.batch_norm(batch["x"], params, stats, mask=batch["mask"])
+        return (y**2).mean(), stats, {}
+
+    step = jax.jit(training.make_train_step(loss_fn, optax.sgd(0.1), microbatches=2))
+    state = training.init(jbn.init_params(CHANNELS), jbn.init_stats(CHANNELS), optax.sgd(0.1))
+    new = step(state, {"x": x, "mask": mask})[0].stats
+    m = oracle.moments(x[:left])
+    tolerance.assert_close(new.mean, 0.01 * m.mean, "float32", 2)
+    tolerance.assert_close(new.var, 1 if left == 1 else 0.99 + 0.01 * m.var, "float32", 2)
+    np.testing.assert_array_equal(new.count, left - 1)
+
+
 def test_a_constant_channel_has_a_variance_of_zero():
     (stats,) = run(jbn.ema(0.0), [np.ones((ROWS, CHANNELS), np.float32)])
     np.testing.assert_array_equal(stats.var, 0)
@@ -478,6 +496,8 @@ def test_what_a_users_rule_may_return():
     )
     for bad in ({"count": np.nan}, {"var": -1.0}, {"mean": np.inf}):
         chex.assert_trees_all_equal(after(lambda s, m, b=bad: s._replace(**b)), stats)
+    with pytest.raises(TypeError, match=r"returned mean in complex64.*expected float32"):
+        after(lambda s, m: s._replace(mean=jax.lax.complex(s.mean, s.mean)))
     with pytest.raises(ValueError, match=r"mean of shape \(3, 4\); expected \(3,\)"):
         after(lambda s, m: s._replace(mean=jnp.ones((3, 4))))
 
