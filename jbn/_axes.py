@@ -3,11 +3,12 @@
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 
 class Axes(NamedTuple):
@@ -127,13 +128,28 @@ def resolve(shape: tuple[int, ...], axis: int | Sequence[int]) -> Axes:
 
 
 def _as_tuple(axis: int | Sequence[int]) -> tuple[int, ...]:
-    axes = tuple(axis) if isinstance(axis, Iterable) else (axis,)
-    try:
-        if any(isinstance(a, bool) for a in axes):
-            raise TypeError
-        return tuple(operator.index(a) for a in axes)
-    except TypeError:
+    if isinstance(axis, Tracer):
+        raise TypeError(
+            f"axis must be a Python integer, because it decides shapes; got a traced value, "
+            f'{axis}. Under jax.jit name it, static_argnames="axis", or close over it: '
+            f"jax.jit(lambda x: jbn.normalize(x, axis=1))."
+        )
+    axes: tuple[int | None, ...] = (integer(axis),)
+    if axes == (None,) and isinstance(axis, Iterable):  # not an array of one number
+        axes = tuple(map(integer, axis))
+    if None in axes:
         raise TypeError(
             f"axis must be an integer or a tuple of integers, such as axis=-1 or axis=(1, 3); "
             f"got {axis!r}."
-        ) from None
+        )
+    return tuple(a for a in axes if a is not None)
+
+
+def integer(value: Any) -> int | None:
+    """A Python or NumPy integer, or an array of one without axes, as int; None for what is none."""
+    if isinstance(value, bool | Tracer):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
@@ -64,7 +63,8 @@ def batch_norm(
     Args:
       x: [N, ..., C], floating point. Half precision is reduced in float32.
       params: scale and bias, [C] each.
-      stats: the running statistics so far, [C] each.
+      stats: the running statistics so far, [C] each, in float32 or float64; the mean complex for
+        complex x.
       axis: the feature axis or axes, C; statistics are taken over all others, so for images
         [N, H, W, C] over examples and locations (section 3.2).
       epsilon: is added to the variance, inside the root.
@@ -81,7 +81,7 @@ def batch_norm(
       groups: normalise each of this many equal, consecutive parts of the batch by statistics of its
         own ("ghost" batches). The running statistics take in those of the whole batch: the mean of
         all values, and the variance within and between the groups.
-      activation: an elementwise function, such as `jax.nn.relu`.
+      activation: an elementwise function of JAX, such as `jax.nn.relu`; not softmax.
       residual: of x's shape, is added before the activation, as at the end of a residual block.
       dtype: of y; by default x's.
 
@@ -89,30 +89,35 @@ def batch_norm(
       y, of x's shape, and the updated statistics, of the types of `stats`. Statistics carry no
       gradient. A feature in which the batch has no data, or a NaN or infinity, keeps its
       statistics as they were; y shows it (NaN in the whole feature, or in the place of the
-      infinity). Where squares of x overflow, y is the bias. Of activation and residual a backward
-      pass keeps the residual alone, or y where the activation is `jax.nn.relu`: no mask, no sum.
+      infinity). So does one whose new statistics would be infinite in the dtype of `stats`. Where a
+      mask leaves a single value (count 1, variance 0), its mean enters, but the variance stays as
+      it was, and the batch is not counted. Where squares of x overflow, y is the bias. Of
+      activation and residual a backward pass keeps the residual alone, or y where the activation is
+      `jax.nn.relu`: no mask, no sum.
 
     Raises:
       NameError: no vmap, pmap or shard_map binds axis_name.
-      TypeError: x or residual is not floating point, mask is not bool, activation is not callable,
-        or params, stats or update are of another kind.
+      TypeError: x or residual is not floating point, dtype cannot hold y, mask is not bool,
+        activation is no function of JAX, stats are narrower than float32, or an argument is of
+        another kind, or traced where it must be static.
       ValueError: axis, params, stats, mask, weights, groups or residual do not fit x's shape;
-        epsilon < 0; activation changes the shape; x has one value per feature; or, in a shard_map
-        that checks what varies, the statistics of one device would become those of all.
+        epsilon < 0; activation changes the shape or mixes elements; x has one value per feature;
+        or, in a shard_map that checks what varies, the statistics of one device would become those
+        of all.
 
     PyTorch's `momentum` is 1 - decay, and its running variance is the unbiased one:
     `update=jbn.ema(0.9, unbiased=True)` is its default. Flax's default is `update=jbn.ema(0.99)`.
     """
     x = _check.floating(x)
     axes = resolve(x.shape, axis)
-    old = _check.stats(read(stats), axes)
-    _check.holds_mean(old, x.dtype)
+    old = _check.stats(read(stats), axes, training=True)
+    _check.same_field(old, x, training=True)
     over = scope(axis_name, axis_index_groups)
-    if axis_name is None and not fixed(stats):
+    if not over.names and not fixed(stats):
         _check.several_values(axes, groups)
     params = Params(*_check.params(params))
     shared: dict[str, Any] = {
-        "axis": axis,
+        "axis": axes.features,
         "epsilon": epsilon,
         "activation": activation,
         "residual": residual,
@@ -152,7 +157,7 @@ def batch_norm_inference(
     Args:
       x: [..., C], floating point. A single example is fine.
       params: scale and bias, [C] each.
-      stats: the running statistics, [C] each.
+      stats: the running statistics, [C] each, of any precision.
       axis: the feature axis or axes, C.
       epsilon: as in training.
       activation: as in training.
@@ -164,17 +169,18 @@ def batch_norm_inference(
       32 or 64 bits and without `activation` by jax.experimental.jet as well.
 
     Raises:
-      TypeError: x or residual is not floating point, activation is not callable, or params or stats
-        are of another kind.
+      TypeError: x or residual is not floating point, dtype cannot hold y, activation is no function
+        of JAX, or an argument is of another kind.
       ValueError: axis, params, stats or residual do not fit x's shape, epsilon < 0, or activation
-        changes the shape.
+        changes the shape or mixes elements.
     """
     x = _check.floating(x)
     axes = resolve(x.shape, axis)
     stats = _check.stats(read(stats), axes)
     scale, bias = affine(*_check.params(params), axes)
     residual = _check.residual(residual, x)
-    dtype = np.dtype(x.dtype if dtype is None else dtype)
+    dtype = _check.output_dtype(dtype, x, scale=scale, bias=bias, residual=residual)
+    _check.same_field(stats, x, training=False)
     activation = _check.activation(activation, x.shape, accumulator(x.dtype))
     rule = axes, _check.epsilon(epsilon), activation, dtype
     return _inference(*rule, x, stats.mean, stats.var, scale, bias, residual)
@@ -184,6 +190,7 @@ def batch_norm_inference(
 def _inference(axes: Axes, epsilon, activation, dtype, x, mean, var, scale, bias, residual):
     def run(x, mean, var, scale, bias, residual):
         x = x.astype(accumulator(x.dtype))
+        var = var.astype(accumulator(var.dtype))  # epsilon may be none of float16
         mean, rstd = location(mean.astype(x.dtype), var, epsilon)
         y = transform(x - mean, scale.astype(x.dtype) * rstd, bias.astype(x.dtype), residual)
         return (y if activation is None else activation(y)).astype(dtype)

@@ -1,8 +1,7 @@
 """What a user can get wrong, said once and clearly, while tracing."""
 
 import functools
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,19 +11,130 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn._axes import Axes
+from jbn._axes import Axes, integer
+from jbn._elementwise import mixes
 from jbn._sync import bound_axes, varying
 
 
 def floating(x: ArrayLike, name: str = "x") -> Array:
     """x as an array, of floating point (complex included)."""
-    x = jnp.asarray(x)
+    x = array(x, name)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
             f"{name} must be floating point; got {x.dtype}, of shape {x.shape}. Convert it first: "
             f"{name}.astype(jnp.float32)."
         )
+    if not _is_signed(x.dtype):
+        raise TypeError(
+            f"{name} is {x.dtype}, a format for scales that has neither 0 nor a sign. Convert it "
+            f"first: {name}.astype(jnp.float32)."
+        )
     return x
+
+
+def array(values: Any, name: str) -> Array:
+    """`values` as an array, which text, None and containers other than lists are not."""
+    try:
+        if values is None:
+            raise TypeError
+        return jnp.asarray(values)
+    except (TypeError, ValueError):
+        if hasattr(values, "__jax_array__"):  # says itself why it is none here
+            raise
+        raise TypeError(
+            f"{name} must be an array; got {type(values).__name__}. Write jnp.asarray of numbers."
+        ) from None
+
+
+def _is_signed(dtype: DTypeLike) -> bool:
+    return bool(jnp.finfo(dtype).min < 0)
+
+
+def _is_complex(dtype: DTypeLike) -> bool:
+    return jnp.issubdtype(dtype, jnp.complexfloating)
+
+
+def output_dtype(dtype: DTypeLike | None, x: Array, **others: ArrayLike | None) -> np.dtype:
+    """The dtype of y, which holds what is computed from x and `others`: scale, bias, residual."""
+    wanted = _dtype("dtype", x.dtype if dtype is None else dtype)
+    if not jnp.issubdtype(wanted, jnp.inexact) or not _is_signed(wanted):
+        raise TypeError(
+            f"dtype is that of y, which is floating point; got dtype={wanted}. Pass "
+            f"dtype=jnp.float32, or convert y by a rule of your own: round, scale, clip, astype."
+        )
+    if _is_complex(x.dtype):
+        if not _is_complex(wanted):
+            raise TypeError(
+                f"x is {x.dtype}, and y of dtype={wanted} would lose the imaginary part. Leave "
+                f"dtype out, or take the part that you want of x first: x.real, abs(x)."
+            )
+        return wanted
+    for name, values in others.items():
+        if values is not None and jnp.iscomplexobj(values):
+            raise TypeError(
+                f"{name} is {jnp.asarray(values).dtype} but x is {x.dtype}, and its imaginary part "
+                f"would be lost. Make x complex, x.astype(jnp.complex64), or {name} real: "
+                f"{name}.real."
+            )
+    return wanted
+
+
+def _dtype(name: str, value: Any) -> np.dtype:
+    """A dtype as NumPy has it; Python's own float and complex in JAX's default precision."""
+    try:
+        if isinstance(value, Array | np.ndarray):
+            raise TypeError
+        if value is None or value in (float, complex):
+            value = jax.dtypes.canonicalize_dtype(float if value is None else value)
+        return np.dtype(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name} must be a dtype, such as jnp.float32; got {_short(value)}."
+        ) from None
+
+
+def params_dtype(value: DTypeLike) -> np.dtype:
+    """The dtype of scale, bias or a running mean: floating point (complex included)."""
+    dtype = _dtype("dtype", value)
+    if not jnp.issubdtype(dtype, jnp.inexact) or not _is_signed(dtype):
+        raise TypeError(
+            f"parameters and running statistics are floating point, with a sign; got "
+            f"dtype={dtype}. Write dtype=jnp.float32."
+        )
+    return dtype
+
+
+def stats_dtype(value: DTypeLike) -> np.dtype:
+    """The dtype of a running mean: floating point of at least 32 bits."""
+    dtype = params_dtype(value)
+    _not_narrow("dtype", dtype)
+    return dtype
+
+
+def number_of_features(value: int | Sequence[int]) -> tuple[int, ...]:
+    """The feature shape, of one number or one for each feature axis."""
+    shape: tuple[int | None, ...] = (integer(value),)
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        shape = tuple(map(integer, value))
+    found = tuple(n for n in shape if n is not None and n >= 0)
+    if len(found) < len(shape):
+        raise TypeError(
+            f"features must be a number of features, such as x.shape[-1], or a tuple of them for "
+            f"several feature axes; got {_short(value)}."
+        )
+    return found
+
+
+def _not_narrow(name: str, dtype: np.dtype) -> None:
+    info = jnp.iinfo(dtype) if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype)
+    if info.bits < 32:
+        raise TypeError(
+            f"{name} is {dtype}, in which small steps of a running average are lost and large "
+            f"variances are infinite: training keeps statistics in float32 or float64, whatever "
+            f"x is. Write jbn.init_stats(C), or convert what you have: "
+            f"jax.tree.map(lambda s: s.astype(jnp.float32), stats). jbn.batch_norm_inference takes "
+            f"statistics of any precision."
+        )
 
 
 def activation(function: Any, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
@@ -47,7 +157,15 @@ def activation(function: Any, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
 @functools.lru_cache(maxsize=256)  # does not keep a function for which it raises
 def _static(function: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
     trace = jax.make_jaxpr(function, return_shape=True)
-    program, result = trace(jax.ShapeDtypeStruct(shape, dtype))
+    try:
+        program, result = trace(jax.ShapeDtypeStruct(shape, dtype))
+    except Exception as error:
+        raise TypeError(
+            f"activation must be a function of one array that JAX can trace, such as jnp.tanh or "
+            f"jax.nn.relu; {_short(function)} raised {type(error).__name__}: {_short(error)}. "
+            f"Write it with jax.numpy: jnp.tanh for np.tanh, jnp.where for `if`. A layer with "
+            f"parameters of its own comes behind this one."
+        ) from error
     if any(isinstance(value, Tracer) for value in program.consts):
         raise TypeError(
             f"activation must be static, but {function!r} uses a traced value, such as a learned "
@@ -57,6 +175,19 @@ def _static(function: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         raise ValueError(
             f"activation must be elementwise: it was given an array of shape {shape} and returned "
             f"{getattr(result, 'shape', result)}. Apply it behind the layer: activation(y)."
+        )
+    if not jnp.issubdtype(result.dtype, jnp.inexact) or (
+        _is_complex(result.dtype) and not _is_complex(dtype)
+    ):
+        raise TypeError(
+            f"activation must return floating point, real for real numbers; {function!r} made "
+            f"{result.dtype} of {dtype}. Apply it behind the layer: activation(y)."
+        )
+    if mixes(program.jaxpr):
+        raise ValueError(
+            f"activation must be elementwise, but in {function!r} an element of the result depends "
+            f"on other elements, as in softmax, a sum or a sort. It would see the array with its "
+            f"axes cut for groups and devices. Apply it behind the layer: activation(y)."
         )
     return function
 
@@ -75,41 +206,58 @@ def residual(values: ArrayLike | None, x: Array) -> Array | None:
 
 
 def epsilon(value: float) -> float:
-    """Epsilon as a Python number >= 0."""
+    """Epsilon as a Python number >= 0 that float32 can hold."""
     if isinstance(value, Tracer):
         raise TypeError("epsilon must be a Python number, not a traced value: it is static.")
-    if not _is_number(value) or not 0 <= value < math.inf:
+    number = _number(value)
+    if number is None or not 0 <= number <= float(np.finfo(np.float32).max):
         raise ValueError(
             f"epsilon must be a number >= 0 that is added to the variance, such as 1e-5; "
-            f"got {value!r}."
+            f"got {_short(value)}."
         )
-    return float(value)
+    return number
 
 
 def decay(value: float, debias: bool) -> float:
     """Decay in [0, 1], unseen if traced; 1 never takes in anything, so it has no debiased form."""
     if isinstance(value, Tracer):
         return value
-    if not _is_number(value) or not 0 <= value <= 1:
+    number = _number(value)
+    if number is None or not 0 <= number <= 1:
         raise ValueError(
             f"decay is the weight of the old value and must lie between 0 and 1, such as 0.99; "
-            f"got {value!r}."
+            f"got {_short(value)}."
         )
-    if debias and value == 1:
+    if debias and number == 1:
         raise ValueError("decay=1 cannot be debiased; for equal weights write jbn.cumulative().")
-    return float(value)
+    return number
 
 
-def _is_number(value: Any) -> bool:
+def _number(value: Any) -> float | None:
+    """A single real number as a float; None for what is none, such as True, text or a vector."""
+    if isinstance(value, str | bytes | bytearray | bool):
+        return None
     try:
-        return not isinstance(value, str) and not math.isnan(float(value))
-    except TypeError:
-        return False
+        if np.ndim(value) or getattr(value, "dtype", None) == np.bool_:
+            return None
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _short(value: Any) -> str:
+    """A value or an error in a line; Python prints no integer of thousands of digits."""
+    try:
+        text = str(value) if isinstance(value, Exception) else repr(value)
+    except ValueError:
+        return f"a {type(value).__name__} of too many digits to print"
+    text = " ".join(text.split())
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def features(name: str, values: ArrayLike, axes: Axes) -> Array:
     """`values` as an array, of exactly the feature shape."""
-    values = jnp.asarray(values)
+    values = array(values, name)
     if values.shape != axes.feature_shape:
         axes = axes.whole
         raise ValueError(
@@ -134,23 +282,45 @@ def params(values: Any) -> tuple[Any, Any]:
     return scale, bias
 
 
-def stats(values: Any, axes: Axes) -> Any:
-    """A RunningStats whose mean, var and count have the feature shape."""
+def stats(values: Any, axes: Axes, *, training: bool = False) -> Any:
+    """A RunningStats whose mean, var and count have the feature shape, and dtypes that fit.
+
+    In training none is narrower than float32. An integer count is fine: other libraries have it.
+    """
     fields = ("mean", "var", "count")
     if tuple(getattr(values, "_fields", ())) != fields:
         raise TypeError(
             f"stats must be jbn.RunningStats(mean, var, count), such as jbn.init_stats(C); "
             f"got {type(values).__name__}."
         )
-    return values._replace(**{f: features(f"stats.{f}", getattr(values, f), axes) for f in fields})
+    kinds = {"mean": jnp.inexact, "var": jnp.floating, "count": jnp.number}
+    checked = {}
+    for name, kind in kinds.items():
+        value = array(getattr(values, name), f"stats.{name}")
+        if not jnp.issubdtype(value.dtype, kind) or (name == "count" and jnp.iscomplexobj(value)):
+            raise TypeError(
+                f"stats.{name} must be {'real' if kind is jnp.number else 'floating point'}; got "
+                f"{value.dtype}. Write jbn.init_stats(C), or convert it: "
+                f"stats.{name}.astype(jnp.float32)."
+            )
+        if training:
+            _not_narrow(f"stats.{name}", value.dtype)
+        checked[name] = features(f"stats.{name}", value, axes)
+    return values._replace(**checked)
 
 
-def holds_mean(values: Any, dtype: Any) -> None:
-    """Refuses real statistics for complex x."""
-    if jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.iscomplexobj(values.mean):
+def same_field(values: Any, x: Array, *, training: bool) -> None:
+    """Refuses a complex mean for real x, and in training a real mean for complex x."""
+    mean = values.mean.dtype
+    if training and _is_complex(x.dtype) and not _is_complex(mean):
         raise TypeError(
-            f"x is {dtype} but stats.mean is {values.mean.dtype}, which cannot hold its mean. "
-            f"Write jbn.init_stats(C, dtype={dtype})."
+            f"x is {x.dtype} but stats.mean is {mean}, which cannot hold its mean. "
+            f"Write jbn.init_stats(C, dtype={x.dtype})."
+        )
+    if _is_complex(mean) and not _is_complex(x.dtype):
+        raise TypeError(
+            f"stats.mean is {mean} but x is {x.dtype}: these are statistics of complex numbers. "
+            f"Write x.astype({mean}), or take stats of your own for real x: jbn.init_stats(C)."
         )
 
 
@@ -166,8 +336,17 @@ def reduction_axis(axes: Axes, named_axes: tuple) -> None:
 
 def groups(value: int, axes: Axes) -> int:
     """How many equal parts to cut the batch into; it must divide the batch."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise TypeError(f"groups must be a number of groups >= 1, such as groups=8; got {value!r}.")
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"groups must be a Python integer, because it decides shapes; got a traced value, "
+            f"{value}. Under jax.jit name it in static_argnames, or close over it."
+        )
+    number = integer(value)
+    if number is None or number < 1:
+        raise TypeError(
+            f"groups must be a number of groups >= 1, such as groups=8; got {_short(value)}."
+        )
+    value = number
     if not axes.reduction:
         raise ValueError(
             f"groups={value} needs a batch to divide; x of shape {axes.shape} with feature axis "
@@ -180,13 +359,13 @@ def groups(value: int, axes: Axes) -> int:
             f"groups={value} does not divide the batch of {batch} in x of shape {axes.shape}: "
             f"take one of {', '.join(map(str, fitting))}, or pad the batch and mask the padding."
         )
-    return int(value)
+    return value
 
 
-def several_values(axes: Axes, groups: int | None) -> None:
-    """Refuses to take the variance of a single value."""
-    if axes.size == (groups or 1):
-        each = "" if groups is None else f" in each of {groups} groups"
+def several_values(axes: Axes, number: int | None) -> None:
+    """Refuses to take the variance of a single value, in each of a `number` of groups."""
+    if axes.size == (1 if number is None else groups(number, axes)):
+        each = "" if number is None else f" in each of {number} groups"
         raise ValueError(
             f"one value per channel: x of shape {axes.shape} with feature axis "
             f"{_plain(axes.features)} has a single value of each feature{each}, so its variance is "
@@ -217,10 +396,10 @@ def participation(
     axes: Axes, mask: ArrayLike | None, weights: ArrayLike | None, dtype: DTypeLike
 ) -> Array | None:
     """Mask and weights as one array of x's rank: None, bool, or the real type of `dtype`, >= 0."""
-    taking_part = None if mask is None else _mask(axes, jnp.asarray(mask))
+    taking_part = None if mask is None else _mask(axes, array(mask, "mask"))
     if weights is None:
         return taking_part
-    weights = _weights(axes, jnp.asarray(weights), jnp.finfo(dtype))
+    weights = _weights(axes, array(weights, "weights"), jnp.finfo(dtype))
     if taking_part is None:
         return weights
     return jnp.where(taking_part, weights, jnp.zeros_like(weights))

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check
@@ -16,7 +18,7 @@ from jbn._axes import resolve
 from jbn._batch_norm import batch_norm_inference
 from jbn._deferred import absorb, fixed, read
 from jbn._normalize import Activation, Params, normalize_pooled
-from jbn._running import RunningStats, UpdateRule
+from jbn._running import RunningStats, UpdateRule, ema_of_flax
 from jbn._sync import AxisName, Scope, scope
 
 
@@ -40,12 +42,11 @@ def training(
     """`jbn.batch_norm` with y of `dtype`, for all that Flax accepts."""
     x = _as_float(x, dtype)
     shape, axes = x.shape, resolve(x.shape, axis)
-    if not axes.reduction and axis_name is None:  # a single example is a batch of one
+    if not axes.reduction and axis_name in (None, ()):  # a single example is a batch of one
         x, axes = x[None], resolve((1, *x.shape), tuple(i + 1 for i in axes.features))
         residual = None if residual is None else jnp.asarray(residual)[None]
     old = read(stats)
-    if jnp.iscomplexobj(x):
-        old = old._replace(mean=old.mean.astype(x.dtype))
+    old = old._replace(mean=old.mean.astype(mean_dtype(old.mean.dtype, x.dtype)))
     old = _check.stats(old, axes)
     over = Scope() if axis_name is None else scope(axis_name, axis_index_groups)  # as in Flax
     shared: dict[str, Any] = {
@@ -85,7 +86,40 @@ def _as_float(x: ArrayLike, dtype: DTypeLike) -> Array:
     """x in a dtype fit for computing a y of `dtype`: half precision stays as it is."""
     x = jnp.asarray(x)
     wide = jnp.finfo(dtype).bits > 32 or not jnp.issubdtype(x.dtype, jnp.inexact)
+    # Real x and complex parameters, or dtype=complex64.
+    wide |= jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.iscomplexobj(x)
     return x.astype(jnp.promote_types(x.dtype, dtype)) if wide else x
+
+
+def inference_wanted(switch: Any) -> bool:
+    """`use_running_average` as a bool."""
+    if isinstance(switch, Tracer | str | bytes):
+        kind = "a traced value" if isinstance(switch, Tracer) else repr(switch)
+        raise TypeError(
+            f"use_running_average must be True or False while tracing; got {kind}. Under jax.jit "
+            f"name it in static_argnames, or choose between two calls with jax.lax.cond."
+        )
+    return bool(switch)
+
+
+def mean_dtype(real: DTypeLike, *others: DTypeLike | None) -> DTypeLike:
+    """The dtype of the running mean: `real`, or complex where one of `others` is."""
+    if any(d is not None and jnp.issubdtype(d, jnp.complexfloating) for d in others):
+        return np.promote_types(real, np.complex64)
+    return real
+
+
+def refuse_loss(
+    dtype: DTypeLike | None, x: ArrayLike, scale: ArrayLike | None, bias: ArrayLike | None
+) -> None:
+    """Refuses a real y of complex numbers, before these are promoted to real ones."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.complexfloating):
+        _check.output_dtype(dtype, jnp.asarray(x), scale=scale, bias=bias)
+
+
+def rule(momentum: float, update: UpdateRule | None) -> UpdateRule:
+    """The user's rule, or Flax's: there the variance of a single value enters, too."""
+    return ema_of_flax(momentum) if update is None else update
 
 
 def _of_rank(values: ArrayLike | None, ndim: int) -> Array | None:

@@ -62,6 +62,7 @@ def init_params(features: int | Sequence[int], dtype: DTypeLike = jnp.float32) -
     >>> jbn.init_params(2)
     Params(scale=Array([1., 1.], dtype=float32), bias=Array([0., 0.], dtype=float32))
     """
+    dtype, features = _check.params_dtype(dtype), _check.number_of_features(features)
     return Params(jnp.ones(features, dtype), jnp.zeros(features, dtype))
 
 
@@ -118,9 +119,10 @@ def normalize(
 
     Raises:
       NameError: no vmap, pmap or shard_map binds axis_name.
-      TypeError: x or residual is not floating point, mask is not bool, or activation not callable.
+      TypeError: x or residual is not floating point, dtype cannot hold y, mask is not bool, or
+        activation is no function of JAX.
       ValueError: axis, scale, bias, mask, weights, groups or residual do not fit x's shape, epsilon
-        < 0, or activation changes the shape.
+        < 0, or activation changes the shape or mixes elements.
     """
     prepared = prepare(x, axis, mask, weights, scope(axis_name, axis_index_groups), groups)
     x = jnp.asarray(x)
@@ -152,8 +154,6 @@ def _transform(
 ) -> tuple[Array, Moments]:
     problem, divided, weights = prepared
     activation = _check.activation(activation, divided.shape, accumulator(x.dtype))
-    dtype = np.dtype(x.dtype if dtype is None else dtype)
-    rule = _Rule(problem, _check.epsilon(epsilon), activation, dtype, pooled)
     residual = _check.residual(residual, x)
     if residual is not None:
         residual = _sharding.divide(residual, problem.axes)
@@ -162,6 +162,8 @@ def _transform(
             harmless = jax.checkpoint(_harmless, prevent_cse=False)
             residual = harmless(residual, residual, weights)
     scale, bias = affine(scale, bias, problem.axes)
+    dtype = _check.output_dtype(dtype, x, scale=scale, bias=bias, residual=residual)
+    rule = _Rule(problem, _check.epsilon(epsilon), activation, dtype, pooled)
     run = _normalize if isinstance(divided, Tracer) else _eager
     y, m = run(rule, divided, scale, bias, weights, residual)
     return _sharding.join(y, x, problem.axes), m

@@ -39,14 +39,25 @@ class Moments(NamedTuple):
 def merge(a: Moments, b: Moments) -> Moments:
     """The moments of two batches taken together (Chan, Golub & LeVeque 1979).
 
-    Symmetric and associative up to rounding; an empty batch (count 0) changes nothing.
+    Symmetric and associative up to rounding; an empty batch (count 0) changes nothing, whatever its
+    mean and variance are.
 
     >>> import jax.numpy as jnp, jbn
     >>> x = jnp.arange(10.0).reshape(5, 2)
     >>> whole, parts = jbn.moments(x), jbn.merge(jbn.moments(x[:2]), jbn.moments(x[2:]))
     >>> print(whole.var, parts.var)
     [8. 8.] [8. 8.]
+
+    Raises:
+      TypeError: a or b are no Moments, or of another kind of numbers.
+      ValueError: they are of different shapes.
     """
+    a, b = _checked(a, "a"), _checked(b, "b")
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(
+            f"merge takes moments of the same features; got means of shapes {a.mean.shape} and "
+            f"{b.mean.shape}. To take together the parts along a leading axis, write jbn.pool(m)."
+        )
     return pool(
         Moments(*(jnp.stack(jnp.broadcast_arrays(*pair)) for pair in zip(a, b, strict=True)))
     )
@@ -65,14 +76,70 @@ def pool(m: Moments) -> Moments:
 
     Args:
       m: mean and var are [k, C]; count is [k, C] or [k] or, the same for each, [].
+
+    Returns:
+      Moments of shape [C]. A part of count 0 changes nothing, whatever its mean and variance are;
+      without any part, or any data, count, mean and variance are 0.
+
+    Raises:
+      TypeError: m is no Moments, or of another kind of numbers.
+      ValueError: the shapes do not fit each other, or there is no leading axis.
     """
+    m = _checked(m, "m")
+    if m.mean.ndim == 0:
+        raise ValueError(
+            f"pool takes moments of several batches along a leading axis; got a mean of shape (). "
+            f"{_STACK}"
+        )
     count, rank = m.count, m.mean.ndim
     one = count.ndim < rank or (count.size < m.mean.size and math.prod(count.shape[1:]) == 1)
     count = count.reshape(*(count.shape or (1,)), *(1 for _ in range(rank - max(count.ndim, 1))))
     count = jnp.broadcast_to(count, (m.mean.shape[0], *count.shape[1:]))
-    shift, pooled = _pool(m.mean, Moments(count, jnp.zeros_like(m.mean), m.var))
+    if len(m.mean) == 0:  # no parts: as if of one without data
+        m, count = jax.tree.map(lambda v: jnp.zeros((1, *v.shape[1:]), v.dtype), (m, count))
+    some = count > 0
+    mean, var = (jnp.where(some, v, jnp.zeros_like(v)) for v in m[1:])
+    shift, pooled = _pool(mean, Moments(count, jnp.zeros_like(mean), var))
     total = pooled.count.reshape(()) if one else pooled.count
     return Moments(total, shift + pooled.mean, pooled.var)
+
+
+_STACK = "Of a list ms write jbn.pool(jax.tree.map(lambda *v: jnp.stack(v), *ms))."
+
+
+def _checked(m: Moments, name: str) -> Moments:
+    """Moments that a user passes, as arrays; a count may be a Python number."""
+    if tuple(getattr(m, "_fields", ())) != Moments._fields:
+        raise TypeError(
+            f"{name} must be jbn.Moments(count, mean, var), such as jbn.moments(x); got "
+            f"{type(m).__name__}. {_STACK}"
+        )
+    count, mean, var = (jnp.asarray(value) for value in m)
+    real = jnp.issubdtype(count.dtype, jnp.floating) or jnp.issubdtype(count.dtype, jnp.integer)
+    floating = jnp.issubdtype(mean.dtype, jnp.inexact) and jnp.issubdtype(var.dtype, jnp.floating)
+    if not (real and floating):
+        raise TypeError(
+            f"{name} must have a real count and a mean and variance of floating point; got "
+            f"{count.dtype}, {mean.dtype} and {var.dtype}. Take them from jbn.moments(x)."
+        )
+    whole = mean.shape, mean.shape[:1]
+    fits = (
+        count.ndim == 0
+        or count.shape in whole
+        or (
+            count.ndim == mean.ndim
+            and all(n in (1, k) for n, k in zip(count.shape, mean.shape, strict=True))
+        )
+    )
+    if var.shape != mean.shape or not fits:
+        raise ValueError(
+            f"{name} has a mean of shape {mean.shape}, a variance of shape {var.shape} and a count "
+            f"of shape {count.shape}: the first two must be the same, and the count that or one "
+            f"number for all, or for each part."
+        )
+    if jnp.issubdtype(count.dtype, jnp.integer):
+        count = count.astype(var.dtype)
+    return Moments(count, mean, var)
 
 
 def pool_blocks(axes: Axes, shift: Array, m: Moments, counts_differ: bool) -> tuple[Array, Moments]:

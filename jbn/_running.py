@@ -9,6 +9,9 @@ statistics towards the batch's by a rate,
 
 The debiased average is stored ready to use: its first rate is 1, so the initial value never shows,
 and it equals Adam's division of a zero-initialised average by 1 - d^t.
+
+A variance needs two values. A single value, which is what a mask may leave of a feature, says where
+the feature lies and not how far it spreads: it moves the mean, and the variance stays.
 """
 
 import dataclasses
@@ -35,8 +38,9 @@ class RunningStats(NamedTuple):
     Attributes:
       mean: [C], float32 or float64 (complex for complex x).
       var: [C], float32 or float64.
-      count: [C], float32 or float64: how many batches have entered, for each feature, as a batch
-        without data or with NaN in a feature does not count there.
+      count: [C], float32 or float64: how many batches have entered the variance, for each feature,
+        as a batch without data or with NaN in a feature does not count there; nor does a single
+        value, which moves the mean alone.
     """
 
     mean: Array
@@ -54,10 +58,19 @@ def init_stats(features: int | Sequence[int], dtype: DTypeLike = jnp.float32) ->
     >>> stats = jbn.init_stats(2)
     >>> print(stats.mean, stats.var, stats.count)
     [0. 0.] [1. 1.] [0. 0.]
+
+    Args:
+      features: C.
+      dtype: of the mean: float32 or float64, and for complex x complex64 or complex128; variance
+        and count are of its real part.
+
+    Raises:
+      TypeError: dtype is not floating point, or narrower than float32.
     """
+    dtype, features = _check.stats_dtype(dtype), _check.number_of_features(features)
     real = jnp.finfo(dtype).dtype
     return RunningStats(
-        jnp.zeros(features, dtype), jnp.ones(features, real), jnp.zeros(features, accumulator(real))
+        jnp.zeros(features, dtype), jnp.ones(features, real), jnp.zeros(features, real)
     )
 
 
@@ -77,8 +90,10 @@ def ema(decay: float = 0.99, *, debias: bool = False, unbiased: bool = False) ->
       decay: in [0, 1].
       debias: divide out the weight of the initial value, as Adam and Haiku do: constant batches
         give exactly their statistics from the first step on.
-      unbiased: average var * count / (count - 1) (Alg. 2, line 10), as PyTorch does. A batch with
-        count <= 1 has no such estimate and is left out.
+      unbiased: average var * count / (count - 1) (Alg. 2, line 10), as PyTorch does. Weights are
+        frequencies here: a weight says how often its value occurs, and the count is the number of
+        observations. A batch with a count below 1.5, which is fewer than two observations up to
+        rounding, has no such estimate and is left out.
 
     Returns:
       A rule: hashable, and equal to another made with the same arguments.
@@ -113,6 +128,7 @@ class _Ema:
     decay: float
     debias: bool
     unbiased: bool
+    single_values: bool = False  # whether the variance of a single value, 0, enters as in Flax
 
     def __repr__(self) -> str:
         return f"ema({self.decay}, debias={self.debias}, unbiased={self.unbiased})"
@@ -124,7 +140,12 @@ class _Ema:
             log_decay = _log(self.decay)
             t = stats.count + 1
             rate = jnp.where(t > 1, rate / -jnp.expm1(t * log_decay), jnp.ones_like(t))
-        return _move(stats, moments, rate, self.unbiased)
+        return _move(stats, moments, rate, self.unbiased, self.single_values)
+
+
+def ema_of_flax(decay: float) -> UpdateRule:
+    """`ema(decay)`, into which the variance of a single value enters, too."""
+    return _Ema(_check.decay(decay, False), debias=False, unbiased=False, single_values=True)
 
 
 def _log(decay: float) -> float | Array:
@@ -148,10 +169,11 @@ def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningSt
     """`rule`, made safe: no gradient, no change of type, no empty or non-finite batch.
 
     Raises:
-      TypeError: `rule` is not a rule, or returns something else than RunningStats.
+      TypeError: `rule` is not a rule, or returns something else than RunningStats, or complex
+        statistics in the place of real ones.
       ValueError: it returns statistics of another shape.
     """
-    if rule in (ema, cumulative):
+    if rule is ema or rule is cumulative:
         raise TypeError(f"update is the function that makes a rule: write jbn.{rule.__name__}().")
     if not callable(rule):
         raise TypeError(
@@ -173,12 +195,17 @@ def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningSt
         )
     new = new._replace(**{f: jnp.asarray(v) for f, v in new._asdict().items()})
     for field, value in new._asdict().items():
+        if jnp.iscomplexobj(value) and not jnp.iscomplexobj(getattr(stats, field)):
+            raise TypeError(
+                f"the update rule {rule!r} returned {field} in {value.dtype}, and its imaginary "
+                f"part would be lost; expected {getattr(stats, field).dtype}."
+            )
         if value.shape not in ((), getattr(stats, field).shape):
             raise ValueError(
                 f"the update rule {rule!r} returned {field} of shape {value.shape}; "
                 f"expected {getattr(stats, field).shape}."
             )
-    return _keep_sound(stats, moments.count, new, moments)
+    return _keep_sound(stats, moments, new, seen=moments)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -187,7 +214,11 @@ def _absorb_once_a_shape(rule, stats: RunningStats, moments: Moments) -> Running
 
 
 def _move(
-    stats: RunningStats, moments: Moments, rate: float | Array, unbiased: bool
+    stats: RunningStats,
+    moments: Moments,
+    rate: float | Array,
+    unbiased: bool,
+    single_values: bool = False,
 ) -> RunningStats:
     """A step of size `rate` from the old statistics to the batch's."""
 
@@ -203,31 +234,56 @@ def _move(
     var = unbiased_var(moments) if unbiased else moments.var
     mean, var = step(stats.mean, moments.mean), step(stats.var, var)
     new = stats._replace(mean=mean, var=var, count=stats.count + 1)
-    return _keep_sound(stats, moments.count, new)
+    return _keep_sound(stats, moments, new, single_values)
+
+
+# Fewer than two observations, whatever rounding has made of their number: weights that are divided
+# by their sum add up to 1 - 1e-7 or to 1 + 1e-7, and these must not differ.
+_FEW = 1.5
 
 
 def unbiased_var(moments: Moments) -> Array:
-    """Bessel's correction, var * count / (count - 1); infinite where count <= 1."""
+    """Bessel's correction, var * count / (count - 1); infinite where there is none.
+
+    Weights are frequencies: a weight says how often its value occurs, so that the count is the
+    number of observations (`fweights` of `numpy.cov`). Where there are fewer than two of them, up
+    to rounding, there is no unbiased variance. The factor is at most 3.
+    """
     n = moments.count
-    several = n > 1
+    several = n >= _FEW
     bessel = n / jnp.where(several, n - 1, jnp.ones_like(n))
     return jnp.where(several, moments.var * bessel, jnp.inf)
 
 
 def _keep_sound(
-    old: RunningStats, count: Array, new: RunningStats, moments: Sequence[Array] = ()
+    old: RunningStats,
+    moments: Moments,
+    new: RunningStats,
+    single_values: bool = False,
+    seen: Sequence[Array] = (),
 ) -> RunningStats:
     """`new` where the batch has data and all is finite, else `old`, feature by feature.
 
-    `moments` are what a rule need not show: of those of jbn a moment that is not finite makes
+    Finite in the dtype of `old`: 1e5 is not in float16, and would stay infinite for good.
+
+    A single value moves the mean alone, unless `single_values`. Its variance is exactly 0 (K is the
+    value itself) and its count 1. Many values whose weights add up to 1 have a variance, which
+    enters; where they are all equal, so that it is 0, they tell no more than one of them.
+
+    `seen` are what a rule need not show: of those of jbn a moment that is not finite makes
     statistics that are not.
     """
-    sound = (count > 0) & (new.var >= 0)
-    for values in (*moments, *new):
+    stored = RunningStats(*(jnp.asarray(n).astype(o.dtype) for n, o in zip(new, old, strict=True)))
+    sound = (moments.count > 0) & (stored.var >= 0)
+    for values in (*seen, *stored):
         sound &= jnp.isfinite(values)
+    spread = sound if single_values else sound & ~((moments.var == 0) & (moments.count < _FEW))
 
-    def choose(new: Array, old: Array) -> Array:
-        new = jnp.broadcast_to(new.astype(old.dtype), old.shape)
-        return jnp.where(sound, new, old)
+    def choose(where: Array, new: Array, old: Array) -> Array:
+        return jnp.where(where, jnp.broadcast_to(new, old.shape), old)
 
-    return old._replace(**{f: choose(getattr(new, f), getattr(old, f)) for f in old._fields})
+    return old._replace(
+        mean=choose(sound, stored.mean, old.mean),
+        var=choose(spread, stored.var, old.var),
+        count=choose(spread, stored.count, old.count),
+    )

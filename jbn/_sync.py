@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jbn._axes import integer
+
 T = TypeVar("T")
 
 AxisName = Hashable | tuple[Hashable, ...]
@@ -99,16 +101,17 @@ def scope(
     Raises:
       NameError: no vmap, pmap or shard_map has bound a name.
       NotImplementedError: JAX has no collectives over this axis here.
+      TypeError: what is given is no name, or no groups of indices.
       ValueError: a name stands twice, or the groups do not fit.
     """
-    if axis_name is None:
+    names = () if axis_name is None else _names(axis_name)
+    if not names:
         if axis_index_groups is not None:
             raise ValueError(
                 f"axis_index_groups={axis_index_groups} are groups of a named axis: pass "
                 f"axis_name= too."
             )
         return Scope()
-    names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
     if len(set(names)) < len(names):
         raise ValueError(f"axis_name={axis_name!r} names an axis twice: name each once.")
     size = math.prod(_axis_size(name) for name in names)
@@ -116,13 +119,38 @@ def scope(
         _reduces_here(name)
     if axis_index_groups is None:
         return Scope(names)
-    groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
+    groups = _index_groups(axis_index_groups)
     if sorted(i for group in groups for i in group) != list(range(size)):
         raise ValueError(
             f"axis_index_groups={axis_index_groups} must hold each index of axis_name="
             f"{axis_name!r}, 0 to {size - 1}, exactly once."
         )
     return Scope(names, groups)
+
+
+def _names(axis_name: AxisName) -> tuple[Hashable, ...]:
+    names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    for name in names:
+        # To JAX's collectives a number is the position of an axis of the array.
+        if not isinstance(name, Hashable) or isinstance(name, int | float | np.generic | Array):
+            raise TypeError(
+                f"axis_name is what a surrounding vmap, pmap or shard_map calls its axis, such as "
+                f"axis_name='batch'; got {axis_name!r}. The feature axis of x is axis=."
+            )
+    return names
+
+
+def _index_groups(groups: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    try:
+        found = tuple(tuple(map(integer, group)) for group in groups)
+    except TypeError:  # no sequence, or none of sequences
+        found = ((None,),)
+    if any(index is None for group in found for index in group):
+        raise TypeError(
+            f"axis_index_groups must be groups of indices, such as [[0, 1], [2, 3]]; got "
+            f"{groups!r}."
+        )
+    return tuple(tuple(i for i in group if i is not None) for group in found)
 
 
 def varying(x: Array) -> frozenset[Hashable]:

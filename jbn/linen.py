@@ -3,16 +3,20 @@
 Change one import, `from jbn.linen import BatchNorm`; models and checkpoints stay as they are.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
+from flax.typing import Dtype
 from jax import Array
 
-from jbn import _flax
+from jbn import _check, _flax
 from jbn._axes import resolve
 from jbn._normalize import Activation, Params
-from jbn._running import RunningStats, UpdateRule, ema
+from jbn._running import RunningStats, UpdateRule
 
 
 class BatchNorm(nn.BatchNorm):
@@ -46,10 +50,11 @@ class BatchNorm(nn.BatchNorm):
       axis_index_groups: as in `jax.lax.psum`.
       use_fast_variance: accepted and without effect: jbn's variance is fast and exact.
       force_float32_reductions: if False, the statistics are stored in `param_dtype`. They are
-        computed in float32 all the same.
+        computed in float32 all the same, and a feature whose new statistics would be infinite in
+        `param_dtype` keeps the old ones.
       update: how a batch enters the running statistics, such as `jbn.ema(0.9, debias=True)` or
         `jbn.cumulative()`; it takes momentum's place, and adds `count` to `batch_stats`. By
-        default `jbn.ema(momentum)`.
+        default as in Flax: `jbn.ema(momentum)`, with the variance 0 of a single value.
       groups: normalise each of this many equal, consecutive parts of the batch by statistics of its
         own; those in `batch_stats` are of the whole batch. `init` ignores it.
       activation: an elementwise function, such as `jax.nn.relu`, applied to y at last. As part of
@@ -80,13 +85,15 @@ class BatchNorm(nn.BatchNorm):
           residual: of x's shape, is added before the activation.
 
         Returns:
-          y, of x's shape. `init` does not update the statistics, and ignores `axis_name`.
+          y, of x's shape. `init` does not update the statistics, and ignores `axis_name`; of a
+          layer with complex x, parameters or y it makes the mean complex.
         """
         inference = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        shape = resolve(jnp.shape(x), self.axis).feature_shape
-        variables = _statistics(self, shape)
+        x = _check.array(x, "x")
+        shape = resolve(x.shape, self.axis).feature_shape
+        variables = _statistics(self, shape, x.dtype)
         params = _params(self, shape)
         dtype = canonicalize_dtype(x, *params, dtype=self.dtype)
         mean, var, *count = (v.value for v in variables)
@@ -98,13 +105,13 @@ class BatchNorm(nn.BatchNorm):
             "residual": residual,
             "dtype": dtype,
         }
-        if inference:
+        if _flax.inference_wanted(inference):
             return _flax.inference(x, params, stats, **shared)
         y, stats = _flax.training(
             x,
             params,
             stats,
-            ema(self.momentum) if self.update is None else self.update,
+            _flax.rule(self.momentum, self.update),
             mask=None if mask is None else jnp.asarray(mask, bool),
             weights=weights,
             axis_name=None if self.is_initializing() else self.axis_name,
@@ -121,10 +128,13 @@ class BatchNorm(nn.BatchNorm):
 # Functions and not methods: Flax wraps and records every method of a module.
 
 
-def _statistics(module: BatchNorm, shape: tuple[int, ...]) -> list[nn.Variable[Array]]:
-    """The variables mean, var and, with an update rule of the user's, count."""
+def _statistics(module: BatchNorm, shape: tuple[int, ...], x: Dtype) -> list[nn.Variable[Array]]:
+    """The variables mean, var and, with an update rule of the user's, count, for x of a dtype."""
     dtype = jnp.float32 if module.force_float32_reductions else module.param_dtype
-    initial = {"mean": (jnp.zeros, dtype), "var": (jnp.ones, dtype)}
+    affine = module.param_dtype if module.use_scale or module.use_bias else None
+    mean = _flax.mean_dtype(dtype, x, module.dtype, affine)
+    initial: dict[str, tuple[Callable[..., Array], Any]]
+    initial = {"mean": (jnp.zeros, mean), "var": (jnp.ones, jnp.finfo(dtype).dtype)}
     if module.update is not None:
         initial["count"] = (jnp.zeros, jnp.float32)  # in half precision it could not count
     return [

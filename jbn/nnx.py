@@ -14,10 +14,10 @@ from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax import Array
 
-from jbn import _flax
+from jbn import _check, _flax
 from jbn._deferred import read
 from jbn._normalize import Activation, Params
-from jbn._running import RunningStats, UpdateRule, ema
+from jbn._running import RunningStats, UpdateRule
 from jbn._sync import AxisName
 
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
@@ -44,7 +44,9 @@ class BatchNorm(nnx.BatchNorm):
       axis: the feature axis of x.
       momentum: weight of the old value in the running statistics; the core's `decay`.
       epsilon: is added to the variance, inside the root.
-      dtype: of y; by default that of x, scale and bias promoted.
+      dtype: of y; by default that of x, scale and bias promoted. For complex x say so here, or in
+        `param_dtype`: the mean is then complex from the start, and not from the first batch on,
+        which a `scan` over steps would refuse and `jit` compile twice.
       param_dtype: of scale and bias.
       use_bias: whether to add a learned bias.
       use_scale: whether to multiply by a learned scale.
@@ -60,7 +62,8 @@ class BatchNorm(nnx.BatchNorm):
       scale_metadata: of the scale's `nnx.Param`.
       update: how a batch enters the running statistics, such as `jbn.ema(0.9, debias=True)` or
         `jbn.cumulative()`; it takes momentum's place, and adds a `count` to the module's
-        `nnx.BatchStat`s. By default `jbn.ema(momentum)`.
+        `nnx.BatchStat`s. By default as in Flax: `jbn.ema(momentum)`, with the variance 0 of a
+        single value.
       groups: normalise each of this many equal, consecutive parts of the batch by statistics of its
         own; the stored ones are of the whole batch.
       activation: an elementwise function, such as `jax.nn.relu`, applied to y at last. As part of
@@ -115,6 +118,9 @@ class BatchNorm(nnx.BatchNorm):
         self.update = update
         self.groups = groups
         self.activation = activation
+        mean = _flax.mean_dtype(jnp.float32, dtype, param_dtype)
+        if mean != jnp.float32:
+            self.mean = nnx.BatchStat(jnp.zeros(num_features, mean))
         if update is not None:
             self.count = nnx.BatchStat(jnp.zeros(num_features, jnp.float32))
 
@@ -146,11 +152,13 @@ class BatchNorm(nnx.BatchNorm):
             error_msg="BatchNorm needs use_running_average=True or False, in the constructor or in "
             "the call; or call model.train() or model.eval() first, or nnx.view(model, ...).",
         )
+        x = _check.array(x, "x")
         variables = [self.mean, self.var] + ([] if self.update is None else [self.count])
         mean, var, *count = (v.get_value() for v in variables)
         stats = RunningStats(mean, var, *(count or [jnp.zeros(var.shape, jnp.float32)]))
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
         mean, var, _ = read(stats)
+        _flax.refuse_loss(self.dtype, x, scale, bias)
         x, _, _, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
         params = Params(scale, bias)
         dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
@@ -161,15 +169,15 @@ class BatchNorm(nnx.BatchNorm):
             "residual": residual,
             "dtype": dtype,
         }
-        if inference:
+        if _flax.inference_wanted(inference):
             return _flax.inference(x, params, stats, **shared)
-        if mask is not None and jnp.asarray(mask).dtype != jnp.bool_:
+        if mask is not None and _check.array(mask, "mask").dtype != jnp.bool_:
             raise ValueError(f"mask must be bool; got {jnp.asarray(mask).dtype}.")
         y, stats = _flax.training(
             x,
             params,
             stats,
-            ema(self.momentum) if self.update is None else self.update,
+            _flax.rule(self.momentum, self.update),
             mask=mask,
             weights=weights,
             axis_name=self.axis_name,

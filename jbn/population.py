@@ -84,8 +84,9 @@ def estimate(
         deeper layers see what shallower ones make of a batch. With `layer_by_layer` they are read
         several times: a list, or a function that returns the batches from the first on.
       variance: "pooled": every value counts the same, as if the data set were one batch. "paper":
-        every batch counts the same, and its variance is the unbiased one. A batch with one value of
-        a feature has none, and is left out there.
+        every batch counts the same, and its variance is the unbiased one; weights are frequencies,
+        as in `jbn.ema(unbiased=True)`. A batch with one value of a feature (a count below 1.5) has
+        none, and is left out there.
       layer_by_layer: in one pass layers normalise by their batch, so what a deeper layer sees is
         not quite what it will see in inference. True: several passes, in which layers normalise by
         what the pass before has found (the first by `stats`), as in inference. Each makes one more
@@ -104,7 +105,8 @@ def estimate(
       A tree of the structure and dtypes of `stats`, the same on all devices and in all processes.
       `count` is the number of batches that entered, for each feature; a layer that is called
       several times counts each call. Where a batch has no data of a feature, or a NaN or infinity,
-      it is left out; a feature without any stays as it was, as do layers that are frozen.
+      it is left out; a feature without any stays as it was, as do layers that are frozen and a
+      feature whose statistics would be infinite in the dtype of `stats`.
 
     Raises:
       TypeError: a layer is not jbn's; or batches is an array or a dictionary.
@@ -117,6 +119,11 @@ def estimate(
     PyTorch's `torch.optim.swa_utils.update_bn` takes E_B[m_B/(m_B - 1) var_B], with every batch
     counting the same: without what lies between the batches.
     """
+    if not callable(apply_fn):
+        raise TypeError(
+            f"apply_fn must be a function (params, stats, batch) -> stats, the model in training "
+            f"mode; got {type(apply_fn).__name__}."
+        )
     _check_options(variance, mesh, axis_name)
     names = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     way = _Way(variance == "paper", layer_by_layer, mesh, names)
@@ -191,7 +198,7 @@ class _Layer(NamedTuple):
     @property
     def value(self) -> np.ndarray:
         """What the array becomes, in its dtype."""
-        return np.asarray(getattr(self.stats, self.cell.field)).astype(self.cell.dtype)
+        return _rounded(getattr(self.stats, self.cell.field), self.cell.dtype)
 
 
 def _measure(
@@ -243,7 +250,7 @@ def _step(
 
 
 def _unbiased(update: Update) -> Update:
-    """With m/(m - 1) var in the place of var: infinite, so left out, where there is one value."""
+    """With m/(m - 1) var in the place of var: infinite, so left out, where there are not two."""
     moments = tuple(m._replace(var=unbiased_var(m)) for m in update.moments)
     return dataclasses.replace(update, moments=moments)
 
@@ -286,15 +293,23 @@ def _add(sums: _Sums | None, m: Moments, *, weighted: bool) -> _Sums:
 
 
 def _divide(old: RunningStats, sums: _Sums, *, pooled: bool) -> _Found:
-    """The statistics of all batches; `old` where none has entered."""
+    """The statistics of all batches; `old` where none has entered, or these cannot be stored."""
     some = np.where(sums.weight > 0, sums.weight, 1.0)
     offset, var = sums.offset / some, sums.within / some
     if pooled:
         var = var + np.maximum(sums.between / some - abs(offset) ** 2, 0.0)
     new = sums.shift + offset, var, sums.batches
-    return _Found(
-        *(np.where(sums.batches > 0, n, o) for n, o in zip(new, _on_host(old), strict=True))
-    )
+    old = _on_host(old)
+    sound = sums.batches > 0
+    for n, o in zip(new, old, strict=True):
+        sound &= np.isfinite(_rounded(n, o.dtype))
+    return _Found(*(np.where(sound, n, o) for n, o in zip(new, old, strict=True)))
+
+
+def _rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`values` in the dtype that they are stored in, infinite where it cannot hold them."""
+    with np.errstate(over="ignore"):
+        return np.asarray(values).astype(dtype)
 
 
 def _write(stats: Tree, layers: dict[int, _Layer]) -> Tree:
@@ -318,6 +333,11 @@ def _reader(batches: Batches, again: bool) -> Callable[[], Iterable[Any]]:
             f"batches must be a list or another iterable of batches, or a function that returns "
             f"one; got {kind}, which would be taken apart. If it is one batch, pass [batch]; if "
             f"its first axis counts batches, list(batches)."
+        )
+    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes):
+        raise TypeError(
+            f"batches must be a list or another iterable of batches, or a function that returns "
+            f"one; got {type(batches).__name__}."
         )
     if again and iter(batches) is batches:
         raise ValueError(

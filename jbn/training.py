@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 
+from jbn._axes import integer
 from jbn._deferred import check_structure, defer, settle, vary
 from jbn._reference import accumulator
 from jbn._sync import AxisName, scope, varying
@@ -83,7 +84,7 @@ def init(params: Tree, stats: Tree, optimizer: optax.GradientTransformation) -> 
     >>> print(state.step, state.stats.mean)
     0 [0. 0. 0.]
     """
-    return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, _optimizer(optimizer).init(params))
 
 
 def make_train_step(
@@ -144,8 +145,17 @@ def make_train_step(
       ValueError: microbatches does not divide the batch, the state varies over axis_name, or so do
         the new statistics without pool_stats.
     """
-    if microbatches < 1:
-        raise ValueError(f"microbatches must be at least 1; got {microbatches}.")
+    _function("loss_fn", loss_fn, "(params, stats, batch) -> (loss, stats, metrics)")
+    _optimizer(optimizer)
+    number = integer(microbatches)
+    if number is None:
+        raise TypeError(
+            f"microbatches must be an integer, such as 4: how many parts of the batch go through "
+            f"the model one after the other; got {microbatches!r}."
+        )
+    if number < 1:
+        raise ValueError(f"microbatches must be at least 1; got {number}.")
+    microbatches = number
     pool_stats = (microbatches > 1 or axis_name is not None) if pool_stats is None else pool_stats
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -269,6 +279,12 @@ def evaluate(
     Raises:
       ValueError: there is no batch.
     """
+    _function("metric_fn", metric_fn, "(params, stats, batch) -> {name: value}")
+    if not isinstance(state, TrainState):
+        raise TypeError(
+            f"state must be a jbn.training.TrainState, such as jbn.training.init returns; got "
+            f"{type(state).__name__}."
+        )
     sums: dict[str, Mean] | None = None
     previous = None
     for batch in batches:
@@ -336,6 +352,22 @@ def _name(path: tuple[Any, ...]) -> str | None:
         if isinstance(name, str) and name != "value":
             return name
     return None
+
+
+def _function(name: str, value: Any, signature: str) -> None:
+    if not callable(value):
+        raise TypeError(f"{name} must be a function {signature}; got {type(value).__name__}.")
+
+
+def _optimizer(value: Any) -> optax.GradientTransformation:
+    """An optimizer of Optax, and not the function that makes one, or another argument."""
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        name = getattr(value, "__name__", type(value).__name__)
+        raise TypeError(
+            f"optimizer must be one of Optax's, such as optax.sgd(0.1), called with its "
+            f"arguments; got {name}."
+        )
+    return value
 
 
 class _Sums(NamedTuple):

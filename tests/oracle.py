@@ -132,8 +132,8 @@ def running(batches, decay=None, debias=False, unbiased=False) -> Running:
 
     `decay=None` is the plain average. With a decay d the k-th of t absorbed batches has the weight
     (1 - d) d^(t-k); what is left, d^t, stays with the initial mean 0 and variance 1, or, debiased,
-    the weights are divided by their sum. A batch enters a channel if the channel has a count (more
-    than 1 for the unbiased variance) and finite moments.
+    the weights are divided by their sum. A batch enters a channel if the channel has a count (for
+    the unbiased variance of two observations, up to rounding) and finite moments.
     """
     shape = np.shape(batches[0].mean)
     mean, var, absorbed = np.zeros(shape), np.ones(shape), np.zeros(shape, np.int32)
@@ -141,7 +141,7 @@ def running(batches, decay=None, debias=False, unbiased=False) -> Running:
         kept = []
         for batch in batches:
             n, mu, v = (np.broadcast_to(value, shape)[channel] for value in batch)
-            if n > (1 if unbiased else 0) and np.isfinite(mu) and np.isfinite(v):
+            if n > (1.5 if unbiased else 0) and np.isfinite(mu) and np.isfinite(v):
                 kept.append((mu, v * n / (n - 1) if unbiased else v))
         t = absorbed[channel] = len(kept)
         if t == 0:

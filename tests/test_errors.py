@@ -2,6 +2,8 @@
 
 import math
 
+import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +93,21 @@ def test_one_value_per_channel_cannot_be_trained_on(shape):
 # --- arguments ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("epsilon", [-1e-5, math.nan, math.inf, "1e-5", None, 1e-5 + 0j], ids=repr)
+NO_NUMBERS = [
+    [1, [2]],
+    {},
+    "1e-5",
+    b"1e-5",
+    None,
+    1e-5 + 0j,
+    True,
+    np.True_,
+    np.array([0.5]),
+    [0.5],
+]
+
+
+@pytest.mark.parametrize("epsilon", [-1e-5, math.nan, math.inf, 1e39, *NO_NUMBERS], ids=repr)
 def test_epsilon(epsilon):
     for call in (
         train(epsilon=epsilon),
@@ -101,9 +117,23 @@ def test_epsilon(epsilon):
         fails(ValueError, call, "epsilon", repr(epsilon), ">= 0", "1e-5")
 
 
-@pytest.mark.parametrize("decay", [-0.1, 1.01, 99, math.nan, "0.9", None], ids=repr)
+@pytest.mark.parametrize("decay", [-0.1, 1.01, 99, math.nan, *NO_NUMBERS], ids=repr)
 def test_decay(decay):
     fails(ValueError, lambda: jbn.ema(decay), "decay", repr(decay), "0 and 1", "0.99")
+
+
+@pytest.mark.parametrize("digits", [400, 5000])  # 5000: more than Python prints
+def test_numbers_that_no_float_can_hold(digits):
+    for value in (10**digits, -(10**digits)):
+        fails(ValueError, train(epsilon=value), "epsilon", "1e-5", "got ")
+        fails(ValueError, infer(epsilon=value), "epsilon", "1e-5", "got ")
+        fails(ValueError, lambda value=value: jbn.ema(value), "decay", "0.99", "got ")
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.array(0.5), jnp.array(0.5), 1, 0], ids=repr)
+def test_numbers_of_numpy_and_jax(number):
+    jax.eval_shape(train(epsilon=number))
+    assert jbn.ema(number) == jbn.ema(float(number))
 
 
 def test_a_decay_of_one_has_no_debiased_form():
@@ -112,7 +142,7 @@ def test_a_decay_of_one_has_no_debiased_form():
 
 
 def test_a_rule_instead_of_its_name():
-    for update in ("ema", 0.99, None):
+    for update in ("ema", 0.99, None, np.ones(4), jnp.ones(5)):
         fails(TypeError, train(update=update), "update", repr(update), "jbn.ema")
 
 
@@ -129,6 +159,43 @@ def test_a_rule_that_returns_no_running_statistics():
 def test_what_are_no_running_statistics(mode, stats):
     words = "stats", "RunningStats", type(stats).__name__, "jbn.init_stats"
     fails(TypeError, mode(stats=stats), *words)
+
+
+@pytest.mark.parametrize("mode", [train, infer])
+@pytest.mark.parametrize("field", STATS._fields)
+def test_running_statistics_are_floating_point(mode, field):
+    ones, words = np.ones(5), (f"stats.{field}", "init_stats(C)", "astype(jnp.float32)")
+    wrong = [np.bool_, np.int32, np.int8] if field != "count" else [np.bool_]
+    wrong += [np.complex64] if field != "mean" else []
+    for dtype in wrong:
+        values = STATS._replace(**{field: ones.astype(dtype)})
+        fails(TypeError, mode(stats=values), np.dtype(dtype).name, *words)
+    for what in (None, "abc", object()):
+        values = STATS._replace(**{field: what})
+        fails(TypeError, mode(stats=values), words[0], "array", type(what).__name__)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, int, bool, "int4", jnp.float8_e8m0fnu])
+def test_parameters_and_statistics_are_made_of_floating_point(dtype):
+    for make in (jbn.init_stats, jbn.init_params):
+        fails(TypeError, lambda make=make: make(5, dtype), np.dtype(dtype).name, "jnp.float32")
+
+
+@pytest.mark.parametrize("dtype", ["float31", 3, X])
+def test_what_is_no_dtype(dtype):
+    for call in (
+        lambda: jbn.init_stats(5, dtype),
+        lambda: jbn.init_params(5, dtype),
+        train(dtype=dtype),
+        infer(dtype=dtype),
+    ):
+        fails(TypeError, call, "dtype", "jnp.float32", "got ")
+
+
+@pytest.mark.parametrize("features", [5.0, "5", None, -1, True, X, (5, 2.0)], ids=str)
+def test_the_number_of_features(features):
+    for make in (jbn.init_stats, jbn.init_params):
+        fails(TypeError, lambda make=make: make(features), "features", "x.shape[-1]", "got ")
 
 
 @pytest.mark.parametrize(
@@ -154,6 +221,174 @@ def test_options_are_keywords():
 def test_index_groups_need_an_axis_name():
     groups = [[0, 1], [2, 3]]
     fails(ValueError, train(axis_index_groups=groups), "axis_index_groups", "axis_name")
+
+
+# --- dtypes ------------------------------------------------------------------------------------
+
+COMPLEX = X.astype(np.complex64)
+COMPLEX_STATS = jbn.init_stats(5, jnp.complex64)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, bool, "int4", jnp.float8_e8m0fnu], ids=str)
+def test_y_is_floating_point(dtype):
+    for call in (
+        train(dtype=dtype),
+        infer(dtype=dtype),
+        lambda: jbn.normalize(X, dtype=dtype),
+    ):
+        fails(TypeError, call, "dtype", np.dtype(dtype).name, "floating point", "jnp.float32")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_real_y_of_complex_x(dtype):
+    for call in (
+        train(COMPLEX, stats=COMPLEX_STATS, dtype=dtype),
+        infer(COMPLEX, stats=COMPLEX_STATS, dtype=dtype),
+        lambda: jbn.normalize(COMPLEX, dtype=dtype),
+    ):
+        fails(TypeError, call, "complex64", np.dtype(dtype).name, "imaginary part", "x.real")
+
+
+@pytest.mark.parametrize("name", ["scale", "bias", "residual"])
+@pytest.mark.parametrize("dtype", [None, jnp.complex64], ids=str)
+def test_complex_parts_of_a_layer_for_real_x(name, dtype):
+    values = COMPLEX if name == "residual" else jnp.ones(5, jnp.complex64)
+    given = {"residual": values} if name == "residual" else {}
+    params = PARAMS if name == "residual" else PARAMS._replace(**{name: values})
+    for call in (
+        train(params=params, dtype=dtype, **given),
+        infer(params=params, dtype=dtype, **given),
+        lambda: jbn.normalize(X, *params, dtype=dtype, **given),
+    ):
+        fails(TypeError, call, name, "complex64", "float32", "x.astype(jnp.complex64)")
+
+
+def test_complex_statistics_for_real_x_and_real_ones_for_complex_x():
+    words = "stats.mean", "complex64", "float32"
+    for mode in (train, infer):
+        fails(TypeError, mode(stats=COMPLEX_STATS), *words, "x.astype(complex64)")
+    fails(TypeError, train(COMPLEX), *words, "jbn.init_stats(C, dtype=complex64)")
+    jax.eval_shape(infer(COMPLEX))  # nothing is lost
+
+
+def test_a_format_without_a_sign():
+    x = X.astype(jnp.float8_e8m0fnu)
+    for call in (train(x), infer(x), lambda: jbn.moments(x), lambda: jbn.normalize(x)):
+        fails(TypeError, call, "x is float8_e8m0fnu", "sign", "x.astype(jnp.float32)")
+    fails(TypeError, train(residual=x), "residual is float8_e8m0fnu", "residual.astype")
+
+
+@pytest.mark.parametrize("name", ["x", "mask", "weights", "residual", "scale"])
+@pytest.mark.parametrize("what", ["abc", {"a": X}, object()], ids=lambda v: type(v).__name__)
+def test_what_is_no_array(name, what):
+    def call():
+        given = {} if name in ("x", "scale") else {name: what}
+        return jbn.normalize(what if name == "x" else X, what if name == "scale" else None, **given)
+
+    fails(TypeError, call, name, "array", type(what).__name__)
+
+
+# --- what must be static -----------------------------------------------------------------------
+
+
+def test_a_traced_axis():
+    for f in (jbn.moments, jbn.normalize):
+        fails(TypeError, lambda f=f: jax.jit(f)(X, axis=1), "axis", "traced", "static_argnames")
+    call = lambda: jax.jit(jbn.batch_norm)(X, PARAMS, STATS, axis=1)  # noqa: E731
+    fails(TypeError, call, "axis", "traced", "static_argnames", "close over it")
+    call = lambda: jax.jit(jbn.batch_norm_inference)(X, PARAMS, STATS, axis=1)  # noqa: E731
+    fails(TypeError, call, "axis", "traced", "static_argnames", "close over it")
+
+
+def test_traced_groups():
+    for f in (jbn.moments, jbn.normalize):
+        fails(TypeError, lambda f=f: jax.jit(f)(X, groups=2), "groups", "traced", "close over it")
+    call = lambda: jax.jit(jbn.batch_norm)(X, PARAMS, STATS, groups=2)  # noqa: E731
+    fails(TypeError, call, "groups", "traced", "static_argnames")
+
+
+@pytest.mark.parametrize("integer", [np.int8, np.array, jnp.array])
+def test_integers_of_numpy_and_jax(integer):
+    expected = jbn.normalize(X.T, axis=0, groups=4)
+    chex.assert_trees_all_equal(jbn.normalize(X.T, axis=integer(0), groups=integer(4)), expected)
+
+
+@pytest.mark.parametrize("name", [3, True, 1.5, np.array(1), {}, {"i"}, (3,), ("i", 0)], ids=repr)
+def test_what_is_no_name_of_an_axis(name):
+    mapped = jax.vmap(lambda x: train(x, axis_name=name)(), axis_name="i")
+    fails(TypeError, lambda: mapped(X[None]), "axis_name", repr(name), "'batch'", "axis=")
+
+
+def test_no_names_share_with_nobody():
+    fails(ValueError, train(X[:1], axis_name=()), "one value per channel", "axis_name")
+    fails(ValueError, train(axis_name=(), axis_index_groups=[[0]]), "pass axis_name= too")
+    chex.assert_trees_all_equal(train(axis_name=())(), train()())
+
+
+@pytest.mark.parametrize("groups", [[0, 1], 3, "ab", [["a"]], [[0.0, 1.0]], [[0], 1]], ids=repr)
+def test_index_groups_are_groups_of_indices(groups):
+    run = lambda x: jbn.normalize(x, axis_name="i", axis_index_groups=groups)[0]  # noqa: E731
+    call = lambda: jax.vmap(run, axis_name="i")(X.reshape(4, 2, 5))  # noqa: E731
+    fails(TypeError, call, "axis_index_groups", "[[0, 1], [2, 3]]", repr(groups))
+
+
+# --- activations -------------------------------------------------------------------------------
+
+
+def twice(y):
+    return y if y > 0 else 2 * y
+
+
+@pytest.mark.parametrize("activation", [np.tanh, math.tanh, twice, jnp.add, nn.PReLU()], ids=repr)
+def test_activations_that_cannot_be_traced(activation):
+    for mode in (train, infer):
+        call = mode(activation=activation)
+        fails(TypeError, call, "activation", "raised", "jnp.tanh for np.tanh", "jnp.where")
+
+
+@pytest.mark.parametrize("mixing", [jax.nn.softmax, jnp.sort, lambda y: y - y.mean()])
+def test_activations_that_are_not_elementwise(mixing):
+    for mode in (train, infer):
+        fails(ValueError, mode(activation=mixing), "elementwise", "depends", "activation(y)")
+        fails(ValueError, jax.jit(mode(activation=mixing)), "elementwise")
+
+
+@pytest.mark.parametrize(
+    ("activation", "dtype"),
+    [
+        (lambda y: y > 0, "bool"),
+        (lambda y: y.astype(int), "int32"),
+        (lambda y: jax.lax.complex(y, y), "complex64"),
+    ],
+    ids=["bool", "int32", "complex64"],
+)
+def test_activations_that_return_another_kind_of_number(activation, dtype):
+    for mode in (train, infer):
+        fails(TypeError, mode(activation=activation), "activation", "floating point", dtype)
+
+
+# --- moments of a user's -----------------------------------------------------------------------
+
+
+def test_what_are_no_moments():
+    m = jbn.moments(X)
+    fails(TypeError, lambda: jbn.pool([m, m]), "jbn.Moments", "list", "jnp.stack(v), *ms")
+    for wrong in (None, tuple(m), STATS, X):
+        name = type(wrong).__name__
+        fails(TypeError, lambda w=wrong: jbn.merge(m, w), "b must be jbn.Moments", name)
+        fails(TypeError, lambda w=wrong: jbn.merge(w, m), "a must be jbn.Moments", name)
+
+
+def test_moments_that_do_not_fit():
+    m = jbn.moments(X)
+    fails(ValueError, lambda: jbn.merge(m, jbn.moments(X[:, :1])), "(5,)", "(1,)", "same features")
+    fails(ValueError, lambda: jbn.pool(jbn.Moments(1, 1.0, 1.0)), "leading axis", "()", "jnp.stack")
+    three = jnp.ones((3, 5))
+    fails(ValueError, lambda: jbn.pool(jbn.Moments(1, three, three[0])), "(3, 5)", "(5,)")
+    fails(ValueError, lambda: jbn.pool(jbn.Moments(jnp.ones(4), three, three)), "(4,)", "each part")
+    fails(
+        TypeError, lambda: jbn.pool(jbn.Moments(1, three.astype(int), three)), "int32", "moments(x)"
+    )
 
 
 # --- masks and weights -------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import jbn
 from jbn.linen import BatchNorm
+from jbn.training import init, make_train_step
 
 EPS = float(jnp.finfo(jnp.float32).eps)
 # A network of a few layers: each output is a sum of some hundred products, BN divides by their
@@ -254,6 +255,156 @@ def test_complex_input():
         ours, theirs = (apply(x, cls, dtype=jnp.complex64) for cls in (BatchNorm, nn.BatchNorm))
     chex.assert_trees_all_close(ours, theirs, **LAYER)
     chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"param_dtype": jnp.complex64}, {"dtype": jnp.complex64}, {"use_scale": False}],
+    ids=str,
+)
+@pytest.mark.parametrize("complex_x", [True, False])
+def test_complex_layers_have_statistics_of_the_right_type_from_init_on(kwargs, complex_x):
+    x = normal(0, (4, 20, 3), jnp.complex64 if complex_x else jnp.float32) + 1
+    layer = BatchNorm(use_running_average=False, momentum=0.5, **kwargs)
+    with jax.numpy_dtype_promotion("standard"):
+        variables = layer.init(jax.random.key(0), x[0])
+        is_complex = complex_x or bool({"dtype", "param_dtype"} & set(kwargs))
+        expected = {"mean": jnp.complex64 if is_complex else jnp.float32, "var": jnp.float32}
+        assert {k: v.dtype for k, v in variables["batch_stats"].items()} == expected
+
+        @jax.jit
+        def epoch(variables, x):
+            def step(stats, x):
+                given = variables | {"batch_stats": stats}
+                y, new = layer.apply(given, x, mutable=["batch_stats"])
+                return new["batch_stats"], y
+
+            return jax.lax.scan(step, variables["batch_stats"], x)
+
+        stats, y = epoch(variables, x)  # scan takes no step that changes a type
+        # As in Flax, which returns what is complex of real x and complex parameters.
+        flax = nn.BatchNorm(use_running_average=False, momentum=0.5, **kwargs)
+        given = variables
+        for x_, y_ in zip(x, y, strict=True):
+            theirs, new = flax.apply(given, x_, mutable=["batch_stats"])
+            given = variables | new
+            chex.assert_trees_all_close(y_, theirs, **LAYER)
+            assert y_.dtype == theirs.dtype
+        new = jax.tree.map(lambda v, like: v.astype(like.dtype), new["batch_stats"], stats)
+        chex.assert_trees_all_close(stats, new, **LAYER)
+
+
+def test_complex_steps_compile_once():
+    x = normal(0, (20, 3), jnp.complex64)
+    layer = BatchNorm(use_running_average=False, use_scale=False, use_bias=False)
+
+    @jax.jit
+    @chex.assert_max_traces(1)
+    def step(variables, x):
+        _, new = layer.apply(variables, x, mutable=["batch_stats"])
+        return variables | new
+
+    with jax.numpy_dtype_promotion("standard"):
+        variables = layer.init(jax.random.key(0), x)
+        for _ in range(3):
+            variables = step(variables, x)
+
+
+def test_complex_parameters_and_real_x_keep_the_imaginary_part():
+    x = normal(0, (20, 3))
+    kwargs = {"param_dtype": jnp.complex64, "scale_init": nn.initializers.constant(1 + 2j)}
+    with jax.numpy_dtype_promotion("standard"):
+        for train in (True, False):
+            kwargs["use_running_average"] = not train
+            layers = BatchNorm(**kwargs), nn.BatchNorm(**kwargs)
+            ours, theirs = (layer.init_with_output(jax.random.key(0), x)[0] for layer in layers)
+            chex.assert_trees_all_close(ours, theirs, **LAYER)
+            assert jnp.abs(ours.imag).max() > 1
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_y_cannot_be_real_where_x_or_parameters_are_complex(train):
+    x, key = normal(0, (20, 3)), jax.random.key(0)
+    for x_, kwargs in (x.astype(jnp.complex64), {}), (x, {"param_dtype": jnp.complex64}):
+        layer = BatchNorm(use_running_average=not train, dtype=jnp.float32, **kwargs)
+        with pytest.raises(TypeError, match=r"complex64.*imaginary part"):
+            layer.init(key, x_)
+    layer = BatchNorm(use_running_average=not train)
+    with pytest.raises(TypeError, match=r"residual is complex64.*imaginary part"):
+        layer.init(key, x, residual=x.astype(jnp.complex64))
+
+
+# A single value, and storage that cannot hold a batch.
+
+
+def test_a_single_value_enters_as_in_flax():
+    x, mask = normal(0, (6, 3)), jnp.arange(6)[:, None] == 2
+    for given, call in (x, {"mask": mask}), (x[:1], {}):
+        ours, theirs = (apply(given, cls, call=call)[1] for cls in (BatchNorm, nn.BatchNorm))
+        chex.assert_trees_all_close(ours, theirs, **LAYER)
+        assert (ours["var"] < 1).all()
+    # A rule of jbn's does as in the core: the mean enters alone.
+    _, stats = apply(x, update=jbn.ema(0.9), call={"mask": mask})
+    chex.assert_trees_all_close(stats["mean"], 0.1 * x[2], **LAYER)
+    chex.assert_trees_all_equal(stats["var"], jnp.ones(3))
+    chex.assert_trees_all_equal(stats["count"], jnp.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_no_finite_batch_makes_statistics_infinite(dtype, microbatches):
+    # A variance of 160000 is no float16, and one of 3.4e38, in float32, no bfloat16.
+    scale = 400 if dtype == jnp.float16 else 1.8443e19
+    sign = 1 - 2 * (jnp.arange(64) // 2 % 2).astype(jnp.float32)
+    x = normal(0, (64, 3)).at[:, 1].set(scale * sign)
+    kwargs = {"param_dtype": dtype, "force_float32_reductions": False}
+    layer = BatchNorm(use_running_average=False, momentum=0.0, **kwargs)
+
+    def loss_fn(params, stats, x):
+        given = {"params": params, "batch_stats": stats}
+        y, new = layer.apply(given, x, mutable=["batch_stats"])
+        return (y.astype(jnp.float32) ** 2).mean(), new["batch_stats"], {}
+
+    with jax.numpy_dtype_promotion("standard"):
+        variables = layer.init(jax.random.key(0), x)
+        step = jax.jit(make_train_step(loss_fn, optax.sgd(0.1), microbatches=microbatches))
+        state = init(variables["params"], variables["batch_stats"], optax.sgd(0.1))
+        state, metrics = step(state, x)
+        assert not metrics["skipped"]
+        stats = state.stats
+        chex.assert_trees_all_equal_shapes_and_dtypes(stats, variables["batch_stats"])
+        chex.assert_tree_all_finite(stats)
+        assert (stats["mean"][1], stats["var"][1]) == (0, 1)
+        assert (stats["mean"][0] != 0) & (stats["var"][0] != 1)
+        stats = step(state, normal(1, (64, 3)))[0].stats  # and later batches enter
+    assert abs(stats["var"][1] - 1) < 0.5
+    assert stats["mean"][1] != 0
+
+
+@pytest.mark.parametrize("use", ["no", b"yes", "traced"])
+def test_the_switch_is_true_or_false(use):
+    layer, x = BatchNorm(use_running_average=None), normal(0, (4, 3))
+
+    def run(use):
+        return layer.init_with_output(jax.random.key(0), x, use)[0]
+
+    with pytest.raises(TypeError, match=r"use_running_average must be True or False"):
+        jax.jit(run)(True) if use == "traced" else run(use)
+    run(np.bool_(True))
+
+
+@pytest.mark.parametrize("x", [None, "abc", {}], ids=str)
+def test_what_is_no_array(x):
+    layer, use = BatchNorm(use_running_average=None), True
+    with pytest.raises(TypeError, match=rf"x must be an array; got {type(x).__name__}"):
+        layer.init_with_output(jax.random.key(0), x, use)[0]
+
+
+def test_a_list_is_an_array():
+    layer, use = BatchNorm(use_running_average=None), False
+    x = [[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]]
+    y = layer.init_with_output(jax.random.key(0), x, use)[0]
+    chex.assert_trees_all_close(y, jnp.array([[-1.0] * 3, [1.0] * 3]), rtol=1e-4)
 
 
 # The differences from Flax, one test each; docs/semantics lists them.

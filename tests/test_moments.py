@@ -112,6 +112,50 @@ def test_empty_is_neutral(per_feature):
     chex.assert_trees_all_equal(compiled.merge(empty, empty), empty)
 
 
+@pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf, 3.4e38])
+def test_what_an_empty_part_holds_changes_nothing(junk):
+    m = compiled.moments(np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32))
+    empty = jbn.Moments(jnp.float32(0), jnp.full(3, junk), jnp.full(3, abs(junk)))
+    chex.assert_trees_all_equal(compiled.merge(m, empty), m)
+    chex.assert_trees_all_equal(compiled.merge(empty, m), m)
+    nothing = jbn.Moments(jnp.float32(0), jnp.zeros(3), jnp.zeros(3))
+    chex.assert_trees_all_equal(compiled.merge(empty, empty), nothing)
+    # Feature by feature, and of three parts.
+    count = jnp.float32([[0, 4, 4], [4, 0, 0], [4, 4, 0]])
+    held = jnp.where(count > 0, m.mean[None], junk), jnp.where(count > 0, m.var[None], abs(junk))
+    clean = jnp.where(count > 0, m.mean[None], 0), jnp.where(count > 0, m.var[None], 0)
+    pooled, expected = (jax.jit(jbn.pool)(jbn.Moments(count, *v)) for v in (held, clean))
+    chex.assert_trees_all_equal(pooled, expected)
+    tolerance.assert_close(pooled.var, m.var, "float32", 8)
+    # Nor does it make the derivative of the others NaN.
+    gradient = jax.grad(lambda mean: jbn.merge(m._replace(mean=mean), empty).mean.sum())(m.mean)
+    np.testing.assert_array_equal(gradient, 1)
+
+
+@pytest.mark.parametrize("count", [4, 4.0, np.int64(4), [4, 4, 4], np.full((3, 2), 4)], ids=repr)
+def test_a_count_may_be_a_python_number(count):
+    mean, var = np.random.default_rng(0).uniform(size=(2, 3, 2)).astype(np.float32)
+    pooled = jbn.pool(jbn.Moments(count, mean, var))
+    expected = jbn.pool(jbn.Moments(jnp.float32(4), jnp.asarray(mean), jnp.asarray(var)))
+    chex.assert_trees_all_close(pooled[1:], expected[1:])
+    np.testing.assert_array_equal(pooled.count, 12)
+    chex.assert_type(pooled, jnp.float32)
+    if np.ndim(count) == 0:
+        merged = jbn.merge(*(jbn.Moments(count, mean[i], var[i]) for i in (0, 1)))
+        np.testing.assert_array_equal(merged.count, 8)
+
+
+@pytest.mark.parametrize("count", [(), (0,), (0, 3)], ids=str)
+def test_no_parts_are_no_data(count):
+    none = jbn.Moments(jnp.zeros(count), jnp.zeros((0, 3)), jnp.zeros((0, 3)))
+    pooled = jax.jit(jbn.pool)(none)
+    chex.assert_shape(pooled.mean, (3,))
+    m = compiled.moments(np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32))
+    chex.assert_trees_all_close(compiled.merge(pooled, m)[1:], m[1:])
+    for value in pooled:
+        np.testing.assert_array_equal(value, 0)
+
+
 def test_merge_keeps_types(x64):
     a = compiled.moments(parts()[0])
     chex.assert_trees_all_equal_shapes_and_dtypes(compiled.merge(a, a), a)

@@ -243,6 +243,89 @@ def test_complex_mean_keeps_its_imaginary_part():
     chex.assert_trees_all_close(var, x.var(0), **LAYER)
 
 
+@pytest.mark.parametrize("name", ["dtype", "param_dtype"])
+def test_complex_layers_have_a_complex_mean_from_the_start(name):
+    x = normal(0, (4, 20, 3), jnp.complex64) + (1 - 2j)
+    layer = BatchNorm(3, **{name: jnp.complex64}, rngs=nnx.Rngs(0))
+    before = jax.tree.map(lambda v: v.dtype, state(layer))
+    assert (before["mean"], before["var"]) == (jnp.complex64, jnp.float32)
+    graph, params, stats = nnx.split(layer, nnx.Param, nnx.BatchStat)
+
+    def step(stats, x):
+        layer = nnx.merge(graph, params, stats)
+        y = layer(x)
+        return nnx.state(layer, nnx.BatchStat), y
+
+    with jax.numpy_dtype_promotion("standard"):
+        stats, _ = jax.lax.scan(step, stats, x)  # takes no step that changes a type
+    weights = 0.01 * 0.99 ** np.arange(4)[::-1]
+    expected = np.einsum("k,knc->c", weights, np.asarray(x, np.complex128)) / 20
+    chex.assert_trees_all_close(stats["mean"][...], expected.astype(np.complex64), **LAYER)
+
+
+def test_y_cannot_be_real_where_x_or_parameters_are_complex():
+    x = normal(0, (20, 3))
+    for x_, kwargs in (x.astype(jnp.complex64), {}), (x, {"param_dtype": jnp.complex64}):
+        layer = BatchNorm(3, dtype=jnp.float32, **kwargs, rngs=nnx.Rngs(0))
+        for inference in (False, True):
+            with pytest.raises(TypeError, match=r"complex64.*imaginary part"):
+                layer(x_, use_running_average=inference)
+
+
+def test_a_single_value_enters_as_in_flax():
+    x, mask = normal(0, (6, 3)), jnp.arange(6)[:, None] == 2
+    for given, call in (x, {"mask": mask}), (x[:1], {}):
+        layers = [cls(3, rngs=nnx.Rngs(0)) for cls in (BatchNorm, nnx.BatchNorm)]
+        for layer in layers:
+            layer(given, **call)
+        chex.assert_trees_all_close(*map(state, layers), **LAYER)
+        assert (layers[0].var[...] < 1).all()
+    layer = BatchNorm(3, update=jbn.cumulative(), rngs=nnx.Rngs(0))  # as in the core
+    layer(x, mask=mask)
+    chex.assert_trees_all_close(layer.mean[...], x[2], **LAYER)
+    chex.assert_trees_all_equal(layer.var[...], jnp.ones(3))
+    chex.assert_trees_all_equal(layer.count[...], jnp.zeros(3))
+
+
+def test_no_finite_batch_makes_converted_statistics_infinite():
+    layer = BatchNorm(3, momentum=0.0, rngs=nnx.Rngs(0))
+    for variable in (layer.mean, layer.var):
+        variable.set_value(variable[...].astype(jnp.float16))
+    x = normal(0, (64, 3)) * jnp.array([[1.0, 400.0, 1.0]])
+    with jax.numpy_dtype_promotion("standard"):
+        layer(x)
+    mean, var = layer.mean[...], layer.var[...]
+    assert (mean.dtype, var.dtype) == (jnp.float16, jnp.float16)
+    assert (mean[1], var[1]) == (0, 1)
+    assert (var[0] != 1) & (mean[0] != 0)
+
+
+@pytest.mark.parametrize("use", ["no", b"yes", "traced"])
+def test_the_switch_is_true_or_false(use):
+    layer, x = BatchNorm(3, use_running_average=None, rngs=nnx.Rngs(0)), normal(0, (4, 3))
+
+    def run(use):
+        return layer(x, use)
+
+    with pytest.raises(TypeError, match=r"use_running_average must be True or False"):
+        jax.jit(run)(True) if use == "traced" else run(use)
+    run(np.bool_(True))
+
+
+@pytest.mark.parametrize("x", [None, "abc", {}], ids=str)
+def test_what_is_no_array(x):
+    layer, use = BatchNorm(3, use_running_average=None, rngs=nnx.Rngs(0)), True
+    with pytest.raises(TypeError, match=rf"x must be an array; got {type(x).__name__}"):
+        layer(x, use)
+
+
+def test_a_list_is_an_array():
+    layer, use = BatchNorm(3, use_running_average=None, rngs=nnx.Rngs(0)), False
+    x = [[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]]
+    y = layer(x, use)
+    chex.assert_trees_all_close(y, jnp.array([[-1.0] * 3, [1.0] * 3]), rtol=1e-4)
+
+
 def test_train_eval_and_call_switch_as_in_flax():
     x = normal(0, (6, 3)) + 1
     for cls in (BatchNorm, nnx.BatchNorm):

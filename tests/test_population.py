@@ -559,14 +559,35 @@ def test_frozen_layers_stay():
     assert_close(new["BatchNorm_1"]["var"], y.var(0), "float32", 40)
 
 
+def narrow_layer(dtype):
+    """A Flax layer that stores its statistics in half precision: (model, statistics)."""
+    layer = jbn.linen.BatchNorm(
+        use_running_average=False,
+        use_scale=False,
+        use_bias=False,
+        param_dtype=dtype,
+        force_float32_reductions=False,
+    )
+
+    def updated(params, stats, x):
+        return layer.apply({"batch_stats": stats}, x, mutable=["batch_stats"])[1]["batch_stats"]
+
+    return updated, layer.init(jax.random.key(0), jnp.ones((2, 3)))["batch_stats"]
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.complex64], ids=["bfloat16", "complex64"])
 def test_dtypes_stay(dtype):
     rng = np.random.default_rng(8)
     x = rng.standard_normal((2, 8, 3)) + 1j * rng.standard_normal((2, 8, 3)) + 5
     x = x.astype(np.complex64) if dtype == jnp.complex64 else x.real.astype(np.float32)
-    stats = jbn.init_stats(3, dtype)
-    with jax.numpy_dtype_promotion("standard"):  # complex numbers times real ones
-        new = estimate(one_layer, jbn.init_params(3), stats, list(x))
+    if dtype == jnp.complex64:
+        stats = jbn.init_stats(3, dtype)
+        with jax.numpy_dtype_promotion("standard"):  # complex numbers times real ones
+            new = estimate(one_layer, jbn.init_params(3), stats, list(x))
+    else:
+        updated, stats = narrow_layer(dtype)
+        new = estimate(updated, None, stats, list(x))
+        stats, new = (jbn.RunningStats(**s, count=jnp.zeros(3)) for s in (stats, new))
     chex.assert_trees_all_equal_shapes_and_dtypes(new, stats)
     exact = x.reshape(-1, 3).astype(np.complex128)
     np.testing.assert_allclose(
@@ -575,6 +596,43 @@ def test_dtypes_stay(dtype):
     np.testing.assert_allclose(
         np.asarray(new.var, np.float64), exact.var(0), rtol=4 * eps(jnp.finfo(dtype).dtype)
     )
+
+
+@pytest.mark.parametrize("variance", ["pooled", "paper"])
+def test_what_the_dtype_cannot_hold_is_not_written(variance):
+    updated, stats = narrow_layer(jnp.float16)
+    x = np.random.default_rng(0).standard_normal((3, 8, 3)).astype(np.float32)
+    x *= np.float32([1, 400, 1])  # a variance of 160000
+    new = estimate(updated, None, stats, list(x), variance=variance)
+    assert (new["mean"][1], new["var"][1]) == (0, 1)
+    assert all(abs(new["var"][i] - 1) < 0.9 and new["mean"][i] != 0 for i in (0, 2))
+
+
+def test_a_variance_between_batches_that_float32_cannot_hold_is_not_written():
+    x = np.float32([[[1, 1e25], [2, 1e25]], [[3, -1e25], [4, -1e25]]])
+    stats = jbn.init_stats(2)
+    new = estimate(one_layer, jbn.init_params(2), stats, list(x))
+    np.testing.assert_allclose(new.var, [1.25, 1])
+    np.testing.assert_array_equal(new.count, [2, 0])
+
+
+def test_batches_whose_weights_add_up_to_one_have_no_unbiased_variance():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 32, 200)).astype(np.float32)
+    w = rng.uniform(0.1, 1, size=x.shape).astype(np.float32)
+    w /= w.sum(1, keepdims=True)
+
+    def weighted(params, stats, batch):
+        return jbn.batch_norm(batch["x"], params, stats, weights=batch["w"])[1]
+
+    args = weighted, jbn.init_params(200), jbn.init_stats(200)
+    light = [{"x": a, "w": b} for a, b in zip(x, w, strict=True)]
+    with pytest.raises(ValueError, match="no batch has data"):
+        estimate(*args, light, variance="paper")
+    heavy = [{"x": a, "w": 2 * b} for a, b in zip(x, w, strict=True)]
+    new = estimate(*args, heavy, variance="paper")
+    each = [oracle.moments(a, weights=b).var for a, b in zip(x, w, strict=True)]
+    np.testing.assert_allclose(new.var, 2 * np.mean(each, axis=0), rtol=1e-5)
 
 
 def test_the_model_compiles_once_a_shape():
@@ -747,6 +805,15 @@ def test_errors():
     raises(TypeError, "got an array", jnp.asarray(X))
     raises(TypeError, "got a dictionary", {"x": X})
     raises(TypeError, "not jbn's", apply_fn=lambda p, s, x: s._replace(mean=x.mean(0)))
+
+
+def test_careless_arguments():
+    args = jbn.init_params(2), jbn.init_stats(2)
+    with pytest.raises(TypeError, match=r"apply_fn must be a function .*got NoneType"):
+        estimate(None, *args, [np.ones((4, 2))])
+    for batches in (None, 3, "train"):
+        with pytest.raises(TypeError, match=rf"batches must be .*got {type(batches).__name__}"):
+            estimate(one_layer, *args, batches)
 
 
 def test_a_function_that_returns_what_is_used_up():

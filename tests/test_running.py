@@ -7,9 +7,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jbn
+from jbn import _running, training
 from tests import compiled, oracle, tolerance
 
 STEPS, ROWS, CHANNELS = 6, 9, 4
@@ -102,14 +104,23 @@ def test_initial_dtypes(x64):
         chex.assert_type([*jbn.init_stats(3, dtype), *jbn.init_params(3, dtype)], dtype)
 
 
+def the_batch(stats, moments):
+    """A rule of a user that forgets all but the last batch, in the batch's dtype."""
+    return jbn.RunningStats(moments.mean, moments.var, stats.count + 1)
+
+
+def halved(stats, dtype):
+    """As the Flax modules store them, where they are asked to; the count stays in float32."""
+    return stats._replace(mean=stats.mean.astype(dtype), var=stats.var.astype(dtype))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_statistics_in_half_precision_are_averaged_and_counted_in_float32(dtype):
     # bfloat16 has no 257, and rounds 0.63 as well as each step of the average: only the result may
     # be rounded.
     rng = np.random.default_rng(0)
     old, new = rng.normal(size=(2, 64)).astype(np.float32)
-    stats = jbn.init_stats(64, dtype)
-    chex.assert_type(stats, [dtype, dtype, jnp.float32])
+    stats = halved(jbn.init_stats(64), dtype)
     stats = stats._replace(mean=jnp.asarray(old, dtype), count=jnp.full(64, 256.0))
     moments = jbn.Moments(jnp.float32(4), jnp.asarray(new), jnp.ones(64))
     moved = jax.jit(jbn.ema(0.63))(stats, moments)
@@ -143,7 +154,7 @@ def test_statistics_of_numpy(rule):
 def test_the_unbiased_variance_knows_the_count_of_each_channel():
     moments = jbn.Moments(jnp.array([2.0, 5.0, 1.0, 0.5]), jnp.arange(4.0), jnp.full(4, 8.0))
     stats = jbn.cumulative(unbiased=True)(jbn.init_stats(4), moments)
-    # n/(n-1); with a count of at most 1 there is no such estimate, and the channel stays.
+    # n/(n-1); with fewer than two observations there is no such estimate, and the channel stays.
     chex.assert_trees_all_close(stats.var, jnp.array([16.0, 10.0, 1.0, 1.0]))
     chex.assert_trees_all_close(stats.mean, jnp.array([0.0, 1.0, 0.0, 0.0]))
     np.testing.assert_array_equal(stats.count, [1, 1, 0, 0])
@@ -196,6 +207,172 @@ def test_weights_below_one_in_total_have_no_unbiased_variance(unbiased):
     light = {"weights": np.full((ROWS, 1), 0.1, np.float32)}  # 0.9 in all
     (stats,) = run(jbn.ema(0.9, unbiased=unbiased), [x], [light])
     np.testing.assert_array_equal(stats.count, 0 if unbiased else 1)
+
+
+def test_weights_that_add_up_to_one_have_no_unbiased_variance():
+    # Rounding makes their sum 1 - 1e-7 or 1 + 1e-7; 1 / (sum - 1) is then anything.
+    x = np.random.default_rng(1).normal(size=(32, 200)).astype(np.float32)
+    w = np.random.default_rng(0).uniform(0.1, 1, size=(32, 200)).astype(np.float32)
+    w /= w.sum(0)
+    m = compiled.moments(x, weights=w)
+    assert 20 < (np.asarray(m.count) > 1).sum() < 180  # both happen
+    stats = jbn.init_stats(200)
+    for rule in (jbn.ema(0.9, unbiased=True), jbn.cumulative(unbiased=True)):
+        chex.assert_trees_all_equal(rule(stats, m), stats)
+    two = compiled.moments(x, weights=2 * w)
+    new = jbn.cumulative(unbiased=True)(stats, two)
+    np.testing.assert_array_equal(new.count, 1)
+    # 2 / (2 - 1) up to the rounding of the sum of 32 weights.
+    np.testing.assert_allclose(new.var / two.var, 2, rtol=32 * tolerance.eps("float32"))
+
+
+def test_the_unbiased_variance_is_bounded():
+    m = jbn.Moments(jnp.linspace(0, 4, 401), jnp.zeros(401), jnp.ones(401))
+    var = np.asarray(
+        jbn.cumulative(unbiased=True)(jbn.init_stats(401)._replace(var=jnp.zeros(401)), m).var
+    )
+    assert var.max() == 3  # at a count of 1.5
+    np.testing.assert_array_equal(var > 0, np.asarray(m.count) >= 1.5)
+    assert (np.diff(var[150:]) < 0).all()
+
+
+# --- a single value ----------------------------------------------------------------------------
+
+SINGLE = np.arange(ROWS)[:, None] == 3
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if not r[-1]], ids=str)
+@pytest.mark.parametrize("by", ["mask", "weights"])
+def test_a_single_value_moves_the_mean_and_not_the_variance(rule, by):
+    first, x = batches(2)
+    one = {by: SINGLE if by == "mask" else SINGLE.astype(np.float32)}
+    before, after = run(rule_of(*rule), [first, x], [{}, one])
+    assert (np.asarray(after.mean) != before.mean).all()
+    chex.assert_trees_all_equal(after[1:], before[1:])
+    # The next batch enters the variance as if there had been no single value before.
+    (without,) = run(rule_of(*rule), [x], stats=before)
+    (with_one,) = run(rule_of(*rule), [x], stats=after)
+    chex.assert_trees_all_equal(with_one[1:], without[1:])
+
+
+@pytest.mark.parametrize("rule", [jbn.ema(0.9, debias=True), jbn.cumulative()], ids=str)
+def test_a_single_value_at_first_leaves_no_trace_of_the_initial_statistics(rule):
+    x = batches(1)[0]
+    one, all_of_it = run(rule, [x, x], [{"mask": SINGLE}, {}])
+    np.testing.assert_array_equal(one.mean, x[3])
+    np.testing.assert_array_equal(one[1:], [np.ones(CHANNELS), np.zeros(CHANNELS)])
+    tolerance.assert_close(all_of_it.var, oracle.moments(x).var, "float32", ROWS)
+    np.testing.assert_array_equal(all_of_it.count, 1)
+
+
+def test_a_single_value_in_one_channel_alone():
+    mask = np.ones((ROWS, CHANNELS), bool)
+    mask[:, 1:2] = SINGLE
+    for rule in (jbn.ema(0.5), largest_variance):
+        x = batches(1)[0]
+        (stats,) = run(rule, [x], [{"mask": mask}])
+        np.testing.assert_array_equal(stats.count, [1, 0, 1, 1])
+        assert stats.var[1] == 1
+        assert stats.mean[1] != 0
+
+
+def test_light_weights_on_many_values_have_a_variance():
+    # Not one value, whatever the sum of the weights is.
+    x = batches(1)[0]
+    w = np.random.default_rng(0).uniform(0.1, 1, size=(ROWS, 1)).astype(np.float32)
+    for total in (1e-3, 0.5, 1.0, 1.2, 40.0):
+        (stats,) = run(jbn.ema(0.0), [x], [{"weights": w * np.float32(total / w.sum())}])
+        tolerance.assert_close(stats.var, oracle.moments(x, weights=w).var, "float32", ROWS)
+        np.testing.assert_array_equal(stats.count, 1)
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_a_single_value_of_all_microbatches_is_a_single_value(left):
+    x, mask = batches(1, rows=8)[0], np.arange(8)[:, None] < left  # one in each microbatch
+
+    def loss_fn(params, stats, batch):
+        y, stats = jbn.batch_norm(batch["x"], params, stats, mask=batch["mask"])
+        return (y**2).mean(), stats, {}
+
+    step = jax.jit(training.make_train_step(loss_fn, optax.sgd(0.1), microbatches=2))
+    state = training.init(jbn.init_params(CHANNELS), jbn.init_stats(CHANNELS), optax.sgd(0.1))
+    new = step(state, {"x": x, "mask": mask})[0].stats
+    m = oracle.moments(x[:left])
+    tolerance.assert_close(new.mean, 0.01 * m.mean, "float32", 2)
+    tolerance.assert_close(new.var, 1 if left == 1 else 0.99 + 0.01 * m.var, "float32", 2)
+    np.testing.assert_array_equal(new.count, left - 1)
+
+
+def test_a_constant_channel_has_a_variance_of_zero():
+    (stats,) = run(jbn.ema(0.0), [np.ones((ROWS, CHANNELS), np.float32)])
+    np.testing.assert_array_equal(stats.var, 0)
+
+
+# --- the dtype that statistics are stored in ---------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_no_batch_makes_statistics_in_half_precision_infinite(dtype):
+    # The largest finite value of the dtype, and what is finite in float32 and not there.
+    largest = float(jnp.finfo(dtype).max)
+    below, above = largest, float(np.float32(largest) * np.float32(1.0 + 2.0**-8))
+    assert np.isfinite(np.float32(above))
+    assert jnp.isinf(jnp.float32(above).astype(dtype))
+    old = halved(jbn.init_stats(4), dtype)
+    mean, var = jnp.array([0.0, 0.0, above, -above]), jnp.array([below, above, 1.0, 1.0])
+    for rule in (jbn.ema(0.0), jbn.cumulative(), the_batch):
+        new = _running.absorb(rule, old, jbn.Moments(jnp.float32(4), mean, var))
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, old)
+        np.testing.assert_array_equal(new.count, [1, 0, 0, 0])
+        chex.assert_trees_all_equal(*(jax.tree.map(lambda v: v[1:], s) for s in (new, old)))
+        assert float(new.var[0]) == below
+
+
+def test_no_float64_batch_makes_float32_statistics_infinite(x64):
+    # Its variance, 1e40, is finite in float64.
+    x = np.random.default_rng(0).normal(size=(ROWS, CHANNELS)) * np.array([1, 1e20, 1, 1e25])
+    params, stats = jbn.init_params(CHANNELS), jbn.init_stats(CHANNELS)
+    for rule in (jbn.ema(0.9), jbn.cumulative(), the_batch):
+        _, new = compiled.batch_norm(x, params, stats, update=rule)
+        chex.assert_tree_all_finite(new)
+        np.testing.assert_array_equal(new.count, [1, 0, 1, 0])
+        np.testing.assert_array_equal(new.var[1::2], 1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
+def test_training_keeps_no_statistics_below_float32(dtype):
+    x = batches(1)[0]
+    stats = jbn.init_stats(CHANNELS)
+    for field in stats._fields:
+        narrow = stats._replace(**{field: getattr(stats, field).astype(dtype)})
+        with pytest.raises(TypeError, match=rf"stats\.{field} is {dtype}.*astype\(jnp.float32\)"):
+            jbn.batch_norm(x, jbn.init_params(CHANNELS), narrow)
+    with pytest.raises(TypeError, match=rf"dtype is {dtype}.*float32"):
+        jbn.init_stats(4, dtype)
+
+
+def test_inference_takes_statistics_of_half_precision_and_computes_in_float32():
+    # With epsilon 1e-8, which is 0 in float16.
+    x = batches(1)[0]
+    stats = jbn.init_stats(CHANNELS)._replace(var=jnp.array([1e-7, 1e-3, 1.0, 3e4]))
+    stats = halved(stats, "float16")
+    wide = jax.tree.map(lambda v: v.astype(jnp.float32), stats)
+    args = x, jbn.init_params(CHANNELS)
+    y, expected = (compiled.batch_norm_inference(*args, s, epsilon=1e-8) for s in (stats, wide))
+    chex.assert_trees_all_equal(y, expected)
+
+
+def test_an_integer_count_is_a_count():
+    # As PyTorch's num_batches_tracked.
+    x = batches(1)[0]
+    stats = jbn.init_stats(CHANNELS)
+    of_integers = stats._replace(count=jnp.full(CHANNELS, 3))
+    of_floats = stats._replace(count=jnp.full(CHANNELS, 3.0))
+    for rule in (jbn.ema(0.9, debias=True), jbn.cumulative()):
+        (new,), (expected,) = (run(rule, [x], stats=s) for s in (of_integers, of_floats))
+        chex.assert_trees_all_equal(new[:2], expected[:2])
+        np.testing.assert_array_equal(new.count, np.full(CHANNELS, 4, np.int32))
+        assert new.count.dtype == jnp.int32
 
 
 # --- rules -------------------------------------------------------------------------------------
@@ -319,6 +496,8 @@ def test_what_a_users_rule_may_return():
     )
     for bad in ({"count": np.nan}, {"var": -1.0}, {"mean": np.inf}):
         chex.assert_trees_all_equal(after(lambda s, m, b=bad: s._replace(**b)), stats)
+    with pytest.raises(TypeError, match=r"returned mean in complex64.*expected float32"):
+        after(lambda s, m: s._replace(mean=jax.lax.complex(s.mean, s.mean)))
     with pytest.raises(ValueError, match=r"mean of shape \(3, 4\); expected \(3,\)"):
         after(lambda s, m: s._replace(mean=jnp.ones((3, 4))))
 

@@ -41,6 +41,28 @@ CLOSE = {"rtol": 1e4 * eps("float64"), "atol": 1e4 * eps("float64")}
 CLOSE_FLOAT32 = {"rtol": 2e3 * eps("float32"), "atol": 2e3 * eps("float32")}
 
 
+def test_careless_arguments():
+    def loss_fn(params, stats, batch):
+        return batch.mean(), stats, {}
+
+    sgd, stats, params = optax.sgd(0.1), jbn.init_stats(2), jbn.init_params(2)
+    for microbatches in (True, 2.0, "2", None):
+        with pytest.raises(TypeError, match=rf"microbatches .*integer.*got {microbatches!r}"):
+            training.make_train_step(loss_fn, sgd, microbatches=microbatches)
+    with pytest.raises(TypeError, match=r"loss_fn must be a function .*GradientTransformation"):
+        training.make_train_step(sgd, loss_fn)  # pyright: ignore[reportArgumentType]
+    for optimizer, name in (optax.sgd, "sgd"), ("sgd", "str"), (stats, "RunningStats"):
+        with pytest.raises(TypeError, match=rf"optimizer .*optax.sgd\(0.1\).*got {name}"):
+            training.init(params, stats, optimizer)
+        with pytest.raises(TypeError, match=rf"optimizer .*optax.sgd\(0.1\).*got {name}"):
+            training.make_train_step(loss_fn, optimizer)
+    state = training.init(params, stats, sgd)
+    with pytest.raises(TypeError, match=r"metric_fn must be a function .*NoneType"):
+        training.evaluate(None, state, [jnp.ones(2)])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"TrainState.*got tuple"):
+        training.evaluate(lambda *_: {}, (params, stats), [jnp.ones(2)])  # pyright: ignore
+
+
 def whole(step):
     return jax.jit(step), lambda batch: batch
 
