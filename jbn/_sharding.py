@@ -7,32 +7,14 @@ there are devices, and the blocks' statistics are brought together at once.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec, reshard
 
 from jbn._axes import Axes
-
-
-def blocks(axes: Axes, x: Array) -> int:
-    """Into how many blocks to cut each group of examples, so that none lies on two devices.
-
-    The number of devices, as far as it divides the batch: of the mesh that `jax.set_mesh` has set,
-    or else of all. 1 inside shard_map and pmap, where x is what one device has.
-    """
-    n = axes.shape[axes.reduction[0]] if axes.reduction else 0
-    if not isinstance(n, int) or n == 0:  # not an int: a dimension of jax.export
-        return 1
-    explicit = is_explicitly_sharded(x)
-    mesh = jax.typeof(x).sharding.mesh if explicit else jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        devices = jax.device_count()
-    else:
-        own = (size for name, size in mesh.shape.items() if name not in mesh.manual_axes)
-        devices = math.prod(own)
-    return math.gcd(n, devices // math.gcd(devices, axes.groups))
 
 
 def divide(values: Array, axes: Axes) -> Array:
@@ -41,35 +23,55 @@ def divide(values: Array, axes: Axes) -> Array:
     if at is None:
         return values
     old = slice(at, at + 1 + (values.ndim == len(axes.shape)))  # one axis, or groups already
-    shape, spec = list(values.shape), _spec(values)
+    shape, spec = list(values.shape), full_spec(values)
     size = math.prod(shape[old])
     shape[old] = axes.shape[at : at + 2] if size != 1 else (1, 1)
     if spec is None:
         return values.reshape(shape)
-    if shape[at] % _shards(values, spec[at]) != 0:  # a group would lie on two devices
-        spec[at] = None
-        values = jax.sharding.reshard(values, PartitionSpec(*spec))
-    spec[old] = (spec[at], None)
+    spec[old] = _divided(spec[at], values, shape[at : at + 2])
+    whole = (*spec[at], *spec[at + 1]) or None
+    values = reshard(values, PartitionSpec(*spec[:at], whole, *spec[at + 2 :]))
     return jnp.reshape(values, shape, out_sharding=PartitionSpec(*spec))
+
+
+def _divided(lies_over: Any, values: Array, shape: list[int]) -> tuple[tuple, tuple]:
+    """The mesh axes of both axes that an axis of `values` becomes, as many as can be kept.
+
+    What cannot: of mesh axes that some group lies over in part.
+    """
+    mesh = jax.typeof(values).sharding.mesh
+    kept, first, (groups, rest) = ([], []), True, shape
+    for name in names(lies_over):
+        if first and groups % mesh.shape[name] == 0:
+            kept[0].append(name)
+            groups //= mesh.shape[name]
+        elif groups == 1 and rest % mesh.shape[name] == 0:
+            first = False
+            kept[1].append(name)
+            rest //= mesh.shape[name]
+        else:
+            break
+    return tuple(kept[0]), tuple(kept[1])
 
 
 def join(y: Array, x: Array, axes: Axes) -> Array:
     """The inverse of `divide`: y, of the shape of `axes`, in x's shape and place."""
     if axes.group is None:
         return y
-    spec = _spec(y)
+    spec = full_spec(y)
     if spec is None:
         return y.reshape(x.shape)
-    del spec[axes.group + 1]
+    at = axes.group
+    spec[at : at + 2] = [(*names(spec[at]), *names(spec[at + 1])) or None]
     y = jnp.reshape(y, x.shape, out_sharding=PartitionSpec(*spec))
-    return jax.sharding.reshard(y, jax.typeof(x).sharding)
+    return reshard(y, jax.typeof(x).sharding)
 
 
 def collect(x: Array) -> Array:
     """x, [blocks, ...], brought whole to every device, in one collective."""
-    spec, mesh = _spec(x), jax.sharding.get_abstract_mesh()
+    spec, mesh = full_spec(x), jax.sharding.get_abstract_mesh()
     if spec is not None:
-        return jax.sharding.reshard(x, PartitionSpec(None, *spec[1:]))
+        return reshard(x, PartitionSpec(None, *spec[1:]))
     if not mesh.empty and not mesh.manual_axes:
         if AxisType.Auto not in mesh.axis_types:
             return x  # explicitly everywhere
@@ -98,7 +100,7 @@ def is_explicitly_sharded(x: Array) -> bool:
     return any(axis is not None for axis in jax.typeof(x).sharding.spec)
 
 
-def _spec(x: Array) -> list | None:
+def full_spec(x: Array) -> list | None:
     """For each axis of x the mesh axes it lies over; None where the compiler decides."""
     if not is_explicitly_sharded(x):
         return None
@@ -106,7 +108,6 @@ def _spec(x: Array) -> list | None:
     return spec + [None] * (x.ndim - len(spec))
 
 
-def _shards(x: Array, names) -> int:
-    mesh = jax.typeof(x).sharding.mesh
-    names = names if isinstance(names, tuple) else () if names is None else (names,)
-    return math.prod(mesh.shape[name] for name in names)
+def names(entry: Any) -> tuple:
+    """An entry of a PartitionSpec as a tuple of mesh axes."""
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
