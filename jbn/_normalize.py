@@ -28,6 +28,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jbn import _check, _sharding
 from jbn._axes import Axes
 from jbn._checkpoint import named
+from jbn._devices import spread
 from jbn._moments import (
     Problem,
     derivative,
@@ -348,7 +349,7 @@ def _through(rule: _Rule, x, center, weights, kept, vectors, own, others) -> Arr
     z, (a, c) = shifted(x, center, weights), vectors
     # Backwards `v` gives the sum of z dy. Without the choice, which changes nothing, XLA for CPUs
     # takes z from memory there, where it has lain since the forward pass: as much as x again.
-    u, v = others
+    u, v = (spread(rule.problem.axes, x, values) for values in others)
     others = z * jnp.where(z != 0, v, jnp.zeros_like(v)) + u
     if activation is None:
         return own + others
