@@ -108,11 +108,13 @@ class _Explicit(NamedTuple):
             tuple(_sharding.names(spec[i]) for i in axes.reduction),
         )
 
-    def place(self, shape: Sequence[int], without: Sequence[int] = ()) -> PartitionSpec:
-        """Where an array of that shape lies, which broadcasts against x, `without` some axes."""
-        return PartitionSpec(
-            *(s if shape[i] > 1 and i not in without else None for i, s in enumerate(self.spec))
-        )
+    def place(self, shape: Sequence[int]) -> PartitionSpec:
+        """Where an array of that shape lies, which broadcasts against x."""
+        return PartitionSpec(*(s if n > 1 else None for s, n in zip(self.spec, shape, strict=True)))
+
+    def reduce(self, spec: PartitionSpec, axes: Axes) -> PartitionSpec:
+        """Where what is left of an array lies when the reduction axes are gone."""
+        return PartitionSpec(*(None if i in axes.reduction else s for i, s in enumerate(spec)))
 
     def map(self, f: Callable[..., Any], into: Any, out: Any) -> Callable[..., Any]:
         # Not checked, as it cannot know that one count for all features is the same everywhere.
@@ -140,8 +142,8 @@ def _measure_over_explicit_axes(
     if weights is not None:
         into.append(where.place(weights.shape))
         args.append(reshard(weights, NamedSharding(where.mesh, into[1])))
-        count = where.place(weights.shape, axes.reduction)
-    statistics = where.place(x.shape, axes.reduction)
+        count = where.reduce(into[1], axes)
+    statistics = where.reduce(into[0], axes)
     results = statistics, Moments(count, statistics, statistics)
     return where.map(device, tuple(into), results)(*args)
 

@@ -6,13 +6,13 @@ there are devices, and the blocks' statistics are brought together at once.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType, PartitionSpec, reshard
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 from jbn._axes import Axes
 
@@ -28,50 +28,52 @@ def divide(values: Array, axes: Axes) -> Array:
     shape[old] = axes.shape[at : at + 2] if size != 1 else (1, 1)
     if spec is None:
         return values.reshape(shape)
-    spec[old] = _divided(spec[at], values, shape[at : at + 2])
-    whole = (*spec[at], *spec[at + 1]) or None
-    values = reshard(values, PartitionSpec(*spec[:at], whole, *spec[at + 2 :]))
-    return jnp.reshape(values, shape, out_sharding=PartitionSpec(*spec))
-
-
-def _divided(lies_over: Any, values: Array, shape: list[int]) -> tuple[tuple, tuple]:
-    """The mesh axes of both axes that an axis of `values` becomes, as many as can be kept.
-
-    What cannot: of mesh axes that some group lies over in part.
-    """
     mesh = jax.typeof(values).sharding.mesh
-    kept, first, (groups, rest) = ([], []), True, shape
-    for name in names(lies_over):
-        if first and groups % mesh.shape[name] == 0:
-            kept[0].append(name)
-            groups //= mesh.shape[name]
-        elif groups == 1 and rest % mesh.shape[name] == 0:
-            first = False
-            kept[1].append(name)
-            rest //= mesh.shape[name]
+    spec[old] = _divided(spec[at], mesh, shape[at : at + 2])
+    whole = [*spec[:at], (*spec[at], *spec[at + 1]), *spec[at + 2 :]]
+    values = reshard(values, NamedSharding(mesh, PartitionSpec(*whole)))
+    return jnp.reshape(values, shape, out_sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def _divided(entry: Any, mesh: Any, shape: Sequence[int]) -> tuple[tuple, tuple]:
+    """The mesh axes of [groups, examples], made of an axis that lies over those of `entry`.
+
+    From the first mesh axis on that a group would lie over in part, there is no such sharding.
+    """
+    lies_over, (groups, examples) = ([], []), shape
+    for name in names(entry):
+        size = mesh.shape[name]
+        if groups % size == 0 and not lies_over[1]:
+            lies_over[0].append(name)
+            groups //= size
+        elif groups == 1 and examples % size == 0:
+            lies_over[1].append(name)
+            examples //= size
         else:
             break
-    return tuple(kept[0]), tuple(kept[1])
+    return tuple(lies_over[0]), tuple(lies_over[1])
 
 
 def join(y: Array, x: Array, axes: Axes) -> Array:
     """The inverse of `divide`: y, of the shape of `axes`, in x's shape and place."""
     if axes.group is None:
         return y
-    spec = full_spec(y)
-    if spec is None:
+    if not is_explicitly_sharded(x):
         return y.reshape(x.shape)
-    at = axes.group
-    spec[at : at + 2] = [(*names(spec[at]), *names(spec[at + 1])) or None]
-    y = jnp.reshape(y, x.shape, out_sharding=PartitionSpec(*spec))
-    return reshard(y, jax.typeof(x).sharding)
+    sharding, at = jax.typeof(x).sharding, axes.group
+    if (spec := full_spec(y)) is None:
+        return reshard(y.reshape(x.shape), sharding)
+    spec[at : at + 2] = [(*names(spec[at]), *names(spec[at + 1]))]
+    y = jnp.reshape(y, x.shape, out_sharding=NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+    return reshard(y, sharding)
 
 
 def collect(x: Array) -> Array:
     """x, [blocks, ...], brought whole to every device, in one collective."""
     spec, mesh = full_spec(x), jax.sharding.get_abstract_mesh()
     if spec is not None:
-        return reshard(x, PartitionSpec(None, *spec[1:]))
+        whole = PartitionSpec(None, *spec[1:])
+        return reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, whole))
     if not mesh.empty and not mesh.manual_axes:
         if AxisType.Auto not in mesh.axis_types:
             return x  # explicitly everywhere
