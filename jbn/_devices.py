@@ -10,8 +10,8 @@ part that is, is known
 - inside shard_map and pmap by the user, who names the axes.
 
 XLA for TPUs has no custom partitioning (libtpu 0.0.42: "Custom emitter for CustomSPMDPartitioning
-not found"), a serialised program cannot call back into Python, and a shard_map over some axes of a
-mesh leaves the others to the compiler. There the first reduction axis is cut into as many blocks as
+not found"), a serialised program cannot call back into Python, and in a mesh of several types of axes the
+compiler decides on some of them only. There the first reduction axis is cut into as many blocks as
 there are devices, and the compiler adds up: one collective if x lies over that axis.
 """
 
@@ -54,7 +54,7 @@ def measure_everywhere(
     devices = _automatic_devices(axes)
     if devices == 1:
         return local(axes, x, weights)
-    if jax.sharding.get_abstract_mesh().manual_axes:
+    if not _all_automatic():
         return _in_blocks(local, axes, devices, x, weights)
     args = (x,) if weights is None else (x, weights)
     shift, *m = _bind(_measure, _Measure(local), axes, *args)
@@ -87,7 +87,7 @@ def spread(axes: Axes, x: Array, values: Array) -> Array:
             lambda v, x: jnp.broadcast_to(v, x.shape), (place, where.place(x.shape)), where.place(x.shape)
         )
         return run(reshard(values, NamedSharding(where.mesh, place)), lax.stop_gradient(x))
-    if _automatic_devices(axes) == 1 or jax.sharding.get_abstract_mesh().manual_axes:
+    if _automatic_devices(axes) == 1 or not _all_automatic():
         return values
     return _spread.bind(jnp.broadcast_to(values, axes.per_feature), axes=axes)
 
@@ -163,6 +163,11 @@ def _automatic_devices(axes: Axes) -> int:
         return jax.device_count()
     kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
     return math.prod(size for size, kind in kinds if kind == AxisType.Auto)
+
+
+def _all_automatic() -> bool:
+    """Whether the compiler alone decides what lies where."""
+    return all(kind == AxisType.Auto for kind in jax.sharding.get_abstract_mesh().axis_types)
 
 
 class _Measure(NamedTuple):

@@ -5,20 +5,16 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jbn._axes import Axes
-from jbn._sharding import is_explicitly_sharded
 
 
 def reference(x: Array, weights: Array | None, axes: Axes) -> Array:
-    """K: for each feature a value of x that takes part.
+    """K: for each feature a value of x that takes part. x is what one device has.
 
     A value of x, and no average, so that a constant channel becomes exactly 0; 0 if there is none.
     The result of Batch Normalization does not depend on K, so K carries no gradient.
     """
     if axes.size == 0:
         shift = jnp.full(axes.per_feature, -jnp.inf, x.dtype)
-    elif is_explicitly_sharded(x):  # such an x has no rows to index: any value will do
-        values = x if weights is None else jnp.where(active(weights), x, -jnp.inf)
-        shift = jnp.max(values, axes.reduction, keepdims=True)
     elif weights is None:
         shift = _median(*_rows(x, axes))
     else:
