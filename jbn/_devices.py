@@ -84,7 +84,9 @@ def spread(axes: Axes, x: Array, values: Array) -> Array:
             return values
         place = where.place(values.shape)
         run = where.map(
-            lambda v, x: jnp.broadcast_to(v, x.shape), (place, where.place(x.shape)), where.place(x.shape)
+            lambda v, x: jnp.broadcast_to(v, x.shape),
+            (place, where.place(x.shape)),
+            where.place(x.shape),
         )
         return run(reshard(values, NamedSharding(where.mesh, place)), lax.stop_gradient(x))
     if _automatic_devices(axes) == 1 or not _all_automatic():
@@ -144,7 +146,7 @@ def _measure_over_explicit_axes(
     count = PartitionSpec()
     if weights is not None:
         into.append(where.place(weights.shape))
-        args.append(reshard(weights, NamedSharding(where.mesh, into[1])))
+        args.append(_sharding.alongside(weights, x))
         count = where.reduce(into[1], axes)
     statistics = where.reduce(into[0], axes)
     results = statistics, Moments(count, statistics, statistics)

@@ -96,6 +96,7 @@ def prepare(
     axes = resolve(x.shape, axis)
     _check.reduction_axis(axes, over.names)
     weights = _check.participation(axes, mask, weights)
+    weights = None if weights is None else _sharding.alongside(weights, x)
     if groups is None:
         return Problem(axes, over, _kernels.suited(axes, x, weights, over.names)), x, weights
     split = axes.split(_check.groups(groups, axes))

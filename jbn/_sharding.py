@@ -17,6 +17,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 from jbn._axes import Axes
 
 
+def alongside(values: Array, x: Array) -> Array:
+    """`values`, which broadcast against x, where x lies, if its type says so."""
+    if (spec := full_spec(x)) is None:
+        return values
+    spec = (s if n > 1 else None for s, n in zip(spec, values.shape, strict=True))
+    return reshard(values, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec)))
+
+
 def divide(values: Array, axes: Axes) -> Array:
     """Values that broadcast against x -> the same with the axis of groups that `axes` has."""
     at = axes.group

@@ -191,7 +191,9 @@ def test_a_layer_needs_one_collective_each_way(mode, statistics):
     *layers, elsewhere = collectives.by_layer(hlo.collectives(text))
     assert [sum(layer.counts.values()) for layer in layers] == [2, 2, 2]
     assert not elsewhere.counts
-    if mode.check_vma is None and mode.set_mesh:  # (shift, mean, var) and the count forward, two sums backward: no data
+    if (
+        mode.check_vma is None and mode.set_mesh
+    ):  # (shift, mean, var) and the count forward, two sums backward: no data
         numbers = 5 if statistics == "plain" else 6
         assert [layer.sent for layer in layers] == [4 * numbers * c for c in collectives.WIDTHS]
 
