@@ -1,8 +1,8 @@
 """Reductions over one array that lies on several devices, by one collective each.
 
-Every device first reduces the part of x that it has, and then the results are joined: statistics by
-`_pool`, each device with a shift of its own, and the sums of a backward pass by adding them up. Which
-part that is, is known
+Every device first reduces the part of x that it has, and then the results are joined: statistics
+by `_pool`, each device with a shift of its own, and the sums of a backward pass by adding them up.
+The part of a device is known
 
 - for mesh axes of type Explicit while tracing: `shard_map` over these axes;
 - for Auto axes once the compiler has decided it: a primitive, for which XLA's partitioner asks for
@@ -10,9 +10,9 @@ part that is, is known
 - inside shard_map and pmap by the user, who names the axes.
 
 XLA for TPUs has no custom partitioning (libtpu 0.0.42: "Custom emitter for CustomSPMDPartitioning
-not found"), a serialised program cannot call back into Python, and in a mesh of several types of axes the
-compiler decides on some of them only. There the first reduction axis is cut into as many blocks as
-there are devices, and the compiler adds up: one collective if x lies over that axis.
+not found"), a serialised program cannot call back into Python, and in a mesh of several types of
+axes the compiler decides on some of them only. There, and for float64, the first reduction axis is cut into as many
+blocks as there are devices, and the compiler adds up: one collective if x lies over that axis.
 """
 
 import functools
@@ -54,7 +54,7 @@ def measure_everywhere(
     devices = _automatic_devices(axes)
     if devices == 1:
         return local(axes, x, weights)
-    if not _all_automatic():
+    if not _partitions(x):
         return _in_blocks(local, axes, devices, x, weights)
     args = (x,) if weights is None else (x, weights)
     shift, *m = _bind(_measure, _Measure(local), axes, *args)
@@ -83,13 +83,10 @@ def spread(axes: Axes, x: Array, values: Array) -> Array:
         if sum(map(bool, where.reduced)) < 2:
             return values
         place = where.place(values.shape)
-        run = where.map(
-            lambda v, x: jnp.broadcast_to(v, x.shape),
-            (place, where.place(x.shape)),
-            where.place(x.shape),
-        )
+        whole = where.place(x.shape)
+        run = where.map(lambda v, x: jnp.broadcast_to(v, x.shape), (place, whole), whole)
         return run(reshard(values, NamedSharding(where.mesh, place)), lax.stop_gradient(x))
-    if _automatic_devices(axes) == 1 or not _all_automatic():
+    if _automatic_devices(axes) == 1 or not _partitions(x):
         return values
     return _spread.bind(jnp.broadcast_to(values, axes.per_feature), axes=axes)
 
@@ -167,9 +164,14 @@ def _automatic_devices(axes: Axes) -> int:
     return math.prod(size for size, kind in kinds if kind == AxisType.Auto)
 
 
-def _all_automatic() -> bool:
-    """Whether the compiler alone decides what lies where."""
-    return all(kind == AxisType.Auto for kind in jax.sharding.get_abstract_mesh().axis_types)
+def _partitions(x: Array) -> bool:
+    """Whether the compiler alone decides what lies where, and can be told what to do with it.
+
+    When it asks for the program of one device, JAX may have left the `with jax.enable_x64()` in
+    which this one was traced, and cannot make one for float64.
+    """
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    return all(kind == AxisType.Auto for kind in kinds) and jnp.finfo(x.dtype).bits <= 32
 
 
 class _Measure(NamedTuple):
@@ -295,7 +297,7 @@ def _restrict(layout: np.ndarray, kept: set[int]) -> np.ndarray:
 
 
 def _sharding_of(shape: Sequence[int], whole: Sequence[int], layout: np.ndarray, like: Any) -> Any:
-    """The sharding, of the type of `like`, of an array that broadcasts against x, of shape `whole`."""
+    """The sharding, of the type of `like`, of an array that broadcasts against x, [whole]."""
     layout = _restrict(layout, {i for i, n in enumerate(whole) if shape[i] == n})
     hlo = like._to_xla_hlo_sharding(len(shape))
     proto = hlo.to_proto()

@@ -271,7 +271,7 @@ def test_a_batch_on_one_device_is_not_cut_into_blocks():
 
 
 def test_a_program_for_several_devices_can_be_kept():
-    where, (x,) = placed((8,), AxisType.Auto, P("a"), IMAGES)
+    _, (x,) = placed((8,), AxisType.Auto, P("a"), IMAGES)
     exported = jax.export.export(jax.jit(lambda x: jbn.normalize(x)[0]))(x)
     assert "CustomSPMDPartitioning" not in exported.mlir_module()  # which calls this process
     assert_close(exported.call(x), jbn.normalize(IMAGES)[0])
