@@ -11,8 +11,9 @@ The part of a device is known
 
 XLA for TPUs has no custom partitioning (libtpu 0.0.42: "Custom emitter for CustomSPMDPartitioning
 not found"), a serialised program cannot call back into Python, and in a mesh of several types of
-axes the compiler decides on some of them only. There, and for float64, the first reduction axis is cut into as many
-blocks as there are devices, and the compiler adds up: one collective if x lies over that axis.
+axes the compiler decides on some of them only. There, and for float64, the first reduction axis is
+cut into as many blocks as there are devices, and the compiler adds up: one collective if x lies
+over that axis.
 """
 
 import functools

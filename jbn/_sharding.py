@@ -1,9 +1,4 @@
-"""Global arrays that lie on several devices: how to cut, join and collect them.
-
-Under `jit` the compiler decides what a device computes. Statistics need one collective a layer if
-every device first reduces its own part of the batch, so the batch is cut into as many blocks as
-there are devices, and the blocks' statistics are brought together at once.
-"""
+"""Global arrays that lie on several devices: how to divide them into groups, join and collect them."""
 
 import math
 from collections.abc import Callable, Sequence
