@@ -104,7 +104,7 @@ class _Explicit(NamedTuple):
 
     @classmethod
     def of(cls, x: Array, axes: Axes) -> "_Explicit":
-        spec = _sharding.full_spec(x)
+        spec = _sharding.full_spec(x) or [None] * x.ndim
         return cls(
             jax.typeof(x).sharding.mesh,
             tuple(spec),
@@ -147,7 +147,8 @@ def _measure_over_explicit_axes(
         args.append(_sharding.alongside(weights, x))
         count = where.reduce(into[1], axes)
     statistics = where.reduce(into[0], axes)
-    results = statistics, Moments(count, statistics, statistics)
+    moments: Any = Moments
+    results = statistics, moments(count, statistics, statistics)
     return where.map(device, tuple(into), results)(*args)
 
 
@@ -414,8 +415,8 @@ batching.primitive_batchers[_spread] = _batch_spread
 mlir.register_lowering(_spread, mlir.lower_fun(_spread_out, multiple_results=False))
 ad.deflinear2(_spread, lambda ct, _, *, axes: [_sum_up(ct, axes)])
 ad.primitive_jvps[_sum] = lambda primals, tangents, *, axes, **_: (
-    [_sum_up(*primals, axes)],
-    [_sum_up(ad.instantiate_zeros(*tangents), axes)],
+    [_sum_up(primals[0], axes)],
+    [_sum_up(ad.instantiate_zeros(tangents[0]), axes)],
 )
 ad.primitive_transposes[_sum] = lambda cts, _, *, axes, **__: [
     _spread.bind(ad.instantiate_zeros(cts[0]), axes=axes)
@@ -434,8 +435,8 @@ def _in_blocks(
     if blocks == 1:
         return local(axes, x, weights)
     view = axes.split(blocks)
-    divided = (None if a is None else _sharding.divide(a, view) for a in (x, weights))
-    shift, m = local(view, *divided)
+    weights = None if weights is None else _sharding.divide(weights, view)
+    shift, m = local(view, _sharding.divide(x, view), weights)
     squeezed = view.squeeze(shift), jax.tree.map(view.squeeze, m)
     shift, m = pool_blocks(axes, *squeezed, weights is not None)
     return axes.unsqueeze(shift), jax.tree.map(axes.unsqueeze, m)

@@ -1,4 +1,4 @@
-"""Global arrays that lie on several devices: how to divide them into groups, join and collect them."""
+"""Global arrays on several devices: how to place, divide into groups, join and collect them."""
 
 import math
 from collections.abc import Callable, Sequence
