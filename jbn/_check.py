@@ -424,7 +424,9 @@ def _weights(axes: Axes, weights: Array, numbers: jnp.finfo) -> Array:
     # A negative or NaN weight counts as none, and so does one that a processor may take for 0
     # anyway. Of the largest, 2^24 still have a finite sum.
     largest = jnp.asarray(numbers.max * 2.0**-24, numbers.dtype)
-    return jnp.where(weights >= numbers.tiny, jnp.minimum(weights, largest), jnp.zeros_like(weights))
+    return jnp.where(
+        weights >= numbers.tiny, jnp.minimum(weights, largest), jnp.zeros_like(weights)
+    )
 
 
 def _broadcastable(name: str, values: Array, axes: Axes) -> Array:

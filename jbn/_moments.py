@@ -24,8 +24,9 @@ from jax.typing import ArrayLike
 
 from jbn import _bfloat16, _check, _kernels, _sharding
 from jbn._axes import Axes, resolve
+from jbn._devices import join_instances, measure_everywhere
 from jbn._once import made_once
-from jbn._pool import Moments, dot, pool_blocks, pool_instances, restore, square
+from jbn._pool import Moments, dot, restore, square
 from jbn._reference import accumulator, active, reference
 from jbn._sync import AxisName, Scope, scope
 
@@ -95,6 +96,7 @@ def prepare(
     axes = resolve(x.shape, axis)
     _check.reduction_axis(axes, over.names)
     weights = _check.participation(axes, mask, weights, accumulator(x.dtype))
+    weights = None if weights is None else _sharding.alongside(weights, x)
     if groups is None:
         return Problem(axes, over, _kernels.suited(axes, x, weights, over.names)), x, weights
     split = axes.split(_check.groups(groups, axes))
@@ -151,34 +153,34 @@ def measure(problem: Problem, x: Array, weights: Array | None) -> tuple[Array, M
     around it is one program, and layers of one shape are traced once.
     """
     axes, over, kernel = problem
-    blocks = _sharding.blocks(axes, x)
-    view = axes.split(blocks) if blocks > 1 else axes
-    x = _sharding.divide(x, view)
-    weights = None if weights is None else _sharding.divide(weights, view)
-    by_reference = functools.partial(_by_reference, view=view, kernel=kernel)
-    exact = x.dtype == jnp.bfloat16 and weights is None and kernel is None
-    if exact and (inner := _bfloat16.block(view)):
-        in_blocks = functools.partial(_bfloat16.shifted_moments, axes=view, inner=inner)
-        # On CPUs reductions over some axes are slow.
-        shift, m = lax.platform_dependent(x, cpu=by_reference, default=in_blocks)
-    else:
-        shift, m = by_reference(x, weights)
-    if blocks == 1 and not over.names:
-        return shift, m
-    counts_differ = weights is not None
-    shift, m = view.squeeze(shift), jax.tree.map(view.squeeze, m)
-    if blocks > 1:
-        shift, m = pool_blocks(axes, shift, m, counts_differ)
+    local = functools.partial(_measure_locally, kernel=kernel)
+    if kernel is None:
+        shift, m = measure_everywhere(local, axes, x, weights)
+    else:  # of programs for one device
+        shift, m = local(axes, x, weights)
     if over.names:
-        shift, m = pool_instances(over, shift, m, counts_differ)
-    return axes.unsqueeze(shift), jax.tree.map(axes.unsqueeze, m)
+        shift, m = join_instances(over, axes, shift, m, weights is not None)
+    return shift, m
+
+
+def _measure_locally(
+    axes: Axes, x: Array, weights: Array | None, kernel: Any
+) -> tuple[Array, Moments]:
+    """K and the moments of x - K, of what one device has."""
+    by_reference = functools.partial(_by_reference, axes=axes, kernel=kernel)
+    exact = x.dtype == jnp.bfloat16 and weights is None and kernel is None
+    if exact and (inner := _bfloat16.block(axes)):
+        in_blocks = functools.partial(_bfloat16.shifted_moments, axes=axes, inner=inner)
+        # On CPUs reductions over some axes are slow.
+        return lax.platform_dependent(x, cpu=by_reference, default=in_blocks)
+    return by_reference(x, weights)
 
 
 def _by_reference(
-    x: Array, weights: Array | None = None, *, view: Axes, kernel: Any
+    x: Array, weights: Array | None = None, *, axes: Axes, kernel: Any
 ) -> tuple[Array, Moments]:
-    shift = reference(x, weights, view)
-    return shift, shifted_moments(x, shift, weights, view, kernel)
+    shift = reference(x, weights, axes)
+    return shift, shifted_moments(x, shift, weights, axes, kernel)
 
 
 def only_active(values: Array, weights: Array | None) -> Array:
@@ -203,6 +205,8 @@ def average(
     whole count, so uneven instances are averaged exactly and not as a mean of means.
     """
     axes, over, _ = problem
+    # A constant, but one whose derivative, times 0, would be divided by its square.
+    count = lax.stop_gradient(count)
     if weights is not None or not isinstance(axes.size, int) or axes.size == 0:
         count = jnp.where(count > 0, count, jnp.ones_like(count))
     if weights is not None and weights.dtype != jnp.bool_:

@@ -28,6 +28,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jbn import _check, _sharding
 from jbn._axes import Axes
 from jbn._checkpoint import named
+from jbn._devices import spread
 from jbn._moments import (
     Problem,
     derivative,
@@ -304,14 +305,14 @@ def _displaced(x: Array, center: Array, a: Array, weights: Array | None) -> Arra
     return _harmless(z, z * a, weights)
 
 
-def _harmless(values: Array, at: Array, weights: Array | None) -> Array:
-    """`values`, 0 at positions that are masked and where `at` is not finite.
+def _harmless(values: Array, at: Array, weights: Array | None, otherwise: ArrayLike = 0.0) -> Array:
+    """`values`, but `otherwise` at positions that are masked and where `at` is not finite.
 
     So y is a constant there, the bias, and a NaN in the padding of a batch reaches no gradient.
     """
     if weights is None:
         return values
-    return jnp.where(active(weights) | jnp.isfinite(at), values, jnp.zeros_like(values))
+    return jnp.where(active(weights) | jnp.isfinite(at), values, otherwise)
 
 
 def _of_x(rule: _Rule, m: Moments, shift: Array, weights: Array | None) -> Moments:
@@ -340,7 +341,9 @@ def _differential(rule: _Rule, data, known: _Known, tangents) -> tuple[Array, Mo
         (shift, m, at, (a, c)), axes = known, rule.problem.axes
         tangents = jax.tree.map(lambda t: t.astype(at.center.dtype), tangents)
         dx, dscale, dbias, dresidual = tangents
-        dscale, dbias = (0 if t is None else axes.expand(t) for t in (dscale, dbias))
+        dscale, dbias = (
+            jnp.zeros_like(a) if t is None else axes.expand(t) for t in (dscale, dbias)
+        )
         if weights is not None and tangents[1] is not None:
             dscale = _where_data(m.count, dscale)
         active_dx = only_active(dx, weights)
@@ -353,7 +356,7 @@ def _differential(rule: _Rule, data, known: _Known, tangents) -> tuple[Array, Mo
         slope = jnp.where(at.rstd == 0, 0.0, at.rstd * (dscale - a * mean_xhat_dx))
         own = a * dx if dresidual is None else a * dx + dresidual
         others = dbias - a * mean_dx - at.rest * slope, slope
-        dy = _through(rule, x, at.center, weights, kept, (a, c), own, others)
+        dy = _through(rule, x, at.center, weights, kept, (a, c), own, others, dbias)
         dm = Moments(jnp.zeros_like(m.count), mean_dx, 2 * half_dvar)
         _, dm = jax.jvp(lambda m: _of_x(rule, m, shift, weights), (m,), (dm,))
         return dy.astype(rule.dtype), dm
@@ -362,8 +365,10 @@ def _differential(rule: _Rule, data, known: _Known, tangents) -> tuple[Array, Mo
     return jax.checkpoint(differential, prevent_cse=False)(data, known, tangents)
 
 
-def _through(rule: _Rule, x, center, weights, kept, vectors, own, others) -> Array:
+def _through(rule: _Rule, x, center, weights, kept, vectors, own, others, dbias) -> Array:
     """The derivative of the activation along own + u + z v, where u, v = others, z = x - center.
+
+    Where y is the bias, because a masked x is not finite, along `dbias`.
 
     `vectors` are (a, c) of the activation's input a z + c; `kept` is as `_kept` says.
     """
@@ -377,11 +382,14 @@ def _through(rule: _Rule, x, center, weights, kept, vectors, own, others) -> Arr
         return dy if kept is None else jnp.where(kept > 0, dy, jnp.zeros_like(dy))
     a, c = vectors
     z = _displaced(x, center, a, weights)
-    # Backwards `v` gives the sum of z dy. Without the choice, XLA for CPUs takes z from memory there,
+    # Backwards `v` gives the sum of z dy. Without the choice, XLA for CPUs takes z from memory,
     # where it has lain since the forward pass: as much as x again. For finite z the choice is v
     # whatever z is, so that every derivative is that of z v.
-    u, v = others
+    u, v = (spread(rule.problem.axes, x, values) for values in others)
     others = z * jnp.where(jnp.isfinite(z), v, jnp.zeros_like(v)) + u
+    if weights is not None:
+        at = a * (x.astype(center.dtype) - center)
+        others = _harmless(others, at, weights, otherwise=dbias)
     if activation is None:
         return own + others
     if kept is not None:  # the residual's gradient is an array, which both parts may use

@@ -18,7 +18,6 @@ from jax.typing import DTypeLike
 
 from jbn._axes import Axes
 from jbn._once import made_once
-from jbn._sharding import is_explicitly_sharded
 
 _DRAWS = 7  # of which three may be odd
 # Pairs to put in order, one after the other; the median of seven is in the middle then.
@@ -35,17 +34,14 @@ _LANES = 128  # values that a TPU keeps side by side
 
 
 def reference(x: Array, weights: Array | None, axes: Axes) -> Array:
-    """K: for each feature a value of x that takes part, near the mean.
+    """K: for each feature a value of x that takes part, near the mean. x is what one device has.
 
     A value of x, and no average, so that a constant channel becomes exactly 0; 0 if there is none.
     The result of Batch Normalization does not depend on K, so K carries no gradient.
     """
     if axes.size == 0:
         return jnp.zeros(axes.per_feature, accumulator(x.dtype))
-    if is_explicitly_sharded(x):  # such an x has no rows to index: any value will do
-        values = x if weights is None else jnp.where(active(weights), x, -jnp.inf)
-        shift = jnp.max(values, axes.reduction, keepdims=True)
-    elif weights is None:
+    if weights is None:
         shift = _median(_rows(x, axes))
     else:
         shift = _median(_weighted_rows(x, weights, axes))
@@ -89,13 +85,16 @@ def _rows(x: Array, axes: Axes) -> list[Array]:
     def directly(x: Array) -> list[Array]:
         return [cut(x, at) for at in where]
 
+    features = math.prod(axes.feature_shape)
+    if len(axes.reduction) < 2 or features >= _LANES:
+        return directly(x)
     first, *inner = axes.reduction
-    examples, features = axes.shape[first], math.prod(axes.feature_shape)
-    if not inner or features >= _LANES or (isinstance(examples, int) and examples <= _DRAWS):
+    examples = axes.shape[first]
+    if isinstance(examples, int) and examples <= _DRAWS:
         return directly(x)
     # XLA for TPUs keeps the examples of a narrow layer side by side, and copies x to cut there
-    # (jax 0.10.2, libtpu 0.0.42: 12 B/element). So the axes within an example are cut first, and the
-    # barrier keeps both cuts from becoming one.
+    # (jax 0.10.2, libtpu 0.0.42: 12 B/element). So the axes within an example are cut first, and
+    # the barrier keeps both cuts from becoming one.
     size = math.prod(axes.shape[i] for i in inner if isinstance(axes.shape[i], int))
     places = 1 if size <= _DRAWS + 1 else 3 if len(inner) == 1 else _DRAWS
     middle = (_DRAWS - places) // 2

@@ -1,38 +1,23 @@
-"""Global arrays that lie on several devices: how to cut, join and collect them.
-
-Under `jit` the compiler decides what a device computes. Statistics need one collective a layer if
-every device first reduces its own part of the batch, so the batch is cut into as many blocks as
-there are devices, and the blocks' statistics are brought together at once.
-"""
+"""Global arrays on several devices: how to place, divide into groups, join and collect them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 from jbn._axes import Axes
 
 
-def blocks(axes: Axes, x: Array) -> int:
-    """Into how many blocks to cut each group of examples, so that none lies on two devices.
-
-    The number of devices, as far as it divides the batch: of the mesh that `jax.set_mesh` has set,
-    or else of all. 1 inside shard_map and pmap, where x is what one device has.
-    """
-    n = axes.shape[axes.reduction[0]] if axes.reduction else 0
-    if not isinstance(n, int) or n == 0:  # not an int: a dimension of jax.export
-        return 1
-    explicit = is_explicitly_sharded(x)
-    mesh = jax.typeof(x).sharding.mesh if explicit else jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        devices = jax.device_count()
-    else:
-        own = (size for name, size in mesh.shape.items() if name not in mesh.manual_axes)
-        devices = math.prod(own)
-    return math.gcd(n, devices // math.gcd(devices, axes.groups))
+def alongside(values: Array, x: Array) -> Array:
+    """`values`, which broadcast against x, where x lies, if its type says so."""
+    if (spec := full_spec(x)) is None:
+        return values
+    spec = (s if n > 1 else None for s, n in zip(spec, values.shape, strict=True))
+    return reshard(values, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec)))
 
 
 def divide(values: Array, axes: Axes) -> Array:
@@ -41,35 +26,57 @@ def divide(values: Array, axes: Axes) -> Array:
     if at is None:
         return values
     old = slice(at, at + 1 + (values.ndim == len(axes.shape)))  # one axis, or groups already
-    shape, spec = list(values.shape), _spec(values)
+    shape, spec = list(values.shape), full_spec(values)
     size = math.prod(shape[old])
     shape[old] = axes.shape[at : at + 2] if size != 1 else (1, 1)
     if spec is None:
         return values.reshape(shape)
-    if shape[at] % _shards(values, spec[at]) != 0:  # a group would lie on two devices
-        spec[at] = None
-        values = jax.sharding.reshard(values, PartitionSpec(*spec))
-    spec[old] = (spec[at], None)
-    return jnp.reshape(values, shape, out_sharding=PartitionSpec(*spec))
+    mesh = jax.typeof(values).sharding.mesh
+    spec[old] = _divided(spec[at], mesh, shape[at : at + 2])
+    whole = [*spec[:at], (*spec[at], *spec[at + 1]), *spec[at + 2 :]]
+    values = reshard(values, NamedSharding(mesh, PartitionSpec(*whole)))
+    return jnp.reshape(values, shape, out_sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def _divided(entry: Any, mesh: Any, shape: Sequence[int]) -> tuple[tuple, tuple]:
+    """The mesh axes of [groups, examples], made of an axis that lies over those of `entry`.
+
+    From the first mesh axis on that a group would lie over in part, there is no such sharding.
+    """
+    lies_over, (groups, examples) = ([], []), shape
+    for name in names(entry):
+        size = mesh.shape[name]
+        if groups % size == 0 and not lies_over[1]:
+            lies_over[0].append(name)
+            groups //= size
+        elif groups == 1 and examples % size == 0:
+            lies_over[1].append(name)
+            examples //= size
+        else:
+            break
+    return tuple(lies_over[0]), tuple(lies_over[1])
 
 
 def join(y: Array, x: Array, axes: Axes) -> Array:
     """The inverse of `divide`: y, of the shape of `axes`, in x's shape and place."""
     if axes.group is None:
         return y
-    spec = _spec(y)
-    if spec is None:
+    if not is_explicitly_sharded(x):
         return y.reshape(x.shape)
-    del spec[axes.group + 1]
-    y = jnp.reshape(y, x.shape, out_sharding=PartitionSpec(*spec))
-    return jax.sharding.reshard(y, jax.typeof(x).sharding)
+    sharding, at = jax.typeof(x).sharding, axes.group
+    if (spec := full_spec(y)) is None:
+        return reshard(y.reshape(x.shape), sharding)
+    spec[at : at + 2] = [(*names(spec[at]), *names(spec[at + 1]))]
+    y = jnp.reshape(y, x.shape, out_sharding=NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+    return reshard(y, sharding)
 
 
 def collect(x: Array) -> Array:
     """x, [blocks, ...], brought whole to every device, in one collective."""
-    spec, mesh = _spec(x), jax.sharding.get_abstract_mesh()
+    spec, mesh = full_spec(x), jax.sharding.get_abstract_mesh()
     if spec is not None:
-        return jax.sharding.reshard(x, PartitionSpec(None, *spec[1:]))
+        whole = PartitionSpec(None, *spec[1:])
+        return reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, whole))
     if not mesh.empty and not mesh.manual_axes:
         if AxisType.Auto not in mesh.axis_types:
             return x  # explicitly everywhere
@@ -98,7 +105,7 @@ def is_explicitly_sharded(x: Array) -> bool:
     return any(axis is not None for axis in jax.typeof(x).sharding.spec)
 
 
-def _spec(x: Array) -> list | None:
+def full_spec(x: Array) -> list | None:
     """For each axis of x the mesh axes it lies over; None where the compiler decides."""
     if not is_explicitly_sharded(x):
         return None
@@ -106,7 +113,6 @@ def _spec(x: Array) -> list | None:
     return spec + [None] * (x.ndim - len(spec))
 
 
-def _shards(x: Array, names) -> int:
-    mesh = jax.typeof(x).sharding.mesh
-    names = names if isinstance(names, tuple) else () if names is None else (names,)
-    return math.prod(mesh.shape[name] for name in names)
+def names(entry: Any) -> tuple:
+    """An entry of a PartitionSpec as a tuple of mesh axes."""
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)

@@ -38,8 +38,10 @@ class Scope(NamedTuple):
         for name in reversed(axes):
             x = lax.all_gather(x, name)
         if mesh:
-            # "invarying": the result is the same everywhere, and shard_map may know it.
-            x = lax.all_gather(x, mesh, to="invarying")
+            # "invarying": the result is the same everywhere, and shard_map may know it. Along an
+            # axis that is there: of a new one JAX (to 0.12) mistakes the place, where vmap adds
+            # another that lies over an Explicit mesh axis.
+            x = lax.all_gather(x[None], mesh, to="invarying", tiled=True)
         axes = [*mesh, *axes]
         x = x.reshape(*(lax.axis_size(name) for name in axes), *shape)
         x = jnp.moveaxis(x, [axes.index(name) for name in self.names], range(len(axes)))

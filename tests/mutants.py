@@ -32,6 +32,7 @@ class Mutant(NamedTuple):
 
 MOMENTS, NORMALIZE, RUNNING = "_moments.py", "_normalize.py", "_running.py"
 REFERENCE, POOL, SYNC, SHARDING = "_reference.py", "_pool.py", "_sync.py", "_sharding.py"
+DEVICES = "_devices.py"
 TRAINING, DEFERRED, POPULATION = "training.py", "_deferred.py", "population.py"
 ACTIVE = "active(weights)"
 
@@ -281,7 +282,7 @@ MUTANTS = [
     Mutant(
         "what is not finite under a mask reaches no gradient",
         NORMALIZE,
-        "return jnp.where(active(weights) | jnp.isfinite(at), values, jnp.zeros_like(values))",
+        "return jnp.where(active(weights) | jnp.isfinite(at), values, otherwise)",
         "return values",
         "test_derivatives.py test_epilogue.py",
     ),
@@ -802,11 +803,11 @@ MUTANTS = [
         "test_shift.py",
     ),
     Mutant(
-        "K is found on an explicit mesh",
-        REFERENCE,
-        "elif is_explicitly_sharded(x):",
-        "elif False:",
-        "test_sharding.py",
+        "Explicit axes say where a batch lies",
+        DEVICES,
+        "    if _sharding.is_explicitly_sharded(x):\n        return _measure",
+        "    if False:\n        return _measure",
+        "test_sharding.py::test_one_collective_each_way_wherever_the_batch_lies",
     ),
     Mutant(
         "statistics follow explicit features",
@@ -922,11 +923,46 @@ MUTANTS = [
         "test_sync.py",
     ),
     Mutant(
-        "a block lies on one device",
+        "a batch is measured where it lies, and not in blocks",
+        DEVICES,
+        "    if not _partitions(x):\n        return _in_blocks",
+        "    if True:\n        return _in_blocks",
+        "test_sharding.py::test_a_batch_on_one_device_is_not_cut_into_blocks",
+    ),
+    Mutant(
+        "several axes are added up at once",
+        NORMALIZE,
+        "u, v = (spread(rule.problem.axes, x, values) for values in others)",
+        "u, v = others",
+        "test_sharding.py::test_one_collective_each_way_wherever_the_batch_lies",
+    ),
+    Mutant(
+        "what fills up an uneven share is not of the batch",
+        DEVICES,
+        "if axes.shape[i] % parts[i] == 0",
+        "if True",
+        "test_sharding.py::test_what_fills_up_an_uneven_share_is_not_of_the_batch",
+    ),
+    Mutant(
+        "a serialised program does not call back",
+        DEVICES,
+        "partitions and not module.lowering_parameters.for_export",
+        "partitions",
+        "test_sharding.py::test_a_program_for_several_devices_can_be_kept",
+    ),
+    Mutant(
+        "a partitioned program has the same text every time",
+        DEVICES,
+        'call.attributes["backend_config"] = mlir.ir.StringAttr.get(name)',
+        "pass",
+        "test_sharding.py::test_a_partitioned_program_has_the_same_text_every_time",
+    ),
+    Mutant(
+        "a group lies over whole mesh axes",
         SHARDING,
-        "return math.gcd(n, devices // math.gcd(devices, axes.groups))",
-        "return 1",
-        "test_collectives.py::test_a_layer_needs_one_collective_each_way",
+        "if groups % size == 0 and not lies_over[1]:",
+        "if not lies_over[1]:",
+        "test_sharding.py::test_groups_and_second_derivatives_wherever_the_batch_lies",
     ),
     Mutant(
         "local statistics do not leave as everybody's",

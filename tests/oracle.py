@@ -5,8 +5,8 @@ the backward pass of section 3 with the weights carried along, and the running a
 sums. `test_oracle.py` holds the backward pass against finite differences of the forward pass.
 
 Shapes: everything per channel has the sizes of the feature axes, in the order of the array. A
-position with weight 0 is masked: it takes no part in the statistics, and is normalised by them. What
-is not finite there is normalised to 0, whatever it is.
+position with weight 0 is masked: it takes no part in the statistics, and is normalised by them.
+What is not finite there is normalised to 0, whatever it is.
 """
 
 import functools

@@ -170,7 +170,7 @@ def test_each_mode_compiles_for_the_cpu(tmp_path, capsys):
     header, *rows = map(json.loads, out.read_text().splitlines())
     assert header["widths"] == [64, 128, 256]
     assert [row["mode"] for row in rows] == [
-        mode.name for mode in collectives.MODES if mode.set_mesh
+        mode.name for mode in collectives.MODES if collectives.applies(mode, "inference", "cpu")
     ]
     for row in rows:
         assert row["devices"] == 8
@@ -178,7 +178,7 @@ def test_each_mode_compiles_for_the_cpu(tmp_path, capsys):
     assert "| inference" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("mode", collectives.MODES, ids=lambda mode: mode.name)
+@pytest.mark.parametrize("mode", collectives.MODES[:5], ids=lambda mode: mode.name)
 def test_ghost_batches_need_no_collective(mode):
     text = collectives.compiled("backward", mode, "ghost", jax.devices())
     assert hlo.collectives(text) == []
@@ -191,6 +191,11 @@ def test_a_layer_needs_one_collective_each_way(mode, statistics):
     *layers, elsewhere = collectives.by_layer(hlo.collectives(text))
     assert [sum(layer.counts.values()) for layer in layers] == [2, 2, 2]
     assert not elsewhere.counts
+    if (
+        mode.check_vma is None and mode.set_mesh
+    ):  # (shift, mean, var) and the count forward, two sums backward: no data
+        numbers = 5 if statistics == "plain" else 6
+        assert [layer.sent for layer in layers] == [4 * numbers * c for c in collectives.WIDTHS]
 
 
 def test_under_pmap_too():

@@ -49,7 +49,9 @@ def test_each_group_is_a_batch_of_its_own(case, groups):
     data = cases.make(case)
     given = {**case.kwargs, **data.support, "groups": groups}
     y, m, (dx, dscale, dbias) = compiled.vjp(data.x, data.scale, data.bias, data.dy, **given)
-    chex.assert_trees_all_equal(m, compiled.moments(data.x, **given))
+    # Another program, which may round a product and a sum as one.
+    alone, close = compiled.moments(data.x, **given), 4 * tolerance.eps("float32")
+    chex.assert_trees_all_close(m, alone, rtol=close, atol=close)
     n = data.x.size // data.scale.size
     sums = np.zeros_like(data.scale, np.float64), np.zeros_like(data.scale, np.float64)
     for g, part in enumerate(parts(case, groups)):

@@ -24,7 +24,7 @@ LAYERS = (
     {"native", "_deferred"},
     {"_normalize", "_running"},
     {"_checkpoint", "_moments"},
-    {"_bfloat16", "_check", "_kernels", "_reference"},
+    {"_bfloat16", "_check", "_devices", "_kernels", "_reference"},
     {"_pool"},
     {"_sharding", "_sync"},
     {"_axes", "_elementwise", "_once"},

@@ -1,7 +1,7 @@
 """K, the shift, lies near the data whatever these are, so that one pass is as accurate as two.
 
-Ten times the error of two float32 passes is allowed, of the same compiler on the same data: mean and
-y in units of the standard deviation, the variance relative to itself.
+Ten times the error of two float32 passes is allowed, of the same compiler on the same data: mean
+and y in units of the standard deviation, the variance relative to itself.
 """
 
 import functools
@@ -195,10 +195,10 @@ def test_a_constant_channel_is_shifted_to_zero():
         np.testing.assert_array_equal(y, 0)
 
 
-# --- Weights ---------------------------------------------------------------------------------------
+# --- Weights -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("offset, std", [(1e5, 1.0), (0.0, 1e-4), (-30.0, 1e-8)])
+@pytest.mark.parametrize(("offset", "std"), [(1e5, 1.0), (0.0, 1e-4), (-30.0, 1e-8)])
 @pytest.mark.parametrize("per", ["row", "value"])
 def test_a_common_factor_of_the_weights_changes_nothing(offset, std, per):
     rng = np.random.default_rng(0)

@@ -1,0 +1,442 @@
+"""Reductions over one array that lies on several devices, by one collective each.
+
+Every device first reduces the part of x that it has, and then the results are joined: statistics
+by `_pool`, each device with a shift of its own, and the sums of a backward pass by adding them up.
+The part of a device is known
+
+- for mesh axes of type Explicit while tracing: `shard_map` over these axes;
+- for Auto axes once the compiler has decided it: a primitive, for which XLA's partitioner asks for
+  the program of one device (`jax.experimental.custom_partitioning`), on CPUs and GPUs;
+- inside shard_map and pmap by the user, who names the axes.
+
+XLA for TPUs has no custom partitioning (libtpu 0.0.42: "Custom emitter for CustomSPMDPartitioning
+not found"), a serialised program cannot call back into Python, and in a mesh of several types of
+axes the compiler decides on some of them only. There, and for float64, the first reduction axis is
+cut into as many blocks as there are devices, and the compiler adds up: one collective if x lies
+over that axis.
+"""
+
+import functools
+import hashlib
+import math
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental.custom_partitioning import (
+    ArrayMapping,
+    SdyShardingRule,
+    custom_partitioning,
+)
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
+
+from jbn import _sharding
+from jbn._axes import Axes
+from jbn._pool import Moments, pool_blocks, pool_instances
+from jbn._sync import Scope
+
+# (axes, x, weights) -> (shift, moments of x - shift) of arrays that lie on one device.
+Local = Callable[[Axes, Array, Array | None], tuple[Array, Moments]]
+
+
+def measure_everywhere(
+    local: Local, axes: Axes, x: Array, weights: Array | None
+) -> tuple[Array, Moments]:
+    """`local` of the whole of x, wherever it lies; the results broadcast against x, (1, ..., C)."""
+    if _sharding.is_explicitly_sharded(x):
+        return _measure_over_explicit_axes(local, axes, x, weights)
+    devices = _automatic_devices(axes)
+    if devices == 1:
+        return local(axes, x, weights)
+    if not _partitions(x):
+        return _in_blocks(local, axes, devices, x, weights)
+    args = (x,) if weights is None else (x, weights)
+    shift, *m = _bind(_measure, _Measure(local), axes, *args)
+    return shift, Moments(*m)
+
+
+def join_instances(
+    over: Any, axes: Axes, shift: Array, m: Moments, counts_differ: bool
+) -> tuple[Array, Moments]:
+    """`pool_instances` of statistics that broadcast against x."""
+    squeezed = axes.squeeze(shift), jax.tree.map(axes.squeeze, m)
+    shift, m = pool_instances(over, *squeezed, counts_differ)
+    return axes.unsqueeze(shift), jax.tree.map(axes.unsqueeze, m)
+
+
+def spread(axes: Axes, x: Array, values: Array) -> Array:
+    """`values`, (1, ..., C), for a pass over x; as large as x where that saves a collective.
+
+    Backwards it is a sum over all axes of x but those of features and groups. XLA has one
+    all-reduce for each axis that lies on several devices, where one does for all.
+    """
+    if len(axes.reduction) < 2:
+        return values
+    if _sharding.is_explicitly_sharded(x):
+        where = _Explicit.of(x, axes)
+        if sum(map(bool, where.reduced)) < 2:
+            return values
+        place = where.place(values.shape)
+        whole = where.place(x.shape)
+        run = where.map(lambda v, x: jnp.broadcast_to(v, x.shape), (place, whole), whole)
+        return run(reshard(values, NamedSharding(where.mesh, place)), lax.stop_gradient(x))
+    if _automatic_devices(axes) == 1 or not _partitions(x):
+        return values
+    return _spread.bind(jnp.broadcast_to(values, axes.per_feature), axes=axes)
+
+
+# --- Axes of type Explicit -----------------------------------------------------------------------
+
+
+class _Explicit(NamedTuple):
+    """Over which mesh axes an array lies."""
+
+    mesh: Any
+    spec: tuple[Any, ...]
+    reduced: tuple[tuple, ...]  # for each reduction axis the mesh axes
+
+    @classmethod
+    def of(cls, x: Array, axes: Axes) -> "_Explicit":
+        spec = _sharding.full_spec(x) or [None] * x.ndim
+        return cls(
+            jax.typeof(x).sharding.mesh,
+            tuple(spec),
+            tuple(_sharding.names(spec[i]) for i in axes.reduction),
+        )
+
+    def place(self, shape: Sequence[int]) -> PartitionSpec:
+        """Where an array of that shape lies, which broadcasts against x."""
+        return PartitionSpec(*(s if n > 1 else None for s, n in zip(self.spec, shape, strict=True)))
+
+    def reduce(self, spec: PartitionSpec, axes: Axes) -> PartitionSpec:
+        """Where what is left of an array lies when the reduction axes are gone."""
+        return PartitionSpec(*(None if i in axes.reduction else s for i, s in enumerate(spec)))
+
+    def map(self, f: Callable[..., Any], into: Any, out: Any) -> Callable[..., Any]:
+        # Not checked, as it cannot know that one count for all features is the same everywhere.
+        every = {name for s in self.spec for name in _sharding.names(s)}
+        return jax.shard_map(
+            f, mesh=self.mesh, in_specs=into, out_specs=out, axis_names=every, check_vma=False
+        )
+
+
+def _measure_over_explicit_axes(
+    local: Local, axes: Axes, x: Array, weights: Array | None
+) -> tuple[Array, Moments]:
+    where = _Explicit.of(x, axes)
+    over = Scope(tuple(name for names in where.reduced for name in names))
+
+    def device(x: Array, weights: Array | None = None) -> tuple[Array, Moments]:
+        part = axes._replace(shape=x.shape)
+        shift, m = measure_everywhere(local, part, x, weights)
+        if not over.names:
+            return shift, m
+        return join_instances(over, part, shift, m, weights is not None)
+
+    args, into = [x], [where.place(x.shape)]
+    count = PartitionSpec()
+    if weights is not None:
+        into.append(where.place(weights.shape))
+        args.append(_sharding.alongside(weights, x))
+        count = where.reduce(into[1], axes)
+    statistics = where.reduce(into[0], axes)
+    moments: Any = Moments
+    results = statistics, moments(count, statistics, statistics)
+    return where.map(device, tuple(into), results)(*args)
+
+
+# --- Axes of type Auto ---------------------------------------------------------------------------
+
+
+def _automatic_devices(axes: Axes) -> int:
+    """Over how many devices the compiler may share out what it computes here."""
+    if axes.size == 0 or not all(isinstance(n, int) for n in axes.shape):
+        return 1  # nothing to reduce, or a dimension of jax.export
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count()
+    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return math.prod(size for size, kind in kinds if kind == AxisType.Auto)
+
+
+def _partitions(x: Array) -> bool:
+    """Whether the compiler alone decides what lies where, and can be told what to do with it.
+
+    When it asks for the program of one device, JAX may have left the `with jax.enable_x64()` in
+    which this one was traced, and cannot make one for float64.
+    """
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    return all(kind == AxisType.Auto for kind in kinds) and jnp.finfo(x.dtype).bits <= 32
+
+
+class _Measure(NamedTuple):
+    """The moments, as a reduction. All results are (1, ..., C)."""
+
+    local: Local
+
+    def of_part(self, axes: Axes, *args: Array) -> tuple[Array, ...]:
+        shift, m = self.local(axes, args[0], args[1] if args[1:] else None)
+        return shift, *m
+
+    def join(self, over: "_Devices", axes: Axes, results: Any, several: bool) -> tuple[Array, ...]:
+        shift, m = join_instances(over, axes, results[0], Moments(*results[1:]), several)
+        return shift, *m
+
+    def unpartitioned(self, axes: Axes, devices: int, *args: Array) -> tuple[Array, ...]:
+        weights = args[1] if args[1:] else None
+        shift, m = _in_blocks(self.local, axes, devices, args[0], weights)
+        return shift, *m
+
+
+class _Sum(NamedTuple):
+    """The sum, as a reduction."""
+
+    def of_part(self, axes: Axes, x: Array) -> tuple[Array, ...]:
+        return (jnp.sum(x, axes.reduction, keepdims=True),)
+
+    def join(self, over: "_Devices", axes: Axes, results: Any, several: bool) -> tuple[Array, ...]:
+        return lax.psum(results, over.NAME, axis_index_groups=over.groups)
+
+    def unpartitioned(self, axes: Axes, devices: int, x: Array) -> tuple[Array, ...]:
+        return self.of_part(axes, x)
+
+
+class _Devices(NamedTuple):
+    """As a `Scope`: groups of devices, each of which shares one result."""
+
+    groups: tuple[tuple[int, ...], ...]
+    NAME = "devices"  # of one axis of all of them
+
+    def gather(self, x: Array) -> Array:
+        return lax.all_gather(x, self.NAME, axis_index_groups=self.groups)
+
+    def members(self) -> None:
+        return None
+
+
+def _bind(primitive: Any, reduction: Any, axes: Axes, *args: Array) -> list[Array]:
+    jaxpr = jax.make_jaxpr(_partitioned(reduction, axes, args))(*args)
+    return primitive.bind(*args, jaxpr=jaxpr, reduction=reduction, axes=axes)
+
+
+def _partitioned(reduction: Any, axes: Axes, args: Sequence[Array]) -> Callable[..., Any]:
+    """The reduction as a function that XLA partitions as `_partition` says."""
+
+    @custom_partitioning
+    def whole(*args):
+        return reduction.of_part(axes, *args)
+
+    results = jax.eval_shape(whole.fun, *args)
+    ones = (f"one{i}" for i in range(len((*args, *results)) * len(axes.shape)))
+
+    def mapping(a: Any) -> ArrayMapping:
+        """What of a lies where x lies; an axis of size 1 by itself."""
+        alike = zip(a.shape, axes.shape, strict=True)
+        return ArrayMapping(
+            *(f"axis{i}" if m == n > 1 else next(ones) for i, (m, n) in enumerate(alike))
+        )
+
+    whole.def_partition(
+        functools.partial(_partition, reduction, axes),
+        functools.partial(_result_shardings, axes),
+        decode_shardings=False,  # as they may have parts of a mesh axis
+        sharding_rule=SdyShardingRule(tuple(map(mapping, args)), tuple(map(mapping, results))),
+    )
+    return whole
+
+
+def _partition(reduction: Any, axes: Axes, mesh: Any, args: Any, results: Any) -> Any:
+    """(mesh, program of one device, shardings of its results and arguments)."""
+    like, layout = args[0].sharding, _layout(axes, args[0])
+    members = np.moveaxis(layout, axes.reduction, range(-len(axes.reduction), 0))
+    members = members.reshape(-1, math.prod(members.shape[-len(axes.reduction) :]))
+    over = _Devices(tuple(map(tuple, members.tolist())))
+
+    def device(*args):
+        part = axes._replace(shape=args[0].shape)
+        results = reduction.of_part(part, *args)
+        if members.shape[1] == 1:
+            return results
+        return reduction.join(over, part, results, len(args) > 1)
+
+    every = Mesh(np.array(like._device_assignment), (_Devices.NAME,))
+    into = tuple(_sharding_of(a.shape, axes.shape, layout, like) for a in args)
+    return every, device, _result_shardings(axes, mesh, args, results), into
+
+
+def _result_shardings(axes: Axes, mesh: Any, args: Any, results: Any) -> Any:
+    layout = _restrict(_layout(axes, args[0]), set(range(len(axes.shape))) - set(axes.reduction))
+    return tuple(_sharding_of(r.shape, axes.shape, layout, args[0].sharding) for r in results)
+
+
+def _layout(axes: Axes, x: Any) -> np.ndarray:
+    """Which device has which part of x: [parts along each axis of x ..., copies].
+
+    An axis that is not divided evenly is not divided: the compiler would fill it up, with values
+    that are not of the batch.
+    """
+    ndim, hlo = len(axes.shape), x.sharding._to_xla_hlo_sharding(len(axes.shape))
+    if not hlo.is_tiled():
+        return np.arange(x.sharding.num_devices).reshape(*(1,) * ndim, -1)
+    parts = hlo.tile_assignment_dimensions()
+    layout = np.reshape(hlo.tile_assignment_devices(), (*parts[:ndim], -1))
+    return _restrict(layout, {i for i in range(ndim) if axes.shape[i] % parts[i] == 0})
+
+
+def _restrict(layout: np.ndarray, kept: set[int]) -> np.ndarray:
+    """The layout of an array that is divided along the axes `kept` only."""
+    ndim = layout.ndim - 1
+    others = [i for i in range(ndim) if i not in kept]
+    moved = np.moveaxis(layout, others, range(-1 - len(others), -1))
+    return moved.reshape(*(n if i in kept else 1 for i, n in enumerate(layout.shape[:-1])), -1)
+
+
+def _sharding_of(shape: Sequence[int], whole: Sequence[int], layout: np.ndarray, like: Any) -> Any:
+    """The sharding, of the type of `like`, of an array that broadcasts against x, [whole]."""
+    layout = _restrict(layout, {i for i, n in enumerate(whole) if shape[i] == n})
+    hlo = like._to_xla_hlo_sharding(len(shape))
+    proto = hlo.to_proto()
+    proto.type = type(proto).Type.OTHER
+    proto.tile_assignment_dimensions = list(layout.shape)
+    proto.tile_assignment_devices = layout.ravel().tolist()
+    proto.iota_reshape_dims, proto.iota_transpose_perm, proto.last_tile_dims = [], [], []
+    proto.replicate_on_last_tile_dim = True
+    return type(like)(like._device_assignment, type(hlo).from_proto(proto))
+
+
+def _lower(partitions: bool, ctx, *args, jaxpr, reduction, axes):
+    module = ctx.module_context
+    devices = getattr(module.axis_context, "num_devices", 1)
+    if devices == 1 or (partitions and not module.lowering_parameters.for_export):
+        f = jax.extend.core.jaxpr_as_fun(jaxpr)  # of one device: as it stands
+    else:
+        f = functools.partial(reduction.unpartitioned, axes, devices)
+    results = mlir.lower_fun(f, multiple_results=True)(ctx, *args)
+    if devices > 1:
+        whole = jaxpr.eqns[0].params.get("call")
+        _name_by_content(ctx, results[0], (type(reduction).__name__, axes, whole))
+    return results
+
+
+def _name_by_content(ctx, result: Any, content: Any) -> None:
+    """Makes the call that `result` is of the same text in each process.
+
+    JAX writes an address into it, by which it finds the functions of `_partition`, and its
+    persistent cache of compiled programs would miss every time. The address gives way to a hash of
+    all that these functions depend on. Where JAX is other than it was (0.10 to 0.12), nothing is
+    done.
+    """
+    call = result.owner
+    known = getattr(sys.modules.get("jax._src.custom_partitioning"), "_sharding_callbacks", {})
+    if call.name != "stablehlo.custom_call" or "backend_config" not in call.attributes:
+        return
+    partitioning = known.get(str(call.attributes["backend_config"]).strip('"').encode())
+    module = ctx.module_context
+    devices = getattr(module.axis_context, "device_assignment", None)
+    if partitioning is None or not devices:
+        return
+    content = (_sources(), content, [d.id for d in devices], module.platforms)
+    name = "jbn_" + hashlib.sha256(repr(content).encode()).hexdigest()
+    # The table holds what somebody else keeps: another program's may be there, and is as good.
+    module.add_keepalive(known.setdefault(name.encode(), partitioning))
+    call.attributes["backend_config"] = mlir.ir.StringAttr.get(name)
+
+
+@functools.cache
+def _sources() -> str:
+    files = sorted(pathlib.Path(__file__).parent.glob("_*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def _batch(primitive: Any, args, dims, *, jaxpr, reduction, axes):
+    """What vmap adds is one more axis, of which every element has results of its own."""
+    del jaxpr
+    axes, args = _batched(axes, args, dims)
+    args[0] = jnp.broadcast_to(args[0], axes.shape)
+    results = _bind(primitive, reduction, axes, *args)
+    # The count may be the same for all.
+    dims = [0 if r.shape[0] == axes.shape[0] else None for r in results]
+    return [r[0] if d is None else r for r, d in zip(results, dims, strict=True)], dims
+
+
+def _batched(axes: Axes, args: Any, dims: Any) -> tuple[Axes, list[Array]]:
+    """The axes of x with one of vmap in front, and the arguments so that they fit."""
+    pairs = list(zip(args, dims, strict=True))
+    size = next(a.shape[d] for a, d in pairs if d is not None)
+    more = Axes(
+        (size, *axes.shape),
+        (0, *(i + 1 for i in axes.features)),
+        tuple(i + 1 for i in axes.reduction),
+        None if axes.group is None else axes.group + 1,
+    )
+    return more, [a[None] if d is None else jnp.moveaxis(a, d, 0) for a, d in pairs]
+
+
+def _primitive(name: str) -> Any:
+    p = jax.extend.core.Primitive(name)
+    p.multiple_results = True
+    p.def_impl(lambda *args, jaxpr, **_: jax.extend.core.jaxpr_as_fun(jaxpr)(*args))
+    p.def_abstract_eval(lambda *_, jaxpr, **__: jaxpr.out_avals)
+    batching.primitive_batchers[p] = functools.partial(_batch, p)
+    mlir.register_lowering(p, functools.partial(_lower, True))
+    mlir.register_lowering(p, functools.partial(_lower, False), platform="tpu")
+    return p
+
+
+_measure = _primitive("jbn_measure")
+_sum = _primitive("jbn_sum")
+
+
+def _spread_out(values: Array, *, axes: Axes) -> Array:
+    return jnp.broadcast_to(values, axes.shape)
+
+
+def _sum_up(x: Array, axes: Axes) -> Array:
+    return _bind(_sum, _Sum(), axes, x)[0]
+
+
+def _batch_spread(args, dims, *, axes):
+    axes, (values,) = _batched(axes, args, dims)
+    return _spread.bind(values, axes=axes), 0
+
+
+# The two are linear, and each is the transpose of the other.
+_spread = jax.extend.core.Primitive("jbn_spread")
+_spread.def_impl(_spread_out)
+_spread.def_abstract_eval(lambda v, *, axes: v.update(shape=axes.shape, weak_type=False))
+batching.primitive_batchers[_spread] = _batch_spread
+mlir.register_lowering(_spread, mlir.lower_fun(_spread_out, multiple_results=False))
+ad.deflinear2(_spread, lambda ct, _, *, axes: [_sum_up(ct, axes)])
+ad.primitive_jvps[_sum] = lambda primals, tangents, *, axes, **_: (
+    [_sum_up(primals[0], axes)],
+    [_sum_up(ad.instantiate_zeros(tangents[0]), axes)],
+)
+ad.primitive_transposes[_sum] = lambda cts, _, *, axes, **__: [
+    _spread.bind(ad.instantiate_zeros(cts[0]), axes=axes)
+]
+
+
+# --- Where the compiler does not ask -------------------------------------------------------------
+
+
+def _in_blocks(
+    local: Local, axes: Axes, devices: int, x: Array, weights: Array | None
+) -> tuple[Array, Moments]:
+    """`local` of `devices` blocks, into which the first reduction axis, or each group, is cut."""
+    n = axes.shape[axes.reduction[0]]
+    blocks = math.gcd(n, devices // math.gcd(devices, axes.groups))
+    if blocks == 1:
+        return local(axes, x, weights)
+    view = axes.split(blocks)
+    weights = None if weights is None else _sharding.divide(weights, view)
+    shift, m = local(view, _sharding.divide(x, view), weights)
+    squeezed = view.squeeze(shift), jax.tree.map(view.squeeze, m)
+    shift, m = pool_blocks(axes, *squeezed, weights is not None)
+    return axes.unsqueeze(shift), jax.tree.map(axes.unsqueeze, m)
