@@ -86,7 +86,8 @@ class BatchNorm(nn.BatchNorm):
             "use_running_average", self.use_running_average, use_running_average
         )
         shape = resolve(jnp.shape(x), self.axis).feature_shape
-        variables = _statistics(self, shape)
+        counts = self.update is not None and (self.is_initializing() or not inference)
+        variables = _statistics(self, shape, counts)
         params = _params(self, shape)
         dtype = canonicalize_dtype(x, *params, dtype=self.dtype)
         mean, var, *count = (v.value for v in variables)
@@ -121,11 +122,13 @@ class BatchNorm(nn.BatchNorm):
 # Functions and not methods: Flax wraps and records every method of a module.
 
 
-def _statistics(module: BatchNorm, shape: tuple[int, ...]) -> list[nn.Variable[Array]]:
-    """The variables mean, var and, with an update rule of the user's, count."""
+def _statistics(
+    module: BatchNorm, shape: tuple[int, ...], counts: bool
+) -> list[nn.Variable[Array]]:
+    """The variables mean, var and, where batches are counted, count: from 0 if there is none."""
     dtype = jnp.float32 if module.force_float32_reductions else module.param_dtype
     initial = {"mean": (jnp.zeros, dtype), "var": (jnp.ones, dtype)}
-    if module.update is not None:
+    if counts:
         initial["count"] = (jnp.zeros, jnp.float32)  # in half precision it could not count
     return [
         module.variable("batch_stats", name, init, shape, dtype)

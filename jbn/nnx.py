@@ -115,8 +115,12 @@ class BatchNorm(nnx.BatchNorm):
         self.update = update
         self.groups = groups
         self.activation = activation
-        if update is not None:
-            self.count = nnx.BatchStat(jnp.zeros(num_features, jnp.float32))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As of any module; an update rule, given later too, brings a `count` from 0 with it."""
+        super().__setattr__(name, value)
+        if name == "update" and value is not None and not hasattr(self, "count"):
+            self.count = nnx.BatchStat(jnp.zeros(self.mean.shape, jnp.float32))
 
     def __call__(
         self,
@@ -146,7 +150,9 @@ class BatchNorm(nnx.BatchNorm):
             error_msg="BatchNorm needs use_running_average=True or False, in the constructor or in "
             "the call; or call model.train() or model.eval() first, or nnx.view(model, ...).",
         )
-        variables = [self.mean, self.var] + ([] if self.update is None else [self.count])
+        variables = [self.mean, self.var]
+        if self.update is not None and not inference:
+            variables += [self.count]
         mean, var, *count = (v.get_value() for v in variables)
         stats = RunningStats(mean, var, *(count or [jnp.zeros(var.shape, jnp.float32)]))
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
