@@ -209,7 +209,9 @@ class _Program:
     def __call__(self, stats: RunningStats, moments: Moments, *values: Array) -> RunningStats:
         closed = ClosedJaxpr(self.program.jaxpr, list(values[: len(self.program.consts)]))
         args = [
-            vary(x, [n for n in varying(aval) if is_typed(n)])  # as when it was traced
+            vary(
+                x, [n for n in aval.manual_axis_type.varying if is_typed(n)]
+            )  # as when it was traced
             for x, aval in zip((*stats, *moments), self.program.in_avals, strict=True)
         ]
         return RunningStats(*jaxpr_as_fun(closed)(*args))

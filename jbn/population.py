@@ -236,12 +236,13 @@ def _measure(
     last: dict[int, Update] = {}
     others: dict[int, Array] = {}
     n = 0
-    for updates, others in _one_behind(steps()):
+    for updates, returned in _one_behind(steps()):
         moments = _on_host({at: update.moments for at, update in updates.items()})
         for at, calls in moments.items():
             for m in calls:
                 sums[at] = _add(sums.get(at), m, weighted=not way.paper)
         last |= updates
+        others = returned
         n += 1
     if sums and not any(total.batches.any() for total in sums.values()):
         raise ValueError(

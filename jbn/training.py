@@ -34,6 +34,7 @@ from jbn._deferred import (
     settle,
     vary,
 )
+from jbn._export import serializable
 from jbn._reference import accumulator
 from jbn._sync import AxisName, bound_axes, recorded, scope, varying
 
@@ -213,6 +214,9 @@ class LossScaleState(NamedTuple):
     scale: Array
     good_steps: Array
     inner: Tree
+
+
+serializable(TrainState, Mean, LossScaleState)
 
 
 def dynamic_loss_scale(
