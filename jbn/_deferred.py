@@ -44,13 +44,17 @@ from jbn._sync import AxisName, Scope, varying
 T = TypeVar("T")
 
 
+class NotOurs(TypeError):
+    """A layer that is not jbn's reads or writes statistics that are to be pooled."""
+
+
 class _Waiting:
     """What only a layer of jbn can read: everything else is told which statistics these are."""
 
     path: str
 
     def _refuse(self, *_: Any) -> NoReturn:
-        raise TypeError(_not_ours(self.path))
+        raise NotOurs(_not_ours(self.path))
 
     __jax_array__ = __array__ = __getitem__ = __neg__ = __abs__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = (
@@ -256,6 +260,8 @@ def chosen(update: Callable[[Any], Any], stats: Any, *, fixed: bool = False) -> 
 
     try:
         jaxpr = jax.make_jaxpr(returned)().jaxpr
+    except NotOurs:
+        raise
     except Exception:  # it will come again when the function runs, deferred as a whole
         return frozenset(leaves)
     ours = _from_layers(jaxpr, [False] * len(jaxpr.invars))
@@ -430,7 +436,7 @@ def cells(
     leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in _leaves(tree)]
     for where, leaf in leaves:
         if not is_waiting(leaf) and (deferred is None or where in deferred):
-            raise TypeError(_not_ours(where))
+            raise NotOurs(_not_ours(where))
     found = [_unstack(v) if stacked and is_waiting(v) else v for _, v in leaves]
     if axis_name is None:
         return found

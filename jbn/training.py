@@ -177,7 +177,8 @@ def make_train_step(
             return sums, new_stats
 
         if pool_stats:
-            only = chosen(lambda v: loss_fn(params, _own(v), *arguments(0))[1], state.stats)
+            given = vary(state.stats, names)
+            only = chosen(lambda v: loss_fn(params, _own(v), *arguments(0))[1], given)
             stats = defer(state.stats, only=only)
             sums, stats = _accumulate(part, params, stats, microbatches, pool=True, names=names)
             sums = _summed(sums, names)

@@ -99,7 +99,7 @@ def test_microbatches_give_the_numbers_of_one_pass_with_traced_rules(rule):
 
 
 def test_two_calls_apply_their_traced_rules_one_after_the_other():
-    loss_fn = layer_with(RULES["of_the_batch"], times=2)
+    loss_fn = layer_with(RULES["debiased"], times=2)
     expected = one_step(loss_fn, *ONE)
     chex.assert_trees_all_close(one_step(loss_fn, *ONE, microbatches=2), expected, **CLOSE)
 
@@ -122,10 +122,8 @@ def test_scanned_layers_take_traced_rules():
     def loss_fn(params, stats, x):
         def layer(x, own):
             params, stats, decay = own
-            if layer.closes:
-                rule = lambda s, m: jbn.ema(decay)(s, m)  # noqa: E731
-            else:
-                rule = jbn.ema(decay)
+            closing = lambda s, m: jbn.ema(decay)(s, m)  # noqa: E731
+            rule = closing if layer.closes else jbn.ema(decay)
             return jbn.batch_norm(x, params, stats, update=rule)
 
         layer.closes = loss_fn.closes
@@ -265,7 +263,7 @@ def test_populations_pass_the_state_of_other_layers_through(layer_by_layer):
     for name in "SpectralNorm_0", "steps":
         chex.assert_trees_all_close(new[name], once[name], **CLOSE)
     kernel, bias = params["Dense_0"]["kernel"], params["Dense_0"]["bias"]
-    seen = X @ (kernel / once["SpectralNorm_0"]["Dense_0/kernel/sigma"]) + bias
+    seen = X @ (kernel / once["SpectralNorm_0"]["Dense_0/kernel/sigma"]) + bias[None]
     np.testing.assert_allclose(new["BatchNorm_0"]["mean"], seen.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(new["BatchNorm_0"]["var"], seen.var(0), rtol=1e-4)
 
