@@ -289,7 +289,7 @@ def _is_statistic(where: str, leaves: Mapping[str, tuple[Any, Any]]) -> bool:
     if name != "count":
         return name in ("mean", "var")
     beside = {own[1]: v for p, v in leaves.values() if (own := _named(p))[0] == layer}
-    return "mean" in beside and jnp.shape(beside.get("var")) == jnp.shape(leaf)
+    return {"mean", "var"} <= set(beside) and jnp.shape(beside["var"]) == jnp.shape(leaf)
 
 
 _MARK = "jbn.running_stats"
