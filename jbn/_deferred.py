@@ -408,18 +408,19 @@ def settle(
       TypeError: a leaf is an array that was deferred: its layer does not know of deferral.
     """
     found = cells(tree, stacked=stacked, axis_name=axis_name, deferred=deferred)
-    arrays = [
-        getattr(cell.settled(), cell.field)
-        if isinstance(cell, Update)
-        else cell.value
-        if isinstance(cell, Deferred)
-        else cell
-        for cell in found
-    ]
+    arrays = [_value(cell) for cell in found]
     traced = [i for i, cell in enumerate(found) if isinstance(cell, Update) and cell.traced]
-    for i, value in zip(traced, _agreed([arrays[i] for i in traced], axis_name), strict=True):
+    agreed = _agreed([arrays[i] for i in traced], axis_name)
+    for i, value in zip(traced, agreed, strict=True):
         arrays[i] = value
     return jax.tree.unflatten(_structure(tree), arrays)
+
+
+def _value(cell: Any) -> Array:
+    """What becomes of one array, deferred or not."""
+    if isinstance(cell, Update):
+        return getattr(cell.settled(), cell.field)
+    return cell.value if isinstance(cell, Deferred) else cell
 
 
 def cells(
@@ -441,7 +442,8 @@ def cells(
     if axis_name is None:
         return found
     others = [i for i, cell in enumerate(found) if not is_waiting(cell)]
-    for i, value in zip(others, _agreed([found[i] for i in others], axis_name), strict=True):
+    agreed = _agreed([found[i] for i in others], axis_name)
+    for i, value in zip(others, agreed, strict=True):
         found[i] = value
     return _pool_instances(found, axis_name if isinstance(axis_name, tuple) else (axis_name,))
 
