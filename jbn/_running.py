@@ -74,7 +74,8 @@ def ema(decay: float = 0.99, *, debias: bool = False, unbiased: bool = False) ->
     Array([3.], dtype=float32)
 
     Args:
-      decay: in [0, 1].
+      decay: in [0, 1]; or traced, and then not checked. A schedule is one program: the decay is an
+        argument of it.
       debias: divide out the weight of the initial value, as Adam and Haiku do: constant batches
         give exactly their statistics from the first step on.
       unbiased: average var * count / (count - 1) (Alg. 2, line 10), as PyTorch does. A batch with

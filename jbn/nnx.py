@@ -60,7 +60,7 @@ class BatchNorm(nnx.BatchNorm):
       scale_metadata: of the scale's `nnx.Param`.
       update: how a batch enters the running statistics, such as `jbn.ema(0.9, debias=True)` or
         `jbn.cumulative()`; it takes momentum's place, and adds a `count` to the module's
-        `nnx.BatchStat`s. By default `jbn.ema(momentum)`.
+        `nnx.BatchStat`s, also when it is set on an existing layer. By default `jbn.ema(momentum)`.
       groups: normalise each of this many equal, consecutive parts of the batch by statistics of its
         own; the stored ones are of the whole batch.
       activation: an elementwise function, such as `jax.nn.relu`, applied to y at last. As part of

@@ -88,7 +88,8 @@ def estimate(
         `apply(..., mutable=["batch_stats"])[1]["batch_stats"]`; with nnx, merge the model, call it
         and return `nnx.state(model, nnx.BatchStat)`.
       params: the model's, whatever they are.
-      stats: linen's `batch_stats`, nnx's State of BatchStat, or a tree of jbn.RunningStats.
+      stats: linen's `batch_stats`, nnx's State of BatchStat, or a tree of jbn.RunningStats. What
+        other layers keep there is in the end as the model returns it for the last batch.
       batches: of any sizes, with masks or weights if the model takes them. Such as training has:
         deeper layers see what shallower ones make of a batch. With `layer_by_layer` they are read
         several times: a list, or a function that returns the batches from the first on.
@@ -110,13 +111,15 @@ def estimate(
       axis_name: of mesh, one or several.
 
     Returns:
-      A tree of the structure and dtypes of `stats`, the same on all devices and in all processes.
+      A tree of the structure and dtypes of `stats`, the same on all devices and in all processes,
+      with a `count` where the model has one and `stats` has not.
       `count` is the number of batches that entered, for each feature; a layer that is called
       several times counts each call. Where a batch has no data of a feature, or a NaN or infinity,
       it is left out; a feature without any stays as it was, as do layers that are frozen.
 
     Raises:
-      TypeError: a layer is not jbn's; or batches is an array or a dictionary.
+      TypeError: a normalisation is not jbn's; branches do not update the same statistics; or
+        batches is an array or a dictionary.
       ValueError: there is no batch, or none has data; batches lie in one of several processes,
         can be read once only and layer_by_layer is True, or differ in number from pass to pass; a
         batch is a single value of each feature, by which a layer would have to normalise (not with

@@ -59,7 +59,7 @@ class TrainState(NamedTuple):
       step: [], int32: how many steps have been made, skipped ones included.
       params: what the optimizer changes, such as linen's `params` or nnx's State of Param.
       stats: the running statistics, such as linen's `batch_stats`, nnx's State of BatchStat, or a
-        tree of jbn.RunningStats.
+        tree of jbn.RunningStats. Other layers may keep their state here, too.
       opt_state: Optax's.
     """
 
@@ -135,7 +135,8 @@ def make_train_step(
         so that under `jit` with a sharded batch every device has its share of each part.
       pool_stats: whether the running statistics are updated once a step, by the moments of the
         whole batch, also where layers normalise by microbatch or by device; it takes layers of
-        jbn's. False: each microbatch updates them in turn, as the layers do by themselves; then
+        jbn's. Other state in `stats` is as the last microbatch returns it, and the mean (of
+        integers the largest value) over the devices. False: each microbatch updates them in turn, as the layers do by themselves; then
         layers must be synchronised over `axis_name`. By default True where there is something to
         pool: several microbatches, or an axis_name.
       rng: a key. Each step, microbatch and instance of axis_name draws its own from it.
@@ -151,9 +152,11 @@ def make_train_step(
 
     Raises:
       NameError: axis_name is not bound.
-      TypeError: loss_fn returns something else, or with pool_stats a layer is not jbn's.
-      ValueError: microbatches does not divide the batch, the state varies over axis_name, or so do
-        the new statistics without pool_stats.
+      TypeError: loss_fn returns something else, or with pool_stats a normalisation is not jbn's,
+        or branches do not update the same statistics.
+      ValueError: microbatches does not divide the batch; the state varies over axis_name, or so do
+        the new statistics without pool_stats; layers share statistics over an axis outside of the
+        step that axis_name lacks; or loss_fn returns statistics of another structure.
     """
     if microbatches < 1:
         raise ValueError(f"microbatches must be at least 1; got {microbatches}.")

@@ -158,7 +158,7 @@ def test_a_schedule_of_the_decay_is_one_program(options):
     sizes, means = [], []
     for decay in [0.9, 0.5, 0.123, 1 / 3]:
         _, stats = jbn.batch_norm(x, params, stats, update=jbn.ema(decay, **options))
-        sizes.append(_absorb_once_a_shape._cache_size())  # pyright: ignore[reportFunctionMemberAccess]
+        sizes.append(_absorb_once_a_shape._cache_size())  # pyright: ignore[reportAttributeAccessIssue]
         means.append(stats.mean)
     assert sizes[-1] == sizes[0]
     weight = 0.9 if not options else 0.0
