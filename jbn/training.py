@@ -136,9 +136,9 @@ def make_train_step(
       pool_stats: whether the running statistics are updated once a step, by the moments of the
         whole batch, also where layers normalise by microbatch or by device; it takes layers of
         jbn's. Other state in `stats` is as the last microbatch returns it, and the mean (of
-        integers the largest value) over the devices. False: each microbatch updates them in turn, as the layers do by themselves; then
-        layers must be synchronised over `axis_name`. By default True where there is something to
-        pool: several microbatches, or an axis_name.
+        integers the largest value) over the devices. False: each microbatch updates them in turn,
+        as the layers do by themselves; then layers must be synchronised over `axis_name`. By
+        default True where there is something to pool: several microbatches, or an axis_name.
       rng: a key. Each step, microbatch and instance of axis_name draws its own from it.
 
     Returns:
