@@ -14,6 +14,7 @@ import os
 
 from jbn._batch_norm import batch_norm, batch_norm_inference
 from jbn._checkpoint import checkpoint_policy
+from jbn._export import serializable as _serializable
 from jbn._moments import moments
 from jbn._normalize import Params, init_params, normalize
 from jbn._pool import Moments, merge, pool
@@ -43,6 +44,8 @@ __all__ = [
     # What a backward pass keeps
     "checkpoint_policy",
 ]
+
+_serializable(Params, RunningStats, Moments)
 
 if os.environ.get("JBN_NATIVE", "0") not in ("", "0"):
     from jbn import native

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,8 @@ def ema(decay: float = 0.99, *, debias: bool = False, unbiased: bool = False) ->
     Array([3.], dtype=float32)
 
     Args:
-      decay: in [0, 1].
+      decay: in [0, 1]; or traced, and then not checked. A schedule is one program: the decay is an
+        argument of it.
       debias: divide out the weight of the initial value, as Adam and Haiku do: constant batches
         give exactly their statistics from the first step on.
       unbiased: average var * count / (count - 1) (Alg. 2, line 10), as PyTorch does. Weights are
@@ -134,11 +135,40 @@ class _Ema:
         return f"ema({self.decay}, debias={self.debias}, unbiased={self.unbiased})"
 
     def __call__(self, stats: RunningStats, moments: Moments) -> RunningStats:
-        rate = 1 - self.decay
+        return self.form(stats, moments, *self.numbers)
+
+    @property
+    def form(self) -> "_EmaForm":
+        """The rule but for its decay."""
+        return _EmaForm(self.debias, self.unbiased)
+
+    @property
+    def numbers(self) -> tuple[float | Array, float | Array]:
+        """(1 - d, log d), in double precision where d is a Python number."""
+        decay = self.decay
+        if isinstance(decay, Array):  # traced; statistics carry no gradient
+            decay = lax.stop_gradient(decay)
+        return 1 - decay, _log(decay)
+
+
+@dataclasses.dataclass(frozen=True)
+class _EmaForm:
+    """An exponential moving average whose decay comes with each call."""
+
+    debias: bool
+    unbiased: bool
+
+    def __call__(
+        self,
+        stats: RunningStats,
+        moments: Moments,
+        rate: float | Array,
+        log_decay: float | Array,
+    ) -> RunningStats:
         if self.debias:
             # 1 - d^t as -expm1(t log d), which keeps its digits for d close to 1.
-            log_decay = _log(self.decay)
             t = stats.count + 1
+            rate, log_decay = jnp.asarray(rate, t.dtype), jnp.asarray(log_decay, t.dtype)
             rate = jnp.where(t > 1, rate / -jnp.expm1(t * log_decay), jnp.ones_like(t))
         return _move(stats, moments, rate, self.unbiased, self.single_values)
 
@@ -148,7 +178,7 @@ def ema_of_flax(decay: float) -> UpdateRule:
     return _Ema(_check.decay(decay, False), debias=False, unbiased=False, single_values=True)
 
 
-def _log(decay: float) -> float | Array:
+def _log(decay: float | Array) -> float | Array:
     if isinstance(decay, Array):  # traced
         return jnp.log(decay)
     return math.log(decay) if decay > 0 else -math.inf
@@ -185,15 +215,16 @@ def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningSt
         where = jax.typeof(moments.mean).sharding
         stats = jax.tree.map(lambda values: jax.sharding.reshard(values, where), stats)
     if isinstance(rule, _Ema | _Cumulative):
-        static = not isinstance(getattr(rule, "decay", None), Array)  # traced, it is no key
-        return _absorb_once_a_shape(rule, stats, moments) if static else rule(stats, moments)
+        function, numbers = split(rule)
+        return _absorb_once_a_shape(function, stats, moments, *numbers)
     new = rule(stats, moments)
     if not isinstance(new, type(stats)):
         raise TypeError(
             f"the update rule {rule!r} must return jbn.RunningStats(mean, var, count); "
             f"got {type(new).__name__}."
         )
-    new = new._replace(**{f: jnp.asarray(v) for f, v in new._asdict().items()})
+    fields = new._asdict().items()
+    new = new._replace(**{f: lax.stop_gradient(jnp.asarray(v)) for f, v in fields})
     for field, value in new._asdict().items():
         if jnp.iscomplexobj(value) and not jnp.iscomplexobj(getattr(stats, field)):
             raise TypeError(
@@ -208,9 +239,18 @@ def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningSt
     return _keep_sound(stats, moments, new, seen=moments)
 
 
+def split(rule: UpdateRule) -> tuple[Callable[..., RunningStats], tuple[Any, ...]]:
+    """(function, numbers), so that rule(stats, moments) = function(stats, moments, *numbers).
+
+    The decay of an average is a number: neither a program for each value of a schedule, nor a
+    traced value among what is static.
+    """
+    return (rule.form, rule.numbers) if isinstance(rule, _Ema) else (rule, ())
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _absorb_once_a_shape(rule, stats: RunningStats, moments: Moments) -> RunningStats:
-    return rule(stats, moments)
+def _absorb_once_a_shape(function, stats: RunningStats, moments: Moments, *numbers) -> RunningStats:
+    return function(stats, moments, *numbers)
 
 
 def _move(
@@ -229,7 +269,7 @@ def _move(
         # At rate 1 exactly the new value: old + (new - old) would round.
         if isinstance(rate, float | int):
             return new if np.asarray(rate, dtype) == 1 else moved
-        return jnp.where(rate == 1, new, moved)
+        return jnp.where(jnp.asarray(rate, dtype) == 1, new, moved)
 
     var = unbiased_var(moments) if unbiased else moments.var
     mean, var = step(stats.mean, moments.mean), step(stats.var, var)

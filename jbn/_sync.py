@@ -5,8 +5,10 @@ instance, before `_pool` makes one of them; `Scope.sum` adds up numbers, and is 
 can transpose it in a backward pass. Each is one collective.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -119,6 +121,8 @@ def scope(
     size = math.prod(_axis_size(name) for name in names)
     for name in names:
         _reduces_here(name)
+    if (shared := _shared.get()) is not None:
+        shared.update(dict.fromkeys(names))
     if axis_index_groups is None:
         return Scope(names)
     groups = _index_groups(axis_index_groups)
@@ -153,6 +157,23 @@ def _index_groups(groups: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...
             f"{groups!r}."
         )
     return tuple(tuple(i for i in group if i is not None) for group in found)
+
+
+# The axes over which layers share statistics while a step is traced; None outside of a step.
+_shared: contextvars.ContextVar[dict[Hashable, None] | None] = contextvars.ContextVar(
+    "shared", default=None
+)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[dict[Hashable, None]]:
+    """Collects the names of the axes of every `scope` that is made inside, in order."""
+    names: dict[Hashable, None] = {}
+    token = _shared.set(names)
+    try:
+        yield names
+    finally:
+        _shared.reset(token)
 
 
 def varying(x: Array) -> frozenset[Hashable]:

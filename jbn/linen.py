@@ -93,7 +93,8 @@ class BatchNorm(nn.BatchNorm):
         )
         x = _check.array(x, "x")
         shape = resolve(x.shape, self.axis).feature_shape
-        variables = _statistics(self, shape, x.dtype)
+        counts = self.update is not None and (self.is_initializing() or not inference)
+        variables = _statistics(self, shape, x.dtype, counts)
         params = _params(self, shape)
         dtype = canonicalize_dtype(x, *params, dtype=self.dtype)
         mean, var, *count = (v.value for v in variables)
@@ -128,14 +129,19 @@ class BatchNorm(nn.BatchNorm):
 # Functions and not methods: Flax wraps and records every method of a module.
 
 
-def _statistics(module: BatchNorm, shape: tuple[int, ...], x: Dtype) -> list[nn.Variable[Array]]:
-    """The variables mean, var and, with an update rule of the user's, count, for x of a dtype."""
+def _statistics(
+    module: BatchNorm, shape: tuple[int, ...], x: Dtype, counts: bool
+) -> list[nn.Variable[Array]]:
+    """The variables for x of a dtype: mean, var and, where batches are counted, count.
+
+    The count is from 0 if there is none.
+    """
     dtype = jnp.float32 if module.force_float32_reductions else module.param_dtype
     affine = module.param_dtype if module.use_scale or module.use_bias else None
     mean = _flax.mean_dtype(dtype, x, module.dtype, affine)
     initial: dict[str, tuple[Callable[..., Array], Any]]
     initial = {"mean": (jnp.zeros, mean), "var": (jnp.ones, jnp.finfo(dtype).dtype)}
-    if module.update is not None:
+    if counts:
         initial["count"] = (jnp.zeros, jnp.float32)  # in half precision it could not count
     return [
         module.variable("batch_stats", name, init, shape, dtype)

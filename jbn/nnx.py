@@ -62,8 +62,8 @@ class BatchNorm(nnx.BatchNorm):
       scale_metadata: of the scale's `nnx.Param`.
       update: how a batch enters the running statistics, such as `jbn.ema(0.9, debias=True)` or
         `jbn.cumulative()`; it takes momentum's place, and adds a `count` to the module's
-        `nnx.BatchStat`s. By default as in Flax: `jbn.ema(momentum)`, with the variance 0 of a
-        single value.
+        `nnx.BatchStat`s, also when it is set on an existing layer. By default as in Flax:
+        `jbn.ema(momentum)`, with the variance 0 of a single value.
       groups: normalise each of this many equal, consecutive parts of the batch by statistics of its
         own; the stored ones are of the whole batch.
       activation: an elementwise function, such as `jax.nn.relu`, applied to y at last. As part of
@@ -121,8 +121,12 @@ class BatchNorm(nnx.BatchNorm):
         mean = _flax.mean_dtype(jnp.float32, dtype, param_dtype)
         if mean != jnp.float32:
             self.mean = nnx.BatchStat(jnp.zeros(num_features, mean))
-        if update is not None:
-            self.count = nnx.BatchStat(jnp.zeros(num_features, jnp.float32))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As of any module; an update rule, given later too, brings a `count` from 0 with it."""
+        super().__setattr__(name, value)
+        if name == "update" and value is not None and not hasattr(self, "count"):
+            self.count = nnx.BatchStat(jnp.zeros(self.mean.shape, jnp.float32))
 
     def __call__(
         self,
@@ -153,7 +157,9 @@ class BatchNorm(nnx.BatchNorm):
             "the call; or call model.train() or model.eval() first, or nnx.view(model, ...).",
         )
         x = _check.array(x, "x")
-        variables = [self.mean, self.var] + ([] if self.update is None else [self.count])
+        variables = [self.mean, self.var]
+        if self.update is not None and not inference:
+            variables += [self.count]
         mean, var, *count = (v.get_value() for v in variables)
         stats = RunningStats(mean, var, *(count or [jnp.zeros(var.shape, jnp.float32)]))
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))

@@ -31,7 +31,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jbn._deferred import Update, cells, check_structure, defer
+from jbn._deferred import (
+    MissingCounts,
+    Update,
+    called,
+    cells,
+    chosen,
+    defer,
+    fitted,
+    is_waiting,
+)
 from jbn._pool import Moments
 from jbn._running import RunningStats, unbiased_var
 from jbn._sync import AxisName
@@ -79,7 +88,8 @@ def estimate(
         `apply(..., mutable=["batch_stats"])[1]["batch_stats"]`; with nnx, merge the model, call it
         and return `nnx.state(model, nnx.BatchStat)`.
       params: the model's, whatever they are.
-      stats: linen's `batch_stats`, nnx's State of BatchStat, or a tree of jbn.RunningStats.
+      stats: linen's `batch_stats`, nnx's State of BatchStat, or a tree of jbn.RunningStats. What
+        other layers keep there is in the end as the model returns it for the last batch.
       batches: of any sizes, with masks or weights if the model takes them. Such as training has:
         deeper layers see what shallower ones make of a batch. With `layer_by_layer` they are read
         several times: a list, or a function that returns the batches from the first on.
@@ -102,14 +112,16 @@ def estimate(
       axis_name: of mesh, one or several.
 
     Returns:
-      A tree of the structure and dtypes of `stats`, the same on all devices and in all processes.
+      A tree of the structure and dtypes of `stats`, the same on all devices and in all processes,
+      with a `count` where the model has one and `stats` has not.
       `count` is the number of batches that entered, for each feature; a layer that is called
       several times counts each call. Where a batch has no data of a feature, or a NaN or infinity,
       it is left out; a feature without any stays as it was, as do layers that are frozen and a
       feature whose statistics would be infinite in the dtype of `stats`.
 
     Raises:
-      TypeError: a layer is not jbn's; or batches is an array or a dictionary.
+      TypeError: a normalisation is not jbn's; branches do not update the same statistics; or
+        batches is an array or a dictionary.
       ValueError: there is no batch, or none has data; batches lie in one of several processes,
         can be read once only and layer_by_layer is True, or differ in number from pass to pass; a
         batch is a single value of each feature, by which a layer would have to normalise (not with
@@ -128,29 +140,32 @@ def estimate(
     names = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     way = _Way(variance == "paper", layer_by_layer, mesh, names)
     read = _reader(batches, layer_by_layer)
-    layers, n = _measure(apply_fn, way, params, stats, read())
-    if n == 0:
+    found = _measure(apply_fn, way, params, stats, read())
+    if found.batches == 0:
         raise ValueError("batches is empty: there are no statistics to take.")
-    if not layers:
+    if not found.layers:
         raise ValueError(
             "apply_fn updated no statistics: the model has to run in training mode, such as "
             "use_running_average=False in linen, or model.train() in nnx."
         )
-    passes = sum(layer.calls for layer in layers.values()) if layer_by_layer else 1
+    stats = found.given
+    passes = sum(layer.calls for layer in found.layers.values()) if layer_by_layer else 1
     for i in range(2, passes + 1):
-        given, previous = _write(stats, layers), layers
-        layers, again = _measure(apply_fn, way, params, given, read())
-        if again != n:
+        previous = found
+        found = _measure(apply_fn, way, params, _write(stats, previous.layers), read())
+        if found.batches != previous.batches:
             raise ValueError(
-                f"batches were {n} in the first pass and {again} in pass {i}: a function for "
-                f"batches= must return all of them each time, from the first on."
+                f"batches were {previous.batches} in the first pass and {found.batches} in pass "
+                f"{i}: a function for batches= must return all of them each time, from the first "
+                f"on."
             )
         # To the last bit: what a deep net makes of the last bit of its first layer may be large.
         if all(
-            layer.value.tobytes() == previous[at].value.tobytes() for at, layer in layers.items()
+            layer.value.tobytes() == previous.layers[at].value.tobytes()
+            for at, layer in found.layers.items()
         ):
             break
-    return _write(stats, layers)
+    return _write(stats, found.layers, found.others)
 
 
 class _Way(NamedTuple):
@@ -201,20 +216,43 @@ class _Layer(NamedTuple):
         return _rounded(getattr(self.stats, self.cell.field), self.cell.dtype)
 
 
+class _Pass(NamedTuple):
+    """What one pass over the batches gives; arrays by their place among the leaves of `given`."""
+
+    given: Tree  # the statistics, with counts where the model counts
+    layers: dict[int, _Layer]
+    others: dict[int, Array]  # the state of layers that are not jbn's, of the last batch
+    batches: int
+
+
 def _measure(
     apply_fn: ApplyFn, way: _Way, params: Tree, stats: Tree, batches: Iterable[Any]
-) -> tuple[dict[int, _Layer], int]:
-    """One pass: what is found for each array, by its place among the leaves; how many batches."""
+) -> _Pass:
+    """One pass: what is found for each array, and of how many batches."""
+    given = stats
+
+    def steps() -> Iterator[tuple[dict[int, Update], dict[int, Array]]]:
+        nonlocal given
+        for batch in batches:
+            batch = _check_batch(batch, way)
+            try:
+                result = _step(apply_fn, way, params, given, batch)
+            except MissingCounts as missing:  # the model has not counted batches so far
+                given = missing.filled(given)
+                result = _step(apply_fn, way, params, given, batch)
+            yield result
+
     sums: dict[int, _Sums] = {}
     last: dict[int, Update] = {}
+    others: dict[int, Array] = {}
     n = 0
-    steps = (_step(apply_fn, way, params, stats, _check_batch(b, way)) for b in batches)
-    for updates in _one_behind(steps):
+    for updates, returned in _one_behind(steps()):
         moments = _on_host({at: update.moments for at, update in updates.items()})
         for at, calls in moments.items():
             for m in calls:
                 sums[at] = _add(sums.get(at), m, weighted=not way.paper)
         last |= updates
+        others = returned
         n += 1
     if sums and not any(total.batches.any() for total in sums.values()):
         raise ValueError(
@@ -223,30 +261,38 @@ def _measure(
             + ' (Nor has "paper" use for a batch with one value of a feature, which has no '
             'unbiased variance; "pooled" has.)' * way.paper
         )
-    return {
+    layers = {
         at: _Layer(last[at], _divide(last[at].stats, sums[at], pooled=not way.paper)) for at in last
-    }, n
+    }
+    return _Pass(given, layers, others, n)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _step(
     apply_fn: ApplyFn, way: _Way, params: Tree, stats: Tree, batch: Tree
-) -> dict[int, Update]:
-    """The moments of one batch: of every layer that it updates, of every call."""
+) -> tuple[dict[int, Update], dict[int, Array]]:
+    """The moments of one batch, of every call of every layer; and what other layers return."""
 
-    def observe(params: Tree, stats: Tree, batch: Tree) -> dict[int, Update]:
-        waiting = defer(stats, fixed=way.fixed)
-        new = apply_fn(params, waiting, batch)
-        check_structure("apply_fn", new, waiting)
-        found = cells(new, axis_name=way.axis_name)
-        updates = {at: cell for at, cell in enumerate(found) if isinstance(cell, Update)}
-        return {at: _unbiased(cell) for at, cell in updates.items()} if way.paper else updates
+    def observe(params: Tree, stats: Tree, batch: Tree) -> tuple[dict, dict]:
+        only = chosen(lambda v: apply_fn(params, v, batch), stats, fixed=way.fixed)
+        waiting = defer(stats, fixed=way.fixed, only=only)
+        new = fitted("apply_fn", called(apply_fn, params, waiting, batch), waiting)
+        found = dict(enumerate(cells(new, axis_name=way.axis_name, deferred=only)))
+        updates = {at: _bare(cell) for at, cell in found.items() if isinstance(cell, Update)}
+        if way.paper:
+            updates = {at: _unbiased(update) for at, update in updates.items()}
+        return updates, {at: v for at, v in found.items() if not is_waiting(v)}
 
     if way.mesh is not None:
         # Nothing is differentiated, and all that leaves has been pooled: there is nothing to check.
         specs = {"in_specs": (P(), P(), P(way.axis_name)), "out_specs": P(), "check_vma": False}
         observe = jax.shard_map(observe, mesh=way.mesh, **specs)
     return observe(params, stats, batch)
+
+
+def _bare(update: Update) -> Update:
+    """Without rules, of which a data set has no use."""
+    return dataclasses.replace(update, rules=())
 
 
 def _unbiased(update: Update) -> Update:
@@ -312,11 +358,13 @@ def _rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return np.asarray(values).astype(dtype)
 
 
-def _write(stats: Tree, layers: dict[int, _Layer]) -> Tree:
+def _write(stats: Tree, layers: dict[int, _Layer], others: dict[int, Array] | None = None) -> Tree:
     """`stats` with what was found, in the dtype of each array, and where it lies."""
     leaves, structure = jax.tree.flatten(stats)
-    for at, layer in layers.items():
-        value, lies = layer.value, leaves[at]
+    found = {at: layer.value for at, layer in layers.items()}
+    found |= {at: _on_host(v).astype(leaves[at].dtype) for at, v in (others or {}).items()}
+    for at, value in found.items():
+        lies = leaves[at]
         # An array that is not committed goes where it is needed.
         committed = isinstance(lies, Array) and lies.committed
         leaves[at] = jax.device_put(value, lies.sharding) if committed else jnp.asarray(value)

@@ -24,9 +24,20 @@ import optax
 from jax import Array, lax
 
 from jbn._axes import integer
-from jbn._deferred import check_structure, defer, settle, vary
+from jbn._deferred import (
+    MissingCounts,
+    called,
+    chosen,
+    defer,
+    fitted,
+    is_typed,
+    is_waiting,
+    settle,
+    vary,
+)
+from jbn._export import serializable
 from jbn._reference import accumulator
-from jbn._sync import AxisName, scope, varying
+from jbn._sync import AxisName, bound_axes, recorded, scope, varying
 
 __all__ = [
     "TrainState",
@@ -49,7 +60,7 @@ class TrainState(NamedTuple):
       step: [], int32: how many steps have been made, skipped ones included.
       params: what the optimizer changes, such as linen's `params` or nnx's State of Param.
       stats: the running statistics, such as linen's `batch_stats`, nnx's State of BatchStat, or a
-        tree of jbn.RunningStats.
+        tree of jbn.RunningStats. Other layers may keep their state here, too.
       opt_state: Optax's.
     """
 
@@ -125,9 +136,10 @@ def make_train_step(
         so that under `jit` with a sharded batch every device has its share of each part.
       pool_stats: whether the running statistics are updated once a step, by the moments of the
         whole batch, also where layers normalise by microbatch or by device; it takes layers of
-        jbn's. False: each microbatch updates them in turn, as the layers do by themselves; then
-        layers must be synchronised over `axis_name`. By default True where there is something to
-        pool: several microbatches, or an axis_name.
+        jbn's. Other state in `stats` is as the last microbatch returns it, and the mean (of
+        integers the largest value) over the devices. False: each microbatch updates them in turn,
+        as the layers do by themselves; then layers must be synchronised over `axis_name`. By
+        default True where there is something to pool: several microbatches, or an axis_name.
       rng: a key. Each step, microbatch and instance of axis_name draws its own from it.
 
     Returns:
@@ -141,9 +153,11 @@ def make_train_step(
 
     Raises:
       NameError: axis_name is not bound.
-      TypeError: loss_fn returns something else, or with pool_stats a layer is not jbn's.
-      ValueError: microbatches does not divide the batch, the state varies over axis_name, or so do
-        the new statistics without pool_stats.
+      TypeError: loss_fn returns something else, or with pool_stats a normalisation is not jbn's,
+        or branches do not update the same statistics.
+      ValueError: microbatches does not divide the batch; the state varies over axis_name, or so do
+        the new statistics without pool_stats; layers share statistics over an axis outside of the
+        step that axis_name lacks; or loss_fn returns statistics of another structure.
     """
     _function("loss_fn", loss_fn, "(params, stats, batch) -> (loss, stats, metrics)")
     _optimizer(optimizer)
@@ -159,27 +173,45 @@ def make_train_step(
     pool_stats = (microbatches > 1 or axis_name is not None) if pool_stats is None else pool_stats
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def step(state: TrainState, batch: Tree) -> tuple[TrainState, dict[str, Array]]:
+    def run(state: TrainState, batch: Tree) -> tuple[TrainState, dict[str, Array]]:
         names = scope(axis_name).names
         _check_replicated(state, names)
         scale = _loss_scale(state.opt_state)
         params = vary(state.params, names)  # so that no psum hides in their gradient
 
-        def part(i: Array | int, stats: Tree) -> tuple[_Sums, Tree]:
+        def arguments(i: Array | int) -> tuple[Any, ...]:
             args = (_microbatch(batch, i, microbatches),)
-            if rng is not None:
-                args += (_key(rng, state.step, i, names),)
-            sums, new_stats = _differentiate(loss_fn, params, stats, args, scale)
+            return args if rng is None else (*args, _key(rng, state.step, i, names))
+
+        def part(i: Array | int, stats: Tree) -> tuple[_Sums, Tree]:
+            sums, new_stats = _differentiate(loss_fn, params, stats, arguments(i), scale)
             if not pool_stats:
                 _check_synchronised(new_stats, names)
             return sums, new_stats
 
-        stats = defer(state.stats) if pool_stats else state.stats
-        sums, stats = _accumulate(part, params, stats, microbatches, wait=pool_stats)
-        sums = lax.psum(vary(sums, names), names) if names else sums
         if pool_stats:
-            stats = settle(stats, stacked=microbatches > 1, axis_name=names or None)
+            given = vary(state.stats, names)
+            only = chosen(lambda v: loss_fn(params, _own(v), *arguments(0))[1], given)
+            stats = defer(state.stats, only=only)
+            sums, stats = _accumulate(part, params, stats, microbatches, pool=True, names=names)
+            sums = _summed(sums, names)
+            stats = settle(stats, stacked=microbatches > 1, axis_name=names or None, deferred=only)
+        else:
+            sums, stats = _accumulate(
+                part, params, state.stats, microbatches, pool=False, names=names
+            )
+            sums = _summed(sums, names)
         return _update(optimizer, state, stats, sums, scale)
+
+    def step(state: TrainState, batch: Tree) -> tuple[TrainState, dict[str, Array]]:
+        outside = bound_axes()
+        with recorded() as shared:
+            try:
+                new = run(state, batch)
+            except MissingCounts as missing:  # statistics of a model that did not count, so far
+                new = run(state._replace(stats=missing.filled(state.stats)), batch)
+        _check_axes(new, [name for name in shared if name in outside], scope(axis_name).names)
+        return new
 
     return step
 
@@ -196,6 +228,9 @@ class LossScaleState(NamedTuple):
     scale: Array
     good_steps: Array
     inner: Tree
+
+
+serializable(TrainState, Mean, LossScaleState)
 
 
 def dynamic_loss_scale(
@@ -378,19 +413,28 @@ class _Sums(NamedTuple):
     metrics: dict[str, Mean]
 
 
+def _own(stats: Tree) -> Tree:
+    """A copy whose nnx Variables are of this trace, and so can be written."""
+    return jax.tree.map(lambda v: v, stats)
+
+
+def _summed(sums: _Sums, names: tuple[Any, ...]) -> _Sums:
+    """Over the devices."""
+    return lax.psum(vary(sums, names), names) if names else sums
+
+
 def _differentiate(
     loss_fn: LossFn, params: Tree, stats: Tree, args: tuple[Tree, ...], scale: Array | None
 ) -> tuple[_Sums, Tree]:
     """One microbatch: what adds up, and the statistics that the layers return."""
 
     def total(params: Tree) -> tuple[Array, tuple[Mean, Tree, dict[str, Mean]]]:
-        own_stats = jax.tree.map(lambda v: v, stats)  # nnx Variables of this trace can be written
-        loss, new_stats, metrics = _checked(loss_fn(params, own_stats, *args))
+        loss, new_stats, metrics = _checked(called(loss_fn, params, _own(stats), *args))
         own = loss.total if scale is None else loss.total * scale.astype(loss.total.dtype)
         return own, (loss, new_stats, metrics)
 
     grads, (loss, new_stats, metrics) = jax.grad(total, has_aux=True)(params)
-    check_structure("loss_fn", new_stats, stats)
+    new_stats = fitted("loss_fn", new_stats, stats)
     # float32 at least: small gradients must not be lost in a large sum.
     grads = jax.tree.map(lambda g: g.astype(accumulator(g.dtype)), grads)
     return _Sums(grads, *lax.stop_gradient((loss, metrics))), new_stats
@@ -402,30 +446,50 @@ def _accumulate(
     stats: Tree,
     microbatches: int,
     *,
-    wait: bool,
+    pool: bool,
+    names: tuple[Any, ...],
 ) -> tuple[_Sums, Tree]:
     """The sums of all microbatches, and what these made of the statistics.
 
-    With `wait`, every microbatch starts from the same statistics, and all that they say is returned
-    along a leading axis. Otherwise they update them in turn.
+    With `pool`, every microbatch starts from the same statistics, and all that they say is returned
+    along a leading axis; of what is not deferred only the last. Otherwise they update them in turn.
     """
     if microbatches == 1:
         return part(0, stats)
+    leaves, structure = jax.tree.flatten(stats, is_leaf=is_waiting)
+    later = [is_waiting(leaf) for leaf in leaves]  # to be pooled
 
     def body(carry: tuple[Tree, Tree], i: Array) -> tuple[tuple[Tree, Tree], Tree]:
         grads, old = carry
-        sums, new = part(i, stats if wait else old)
+        sums, new = part(i, stats if pool else old)
         grads = jax.tree.map(jnp.add, grads, sums.grads)
-        carry = grads, None if wait else new
-        return carry, (sums.loss, sums.metrics, new if wait else None)
+        said, kept = _divided(jax.tree.leaves(new, is_leaf=is_waiting), later)
+        if pool:  # of the types that the carry has
+            kept = [jnp.asarray(v, o.dtype) for v, o in zip(kept, others, strict=True)]
+            kept = vary(kept, names)
+        return (grads, kept if pool else new), (sums.loss, sums.metrics, said)
 
     def zeros(p: Array) -> Array:
         return jnp.zeros_like(p, accumulator(p.dtype))
 
-    carry = jax.tree.map(zeros, params), None if wait else stats
-    (grads, last), (loss, metrics, each) = lax.scan(body, carry, jnp.arange(microbatches))
+    others = vary([jnp.asarray(v) for v in _divided(leaves, later)[1]], names)
+    carry = jax.tree.map(zeros, params), others if pool else stats
+    (grads, last), (loss, metrics, said) = lax.scan(body, carry, jnp.arange(microbatches))
     loss, metrics = jax.tree.map(lambda values: jnp.sum(values, 0), (loss, metrics))
-    return _Sums(grads, loss, metrics), each if wait else last
+    if pool:
+        last = jax.tree.unflatten(structure, _joined(said, last, later))
+    return _Sums(grads, loss, metrics), last
+
+
+def _divided(leaves: list[Any], first: list[bool]) -> tuple[list[Any], list[Any]]:
+    pairs = list(zip(leaves, first, strict=True))
+    return [v for v, own in pairs if own], [v for v, own in pairs if not own]
+
+
+def _joined(said: list[Any], kept: list[Any], first: list[bool]) -> list[Any]:
+    """The inverse of `_divided`."""
+    said_, kept_ = iter(said), iter(kept)
+    return [next(said_ if own else kept_) for own in first]
 
 
 def _update(
@@ -562,6 +626,22 @@ def _check_synchronised(stats: Tree, names: tuple[Any, ...]) -> None:
             f"the new statistics at {path} differ between the devices of axis_name={names}: the "
             f"layer normalises on each device alone. Give the layer axis_name too, or leave out "
             f"pool_stats=False."
+        )
+
+
+def _check_axes(new: Tree, shared: list[Any], names: tuple[Any, ...]) -> None:
+    """Refuses layers that share statistics over an axis over which the step adds up nothing."""
+    for name in shared:
+        if name in names or lax.axis_size(name) == 1:
+            continue
+        if is_typed(name) and not _varying_leaves(new, (name,)):
+            continue  # JAX knows that all devices do the same step
+        wanted = (*names, name) if names else name
+        raise ValueError(
+            f"layers share their statistics over axis_name={name!r}, which is bound outside of "
+            f"the step, but the step adds up gradients over "
+            f"{'axis_name=' + repr(names) if names else 'no axis'}: the parameters of the devices "
+            f"would drift apart. Write make_train_step(..., axis_name={wanted!r})."
         )
 
 
