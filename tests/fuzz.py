@@ -200,7 +200,7 @@ def layer(case: Case, x, scale, bias, residual, rows, axis_name):
 
 
 def ours(case: Case, rows):
-    """The function (x, scale, bias, residual) -> (y, mean, var), count of the library in its mode."""
+    """The library's (x, scale, bias, residual) -> (y, mean, var), count in the case's mode."""
 
     def outputs(args):
         x, scale, bias, residual = args
@@ -324,9 +324,7 @@ def law_normalize(case: Case, data: Data) -> Iterator[Compared]:
     t = truth(case, data)
     data = t.data
     params = data.scale, data.bias, data.dmean, data.dvar
-    grads, ((y, mean, var), count) = run(
-        case, _normalize_program(case.program), params, data.rows
-    )
+    grads, ((y, mean, var), count) = run(case, _normalize_program(case.program), params, data.rows)
     dx, dscale, dbias, dresidual = grads
     sort = functools.partial(in_order, case)
     args = sort(data.rows["x"]), data.scale, data.bias, sort(data.rows.get("residual"))
@@ -640,25 +638,26 @@ def _running_program(case: Case):
 
 
 def law_running(case: Case, data: Data) -> Iterator[Compared]:
-    """The running statistics of three batches of jbn.batch_norm, against the oracle."""
+    """The running statistics of three batches of jbn.batch_norm, and its y, against the oracle."""
     update = UPDATES[case.rule]
     dtype = tolerance.accumulator(case.dtype)
-    stats = jbn.init_stats(case.sizes, dtype)
+    eps = tolerance.eps(dtype)
+    new = jbn.init_stats(case.sizes, dtype)
     batches, two, size = [], [], 0.0
     for k in range(3):
         data = fuzz_cases.make(case._replace(seed=case.seed + k))
-        params = jbn.Params(data.scale, data.bias)
-        y, new = run(case, _running_program(case.program), (params, stats), data.rows)
-        stats = jax.tree.map(lambda v: np.asarray(v).astype(dtype), new)
         x, w = data.rows["x"], data.w
-        m = moments(case, x, w)
-        batches.append(m)
-        textbook_m = _two_passes_program(case.program._replace(groups=1, law="normalize"))
-        args = x, data.scale, data.bias, data.rows.get("residual")
-        zeros = np.zeros((1, *case.sizes), dtype)
-        _, (_, mean, var) = to_numpy(textbook_m(args, w, (data.rows["dy"], zeros, zeros)))
-        two.append(m._replace(mean=mean[0], var=var[0]))
-        finite = np.where(data.w > 0 if w is not None else True, np.asarray(x, np.float64), 0.0)
+        params = jbn.Params(data.scale, data.bias), jax.tree.map(lambda v: v.astype(dtype), new)
+        y, new = run(case, _running_program(case.program), params, data.rows)
+        y_two, mean, var = _by_two_passes(case, data)
+        t = truth(case, data)
+        rows = (in_order(case, y), t.values["y"], y_two, t.sizes["y"])
+        yield Compared("y", *(per_part(case, v)[t.sound] for v in rows), case.dtype, eps)
+        if case.groups > 1:
+            _, mean, var = _by_two_passes(case._replace(groups=1), data)
+        batches.append(moments(case, x, w))
+        two.append(batches[-1]._replace(mean=mean[0], var=var[0]))
+        finite = np.where(True if w is None else w > 0, np.asarray(x, np.float64), 0.0)
         size = np.maximum(size, np.abs(finite).max(case.reduced))
     true, base = (oracle.running(b, **update[1]) for b in (batches, two))
     # Between one value and two the unbiased variance is a matter of convention.
@@ -666,12 +665,18 @@ def law_running(case: Case, data: Data) -> Iterator[Compared]:
     keep = ((counts == 0) | (counts > 1.5)).all(0)
     keep &= np.array([_sound(case._replace(epsilon=1.0), m.var) for m in batches]).all(0)
     for name in ("mean", "var", "count"):
-        each = (getattr(s, name) for s in (new, true, base))
-        ours, right, twice = (np.asarray(v, np.float64)[keep] for v in each)
+        ours, right, twice = (np.asarray(getattr(s, name))[keep] for s in (new, true, base))
         spread = size[keep] if name == "mean" else np.abs(right)
-        if keep.any():
-            eps = tolerance.eps(dtype)
-            yield Compared(f"stats.{name}", ours, right, twice, spread, str(np.dtype(dtype)), eps)
+        yield Compared(f"stats.{name}", ours, right, twice, spread, str(np.dtype(dtype)), eps)
+
+
+def _by_two_passes(case: Case, data: Data) -> tuple[np.ndarray, ...]:
+    """(y, mean, var) of two passes in the accumulator's dtype, the groups consecutive."""
+    sort = functools.partial(in_order, case)
+    args = sort(data.rows["x"]), data.scale, data.bias, sort(data.rows.get("residual"))
+    zeros = np.zeros((case.groups, *case.sizes), tolerance.accumulator(case.dtype))
+    program = _two_passes_program(case.program._replace(law="normalize"))
+    return to_numpy(program(args, sort(data.w), (data.rows["dy"], zeros, zeros))[1])
 
 
 def _cuts(case: Case) -> dict[str, list[tuple[int, int]]]:
@@ -715,10 +720,7 @@ def law_pool(case: Case, data: Data) -> Iterator[Compared]:
     rows = {k: v for k, v in data.rows.items() if k in ("x", "mask", "weights")}
     found = to_numpy(_pool_program(case.program)(rows))
     dtype = tolerance.accumulator(case.dtype)
-    zeros = np.zeros((1, *case.sizes), dtype)
-    args = x, data.scale, data.bias, data.rows.get("residual")
-    cotangents = data.rows["dy"], zeros, zeros
-    _, (_, mean, var) = to_numpy(_two_passes_program(case.program)(args, data.w, cotangents))
+    _, mean, var = _by_two_passes(case, data)
     finite = np.where(w > 0, np.asarray(x, np.float64), 0.0)
     size = {"count": m.count, "mean": np.abs(finite).max(case.reduced), "var": m.var}
     sound = _sound(case._replace(epsilon=1.0), m.var).reshape(-1)
@@ -752,6 +754,17 @@ LAWS = {
     "running": law_running,
     "pool": law_pool,
 }
+
+
+PROGRAMS = (  # what is kept between cases
+    _normalize_program,
+    _two_passes_program,
+    _derivatives_program,
+    _textbook_program,
+    _inference_program,
+    _running_program,
+    _pool_program,
+)
 
 
 # --- The tester --------------------------------------------------------------------------------
