@@ -735,7 +735,7 @@ def law_pool(case: Case, data: Data) -> Iterator[Compared]:
         between = _of_rounded_means(case, parts, m) * eps
         for name, base in (("mean", mean[0]), ("var", m.var + np.abs(var[0] - m.var) + between)):
             values = (getattr(result, name), getattr(m, name), base, size[name])
-            values = (v[sound] for v in values)
+            values = (flat(v)[sound] for v in values)
             yield Compared(f"{function}.{name}", *values, str(np.dtype(dtype)), eps)
 
 
@@ -752,6 +752,13 @@ def _of_rounded_means(case: Case, parts, whole: oracle.Moments) -> np.ndarray:
     return total
 
 
+LAWS = {
+    "normalize": law_normalize,
+    "derivatives": law_derivatives,
+    "inference": law_inference,
+    "running": law_running,
+    "pool": law_pool,
+}
 PROGRAMS = (  # what is kept between cases
     _normalize_program,
     _two_passes_program,

@@ -171,8 +171,9 @@ def _with_data(rng, program: Case) -> Case:
         factor=_one_of(rng, (1.0, 1.0, 1.0, 1e-30, 1e-10, 1e10, 1e30)),
         seed=int(rng.integers(2**31)),
     )
-    if case.law in ("derivatives", "inference"):  # powers of 1/std up to the fourth
-        case = case._replace(std=float(np.clip(case.std, 1e-6, 1e6)))
+    if case.law in ("derivatives", "inference"):  # of 1/std up to the seventh power
+        least = 1e-3 if case.epsilon == 0 else 1e-6
+        case = case._replace(std=float(np.clip(case.std, least, 1e6)))
     if case.dtype == "float16":  # whose range is 6e-8 to 65504
         case = case._replace(
             offset=float(np.clip(case.offset, -1e3, 1e3)), std=float(np.clip(case.std, 0.01, 100))
