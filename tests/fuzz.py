@@ -695,7 +695,7 @@ def _cuts(case: Case) -> dict[str, list[tuple[int, int]]]:
 def _part(case: Case, rows: dict, start: int, stop: int) -> dict:
     at = case.reduced[0]
     where = (slice(None),) * at + (slice(start, stop),)
-    return {k: v if v.shape[at] == 1 else v[where] for k, v in rows.items()}
+    return {k: v[where] if v.shape[at] == case.shape[at] else v for k, v in rows.items()}
 
 
 @functools.lru_cache(COMPILED)
