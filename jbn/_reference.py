@@ -12,7 +12,6 @@ within three standard deviations of the mean.)
 import math
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
@@ -29,7 +28,7 @@ _MEDIAN = (
 _STRIDES = (1, 3, 2, 5, 4, 6)
 # Where in its seventh of the weight a draw lies. Not in the same place of each: in a batch of
 # 7 n examples of one length, that would be the same place in all of them.
-_OFFSETS = np.array([0.37, 0.71, 0.13, 0.59, 0.29, 0.83, 0.47])
+_OFFSETS = (0.37, 0.71, 0.13, 0.59, 0.29, 0.83, 0.47)
 _LANES = 128  # values that a TPU keeps side by side
 
 
@@ -164,8 +163,14 @@ def _draw(weights: Array) -> tuple[Array, Array]:
     if blocks * length != n:
         weights = jnp.pad(weights, [(0, blocks * length - n)] + [(0, 0)] * len(rest))
     weights = weights.reshape(blocks, length, *rest)
-    share = (np.arange(_DRAWS) + _OFFSETS) / _DRAWS
-    share = jnp.asarray(share, weights.dtype).reshape(_DRAWS, *(1 for _ in rest))
+    # Each share for itself: a function that XLA partitions must not hold an array.
+    share = lax.concatenate(
+        [
+            lax.full((1, *(1 for _ in rest)), (draw + offset) / _DRAWS, weights.dtype)
+            for draw, offset in enumerate(_OFFSETS)
+        ],
+        0,
+    )
     block, within, found = _quantile(jnp.sum(weights, 1)[None], share)
     chosen = jnp.take_along_axis(
         weights, jnp.expand_dims(block, 1), 0, mode="clip"

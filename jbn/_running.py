@@ -140,7 +140,7 @@ class _Ema:
     @property
     def form(self) -> "_EmaForm":
         """The rule but for its decay."""
-        return _EmaForm(self.debias, self.unbiased)
+        return _EmaForm(self.debias, self.unbiased, self.single_values)
 
     @property
     def numbers(self) -> tuple[float | Array, float | Array]:
@@ -157,6 +157,7 @@ class _EmaForm:
 
     debias: bool
     unbiased: bool
+    single_values: bool
 
     def __call__(
         self,

@@ -101,8 +101,8 @@ MUTANTS = [
     Mutant(
         "K is drawn from different places of examples of one length",
         REFERENCE,
-        "share = (np.arange(_DRAWS) + _OFFSETS) / _DRAWS",
-        "share = (np.arange(_DRAWS) + 0.5) / _DRAWS",
+        "(draw + offset) / _DRAWS",
+        "(draw + 0.5) / _DRAWS",
         "test_shift.py",
     ),
     Mutant(
