@@ -168,7 +168,7 @@ class _EmaForm:
     ) -> RunningStats:
         if self.debias:
             # 1 - d^t as -expm1(t log d), which keeps its digits for d close to 1.
-            t = stats.count + 1
+            t = (stats.count + 1).astype(accumulator(stats.var.dtype))
             rate, log_decay = jnp.asarray(rate, t.dtype), jnp.asarray(log_decay, t.dtype)
             rate = jnp.where(t > 1, rate / -jnp.expm1(t * log_decay), jnp.ones_like(t))
         return _move(stats, moments, rate, self.unbiased, self.single_values)
