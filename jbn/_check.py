@@ -399,7 +399,7 @@ def participation(
     taking_part = None if mask is None else _mask(axes, array(mask, "mask"))
     if weights is None:
         return taking_part
-    weights = _weights(axes, array(weights, "weights"), jnp.finfo(dtype))
+    weights = _weights(axes, array(weights, "weights"), dtype)
     if taking_part is None:
         return weights
     return jnp.where(taking_part, weights, jnp.zeros_like(weights))
@@ -414,12 +414,13 @@ def _mask(axes: Axes, mask: Array) -> Array:
     return _broadcastable("mask", mask, axes)
 
 
-def _weights(axes: Axes, weights: Array, numbers: jnp.finfo) -> Array:
+def _weights(axes: Axes, weights: Array, dtype: DTypeLike) -> Array:
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise TypeError(
             f"weights must be floating point; got {weights.dtype}. Pass a bool array as mask=, "
             f"and convert others: weights.astype(jnp.float32)."
         )
+    numbers = jnp.finfo(dtype)
     weights = _broadcastable("weights", weights, axes).astype(numbers.dtype)
     # A negative or NaN weight counts as none, and so does one that a processor may take for 0
     # anyway. Of the largest, 2^24 still have a finite sum.

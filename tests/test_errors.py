@@ -339,7 +339,11 @@ def twice(y):
     return y if y > 0 else 2 * y
 
 
-@pytest.mark.parametrize("activation", [np.tanh, math.tanh, twice, jnp.add, nn.PReLU()], ids=repr)
+@pytest.mark.parametrize(
+    "activation",
+    [np.tanh, math.tanh, twice, jnp.add, nn.PReLU()],
+    ids=["numpy", "math", "branches", "two arguments", "module"],
+)
 def test_activations_that_cannot_be_traced(activation):
     for mode in (train, infer):
         call = mode(activation=activation)
