@@ -208,6 +208,35 @@ def test_every_order_where_values_equal_the_mean(case, activation, x64):
         tolerance.assert_close(a, e, "float32", 8)
 
 
+@pytest.mark.parametrize("over", ["groups", "instances"])
+def test_every_order_in_groups_and_over_instances_where_values_equal_the_mean(over, x64):
+    data = cases.make(cases.Case((8, 3), dtype="float64", values="integer"))
+    at, w = (data.x, data.scale, data.bias), jnp.ones((4, 3))
+    rng = np.random.default_rng(0)
+    directions = [tuple(rng.normal(size=v.shape) for v in at) for _ in range(3)]
+    halves = over == "groups"
+    dmean, dvar = (rng.normal(size=(2, 3) if halves else 3) for _ in range(2))
+
+    def ours(x, *params):
+        if halves:
+            y, m = jbn.normalize(x, *params, groups=2, epsilon=0.25)
+            return y, m.mean, m.var
+        instance = lambda x: jbn.normalize(x, *params, axis_name="i", epsilon=0.25)  # noqa: E731
+        y, m = jax.vmap(instance, axis_name="i")(x.reshape(2, 4, 3))
+        return y.reshape(8, 3), m.mean[0], m.var[1]
+
+    def formula(x, *params):
+        if not halves:
+            return textbook(x, *params, jnp.ones((8, 3)), 0.25)
+        parts = [textbook(part, *params, w, 0.25) for part in jnp.split(x, 2)]
+        y, mean, var = zip(*parts, strict=True)
+        return jnp.concatenate(y), jnp.stack(mean), jnp.stack(var)
+
+    run = jax.jit(derivatives, static_argnums=0)
+    actual, expected = (run(f, at, directions, (data.dy, dmean, dvar)) for f in (ours, formula))
+    chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("kind", ["examples", "features"])
 def test_second_order_through_nan_under_a_mask(kind, x64):
     case = cases.Case((4, 3, 3), dtype="float64", mask=kind)
