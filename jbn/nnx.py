@@ -164,6 +164,7 @@ class BatchNorm(nnx.BatchNorm):
         stats = RunningStats(mean, var, *(count or [jnp.zeros(var.shape, jnp.float32)]))
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
         mean, var, _ = read(stats)
+        dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)  # Flax's error comes first
         _flax.refuse_loss(self.dtype, x, scale, bias)
         x, _, _, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
         params = Params(scale, bias)

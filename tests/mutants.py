@@ -527,8 +527,8 @@ MUTANTS = [
     Mutant(
         "debias counts the batch that enters",
         RUNNING,
-        "            t = stats.count + 1\n",
-        "            t = stats.count + 2\n",
+        "t = (stats.count + 1).astype",
+        "t = (stats.count + 2).astype",
         "test_running.py",
     ),
     Mutant(
