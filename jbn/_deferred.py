@@ -303,7 +303,7 @@ def _marked(stats: RunningStats) -> RunningStats:
 
 
 def _from_layers(jaxpr: Any, given: Sequence[bool]) -> list[bool]:
-    """Of each result of a program, whether it depends on what a layer of jbn has updated.
+    """Finds for each result of a program whether it depends on what a layer of jbn updated.
 
     `given` says the same of its arguments.
     """
@@ -417,7 +417,7 @@ def settle(
 
 
 def _value(cell: Any) -> Array:
-    """What becomes of one array, deferred or not."""
+    """Settles one array, deferred or not."""
     if isinstance(cell, Update):
         return getattr(cell.settled(), cell.field)
     return cell.value if isinstance(cell, Deferred) else cell

@@ -112,11 +112,11 @@ class _Explicit(NamedTuple):
         )
 
     def place(self, shape: Sequence[int]) -> PartitionSpec:
-        """Where an array of that shape lies, which broadcasts against x."""
+        """Places an array of that shape, which broadcasts against x."""
         return PartitionSpec(*(s if n > 1 else None for s, n in zip(self.spec, shape, strict=True)))
 
     def reduce(self, spec: PartitionSpec, axes: Axes) -> PartitionSpec:
-        """Where what is left of an array lies when the reduction axes are gone."""
+        """Places what is left of an array when the reduction axes are gone."""
         return PartitionSpec(*(None if i in axes.reduction else s for i, s in enumerate(spec)))
 
     def map(self, f: Callable[..., Any], into: Any, out: Any) -> Callable[..., Any]:
@@ -237,7 +237,7 @@ def _partitioned(reduction: Any, axes: Axes, args: Sequence[Array]) -> Callable[
     ones = (f"one{i}" for i in range(len((*args, *results)) * len(axes.shape)))
 
     def mapping(a: Any) -> ArrayMapping:
-        """What of a lies where x lies; an axis of size 1 by itself."""
+        """Names the axes of a as those of x that they follow; an axis of size 1 by itself."""
         alike = zip(a.shape, axes.shape, strict=True)
         return ArrayMapping(
             *(f"axis{i}" if m == n > 1 else next(ones) for i, (m, n) in enumerate(alike))
@@ -356,7 +356,7 @@ def _sources() -> str:
 
 
 def _batch(primitive: Any, args, dims, *, jaxpr, reduction, axes):
-    """What vmap adds is one more axis, of which every element has results of its own."""
+    """Keeps the axis that vmap adds: every element of it has results of its own."""
     del jaxpr
     axes, args = _batched(axes, args, dims)
     args[0] = jnp.broadcast_to(args[0], axes.shape)

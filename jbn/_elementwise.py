@@ -14,7 +14,7 @@ from jax.extend.core import Literal
 
 
 class _Along(NamedTuple):
-    """What lies along an axis, row-major: `parts` of input axes, from index `start` on.
+    """Lists what lies along an axis, row-major: `parts` of input axes, from `start` on.
 
     A part (axis, low, high) counts index // low % (high // low) of an input axis of at least `high`
     elements; (None, 1, n) are n copies.
@@ -144,7 +144,7 @@ def _one(eqn: Any, given: list[Any]) -> _Note:
 
 
 def _same(notes: list[_Note]) -> _Note:
-    """Of operands that are brought together element by element."""
+    """Follows operands that are brought together element by element."""
     found = {n for n in notes if n is not None}
     if len(found) < 2:
         return found.pop() if found else None
