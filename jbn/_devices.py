@@ -157,7 +157,7 @@ def _measure_over_explicit_axes(
 
 def _automatic_devices(axes: Axes) -> int:
     """Over how many devices the compiler may share out what it computes here."""
-    if axes.size == 0 or not all(isinstance(n, int) for n in axes.shape):
+    if not axes.reduction or axes.size == 0 or not all(isinstance(n, int) for n in axes.shape):
         return 1  # nothing to reduce, or a dimension of jax.export
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
