@@ -288,7 +288,7 @@ def _forward(rule: _Rule, x, scale, bias, weights, residual) -> tuple[Array, Mom
     vectors = (m.mean, m.var, *at, *at.fold(scale, bias))
     mean, var, center, rest, rstd, a, c = made_once(*vectors)
     known = _Known(shift, Moments(m.count, mean, var), Place(center, rest, rstd), (a, c))
-    y = transform(_displaced(x, center, a, weights), a, c, residual)
+    y = transform(_displaced(x, center, rest, a, weights), a, c, residual)
     y = (y if rule.activation is None else rule.activation(y)).astype(rule.dtype)
     return y, _of_x(rule, known.moments, shift, weights), known
 
@@ -299,10 +299,10 @@ def _where_data(count: Array, values: Array) -> Array:
     return jnp.where(count > 0, values, jnp.zeros_like(values))
 
 
-def _displaced(x: Array, center: Array, a: Array, weights: Array | None) -> Array:
-    """x - center at every position, masked ones included."""
+def _displaced(x: Array, center: Array, rest: Array, a: Array, weights: Array | None) -> Array:
+    """x - center at every position, masked ones included; of xhat 0 where x is not finite there."""
     z = x.astype(center.dtype) - center
-    return _harmless(z, z * a, weights)
+    return _harmless(z, z * a, weights, otherwise=rest)
 
 
 def _harmless(values: Array, at: Array, weights: Array | None, otherwise: ArrayLike = 0.0) -> Array:
@@ -356,7 +356,7 @@ def _differential(rule: _Rule, data, known: _Known, tangents) -> tuple[Array, Mo
         slope = jnp.where(at.rstd == 0, 0.0, at.rstd * (dscale - a * mean_xhat_dx))
         own = a * dx if dresidual is None else a * dx + dresidual
         others = dbias - a * mean_dx - at.rest * slope, slope
-        dy = _through(rule, x, at.center, weights, kept, (a, c), own, others, dbias)
+        dy = _through(rule, x, at, weights, kept, (a, c), own, others, dbias)
         dm = Moments(jnp.zeros_like(m.count), mean_dx, 2 * half_dvar)
         _, dm = jax.jvp(lambda m: _of_x(rule, m, shift, weights), (m,), (dm,))
         return dy.astype(rule.dtype), dm
@@ -365,7 +365,7 @@ def _differential(rule: _Rule, data, known: _Known, tangents) -> tuple[Array, Mo
     return jax.checkpoint(differential, prevent_cse=False)(data, known, tangents)
 
 
-def _through(rule: _Rule, x, center, weights, kept, vectors, own, others, dbias) -> Array:
+def _through(rule: _Rule, x, at: Place, weights, kept, vectors, own, others, dbias) -> Array:
     """The derivative of the activation along own + u + z v, where u, v = others, z = x - center.
 
     Where y is the bias, because a masked x is not finite, along `dbias`.
@@ -373,6 +373,7 @@ def _through(rule: _Rule, x, center, weights, kept, vectors, own, others, dbias)
     `vectors` are (a, c) of the activation's input a z + c; `kept` is as `_kept` says.
     """
     activation, kernel = rule.activation, rule.problem.kernel
+    center, rest, _ = at
     is_relu = activation is jax.nn.relu
     if kernel is not None and (activation is None or is_relu):
         row = rule.problem.axes.squeeze
@@ -381,15 +382,15 @@ def _through(rule: _Rule, x, center, weights, kept, vectors, own, others, dbias)
         dy = kernel.spread(x, row(center), u, v, own, gate=gate, dtype=rule.dtype)
         return dy if kept is None else jnp.where(kept > 0, dy, jnp.zeros_like(dy))
     a, c = vectors
-    z = _displaced(x, center, a, weights)
+    z = _displaced(x, center, rest, a, weights)
     # Backwards `v` gives the sum of z dy. Without the choice, XLA for CPUs takes z from memory,
     # where it has lain since the forward pass: as much as x again. For finite z the choice is v
     # whatever z is, so that every derivative is that of z v.
     u, v = (spread(rule.problem.axes, x, values) for values in others)
     others = z * jnp.where(jnp.isfinite(z), v, jnp.zeros_like(v)) + u
     if weights is not None:
-        at = a * (x.astype(center.dtype) - center)
-        others = _harmless(others, at, weights, otherwise=dbias)
+        xhat = a * (x.astype(center.dtype) - center)
+        others = _harmless(others, xhat, weights, otherwise=dbias)
     if activation is None:
         return own + others
     if kept is not None:  # the residual's gradient is an array, which both parts may use
