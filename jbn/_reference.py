@@ -26,7 +26,7 @@ _MEDIAN = (
 )
 # From an axis to the next the draws change their order, so that no line meets two of them.
 _STRIDES = (1, 3, 2, 5, 4, 6)
-# Where in its seventh of the weight a draw lies. Not in the same place of each: in a batch of
+# The place of a draw in its seventh of the weight. Not in the same place of each: in a batch of
 # 7 n examples of one length, that would be the same place in all of them.
 _OFFSETS = (0.37, 0.71, 0.13, 0.59, 0.29, 0.83, 0.47)
 _LANES = 128  # values that a TPU keeps side by side
@@ -60,7 +60,7 @@ def _median(rows: list[Array]) -> Array:
 
 
 def _index(n: int, order: int, draw: int) -> int:
-    """Where a draw lies along a reduction axis of size n, the `order`-th of them."""
+    """Places a draw along a reduction axis of size n, the `order`-th of them."""
     if not isinstance(n, int):  # a dimension of jax.export
         return 0
     middle = _DRAWS // 2

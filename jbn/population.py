@@ -217,7 +217,7 @@ class _Layer(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """What one pass over the batches gives; arrays by their place among the leaves of `given`."""
+    """Collects what a pass over the batches gives; arrays by their place among the leaves."""
 
     given: Tree  # the statistics, with counts where the model counts
     layers: dict[int, _Layer]

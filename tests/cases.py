@@ -121,7 +121,7 @@ MASKS = (
     Case((64, 5), weights="examples", dtype="bfloat16"),
 )
 
-# What data have and normal numbers never: values that equal the mean, and each other.
+# Data of people have these and normal numbers never: values that equal the mean, and each other.
 VALUES = (
     Case((5, 3), values="symmetric"),
     Case((8, 4), values="integer"),
