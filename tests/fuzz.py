@@ -506,8 +506,8 @@ def _textbook_program(case: Case, wide: bool):
 
 def law_derivatives(case: Case, data: Data) -> Iterator[Compared]:
     """Derivatives of jbn.normalize of orders 1 to 3, against JAX's of the textbook in float64."""
-    if case.junk == "huge" and case.activation is not None and len(case.order) > 1:
-        return  # float32 has no range for an activation's higher derivatives of z v, at z = 1e38
+    if case.junk == "huge" and case.order != "r":
+        return  # at x = 1e38 float32 has no range for xhat, nor for what other orders need of it
     t = truth(case, data)
     data, var = t.data, t.values["var"]
     if data.w is not None and len(case.order) > 1:

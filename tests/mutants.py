@@ -290,6 +290,13 @@ MUTANTS = [
         "test_derivatives.py test_epilogue.py",
     ),
     Mutant(
+        "what is not finite under a mask shows the bias to its last digits",
+        NORMALIZE,
+        "return _harmless(z, z * a, weights, otherwise=rest)",
+        "return _harmless(z, z * a, weights)",
+        "test_normalize.py",
+    ),
+    Mutant(
         "a residual that is not finite under a mask reaches no gradient",
         NORMALIZE,
         "residual = harmless(residual, residual, weights)",
