@@ -27,7 +27,7 @@ LAYERS = (
     {"_bfloat16", "_check", "_devices", "_kernels", "_reference"},
     {"_pool"},
     {"_sharding", "_sync"},
-    {"_axes", "_elementwise", "_export", "_once"},
+    {"_axes", "_elementwise", "_export", "_once", "_select"},
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 MODULES = sorted(path.stem for path in (ROOT / "jbn").glob("*.py"))

@@ -1,0 +1,13 @@
+"""Choosing between an array and a number, in two operations of XLA.
+
+`jax.numpy.where` is a jitted function: each of its calls is a function call and up to four
+operations in the program, which cost time to trace and to lower (jax 0.10 to 0.12; a layer of Batch
+Normalization had 19 such calls).
+"""
+
+from jax import Array, lax
+
+
+def choose(where: Array, values: Array, otherwise: float) -> Array:
+    """`values`, and `otherwise` where not `where`; both arrays are of one shape."""
+    return lax.select(where, values, lax.full_like(values, otherwise))
