@@ -40,7 +40,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 from jbn import _sharding
 from jbn._axes import Axes
 from jbn._pool import Moments, pool_blocks, pool_instances
-from jbn._sync import Scope
+from jbn._sync import Scope, vary_as
 
 # (axes, x, weights) -> (shift, moments of x - shift) of arrays that lie on one device.
 Local = Callable[[Axes, Array, Array | None], tuple[Array, Moments]]
@@ -75,8 +75,11 @@ def spread(axes: Axes, x: Array, values: Array) -> Array:
     """`values`, (1, ..., C), for a pass over x; as large as x where that saves a collective.
 
     Backwards it is a sum over all axes of x but those of features and groups. XLA has one
-    all-reduce for each axis that lies on several devices, where one does for all.
+    all-reduce for each axis that lies on several devices, where one does for all. And in a
+    shard_map that checks what varies, the sum over devices has to come after that over an
+    instance: so `values` vary before they are broadcast, or devices would send as much as x.
     """
+    values = vary_as(x, values)
     if len(axes.reduction) < 2:
         return values
     if _sharding.is_explicitly_sharded(x):

@@ -115,7 +115,8 @@ def differentiable_measure(
 def _measure_jvp(problem: Problem, primals, tangents):
     x, weights = primals
     shift, m = differentiable_measure(problem, x, weights)
-    dx = only_active(tangents[0].astype(shift.dtype), weights)
+    dx = _sharding.alongside(tangents[0], x).astype(shift.dtype)
+    dx = only_active(dx, weights)
     dmean, half_dvar = derivative(problem, x, shift, dx, m.count, m.mean, weights)
     dm = Moments(jnp.zeros_like(m.count), dmean, 2 * half_dvar)
     return (shift, m), (jnp.zeros_like(shift), dm)

@@ -39,7 +39,7 @@ from jbn._moments import (
 from jbn._once import made_once
 from jbn._pool import Moments, pool_groups, restore
 from jbn._reference import accumulator, active
-from jbn._sync import AxisName, Scope, scope
+from jbn._sync import AxisName, Scope, scope, vary_as
 
 Activation = Callable[[Array], Array]
 
@@ -327,6 +327,7 @@ def _of_x(rule: _Rule, m: Moments, shift: Array, weights: Array | None) -> Momen
 def _normalize_jvp(rule: _Rule, primals, tangents):
     x, _, _, weights, residual = primals
     dx, dscale, dbias, _, dresidual = tangents  # weights are constants, and so is K
+    dx = _sharding.alongside(dx, x)
     y, m, known = _forward(rule, *primals)
     data = x, weights, _kept(rule, y, residual)
     return (y, m), _differential(rule, data, known, (dx, dscale, dbias, dresidual))
@@ -390,7 +391,7 @@ def _through(rule: _Rule, x, at: Place, weights, kept, vectors, own, others, dbi
     others = z * jnp.where(jnp.isfinite(z), v, jnp.zeros_like(v)) + u
     if weights is not None:
         xhat = a * (x.astype(center.dtype) - center)
-        others = _harmless(others, xhat, weights, otherwise=dbias)
+        others = _harmless(others, xhat, weights, otherwise=vary_as(x, dbias))
     if activation is None:
         return own + others
     if kept is not None:  # the residual's gradient is an array, which both parts may use
