@@ -28,8 +28,8 @@ from jax.typing import DTypeLike
 
 from jbn import _check
 from jbn._pool import Moments
-from jbn._reference import accumulator
 from jbn._sharding import is_explicitly_sharded
+from jbn._shift import accumulator
 
 
 class RunningStats(NamedTuple):

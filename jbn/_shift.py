@@ -21,6 +21,13 @@ from jbn._once import made_once
 from jbn._select import choose
 
 _DRAWS = 7  # of which three may be odd
+# Pairs to put in order, one after the other, and what of each is needed: the median of seven is in
+# the middle then. Sorting, or counting the smaller ones, costs more in compiling and in running.
+_MEDIAN = (
+    *((0, 5, "both"), (0, 3, "both"), (1, 6, "both"), (2, 4, "both"), (0, 1, "larger")),
+    *((3, 5, "both"), (2, 6, "both"), (2, 3, "larger"), (3, 6, "smaller"), (4, 5, "smaller")),
+    *((1, 4, "both"), (1, 3, "larger"), (3, 4, "smaller")),
+)
 # From an axis to the next the draws change their order, so that no line meets two of them.
 _STRIDES = (1, 3, 2, 5, 4, 6)
 # The place of a draw in its seventh of the weight. Not in the same place of each: in a batch of
@@ -29,7 +36,7 @@ _OFFSETS = (0.37, 0.71, 0.13, 0.59, 0.29, 0.83, 0.47)
 _LANES = 128  # values that a TPU keeps side by side
 
 
-def reference(x: Array, weights: Array | None, axes: Axes) -> Array:
+def shift_for(x: Array, weights: Array | None, axes: Axes) -> Array:
     """K: for each feature a value of x that takes part, near the mean. x is what one device has.
 
     A value of x, and no average, so that a constant channel becomes exactly 0; 0 if there is none.
@@ -37,36 +44,26 @@ def reference(x: Array, weights: Array | None, axes: Axes) -> Array:
     """
     if axes.size == 0:
         return jnp.zeros(axes.per_feature, accumulator(x.dtype))
-    if not axes.reduction:
-        drawn = x
-    elif weights is None:
-        drawn = _rows(x, axes)
-    else:
-        drawn = lax.concatenate(_weighted_rows(x, weights, axes), axes.reduction[0])
-    shift = _median(drawn.astype(accumulator(x.dtype)), axes)
+    drawn = _rows(x, axes) if weights is None else _weighted_rows(x, weights, axes)
+    shift = _median([row.astype(accumulator(x.dtype)) for row in drawn])
     # From here on (1e31 for float32) x - K could overflow, by half an ulp of the largest x.
     info = jnp.finfo(shift.dtype)
     shift = choose(jnp.abs(shift) < info.max * info.eps / 4, shift, 0.0)
     return made_once(shift, shift)[0]  # by two, because alone it would not be made once
 
 
-def _median(draws: Array, axes: Axes) -> Array:
-    """The median along the first reduction axis, one of the draws; for complex ones of each part.
-
-    The least draw that is not less than most of them. Sorting a few numbers costs XLA more, in
-    compiling and in running.
-    """
-    if not axes.reduction:
-        return draws
-    if jnp.iscomplexobj(draws):
-        return lax.complex(_median(draws.real, axes), _median(draws.imag, axes))
-    at, n = axes.reduction[0], draws.shape[axes.reduction[0]]
-    pairs = (*draws.shape[:at], n, *draws.shape[at:])
-    own = [i + (i > at) for i in range(draws.ndim)]
-    other = [i + (i >= at) for i in range(draws.ndim)]
-    not_less = lax.broadcast_in_dim(draws, pairs, own) >= lax.broadcast_in_dim(draws, pairs, other)
-    enough = jnp.sum(not_less, at + 1, jnp.int32) > n // 2
-    return jnp.min(choose(enough, draws, jnp.inf), at, keepdims=True)
+def _median(rows: list[Array]) -> Array:
+    """The median of the draws; for complex ones that of each part."""
+    if jnp.iscomplexobj(rows[0]):
+        return lax.complex(_median([r.real for r in rows]), _median([r.imag for r in rows]))
+    rows = list(rows)
+    for i, j, needed in _MEDIAN:
+        pair = rows[i], rows[j]
+        if needed != "larger":
+            rows[i] = lax.min(*pair)
+        if needed != "smaller":
+            rows[j] = lax.max(*pair)
+    return rows[len(rows) // 2]
 
 
 def _index(n: int, order: int, draw: int) -> int:
@@ -75,33 +72,34 @@ def _index(n: int, order: int, draw: int) -> int:
         return 0
     middle = _DRAWS // 2
     place = ((draw - middle) * _STRIDES[order % len(_STRIDES)] + middle) % _DRAWS
-    if n < 2 * _DRAWS:
-        return n * (2 * place + 1) // (2 * _DRAWS)
-    return _places(n)[place]
+    return _places(n)[place] if _are_several(n) else n * (2 * place + 1) // (2 * _DRAWS)
+
+
+def _are_several(n: int) -> bool:
+    """Whether seven draws fit on an axis of size n with others between them."""
+    return isinstance(n, int) and n >= 2 * _DRAWS
 
 
 @functools.lru_cache
 def _places(n: int) -> range:
-    """The places of seven draws along an axis of size n, or all places if there are fewer.
+    """The places of seven draws along an axis of size n.
 
     The stride is a prime below a seventh of n, which no length divides: where sequences or images
     were flattened into one axis, the draws lie at different places of them.
     """
-    draws = min(n, _DRAWS)
-    stride = max(n // draws - 1, 1)
+    stride = n // _DRAWS - 1
     while any(stride % divisor == 0 for divisor in range(2, math.isqrt(stride) + 1)):
         stride -= 1
-    start = (n - (draws - 1) * stride) // 2
-    return range(start, start + (draws - 1) * stride + 1, stride)
+    start = (n - (_DRAWS - 1) * stride) // 2
+    return range(start, start + (_DRAWS - 1) * stride + 1, stride)
 
 
-def _rows(x: Array, axes: Axes) -> Array:
-    """The draws where every value weighs the same, along the first reduction axis."""
-    first, *inner = axes.reduction
-    examples = axes.shape[first]
-    if not inner and isinstance(examples, int):  # one operation instead of eight
-        places = _places(examples)
-        return lax.slice_in_dim(x, places.start, places.stop, places.step, first)
+def _rows(x: Array, axes: Axes) -> list[Array]:
+    """The draws where every value weighs the same."""
+    if len(axes.reduction) == 1 and _are_several(axes.size):  # two operations instead of seven
+        first, places = axes.reduction[0], _places(axes.size)
+        drawn = lax.slice_in_dim(x, places.start, places.stop, places.step, first)
+        return list(lax.split(drawn, (1,) * _DRAWS, first))
     where = [
         {i: _index(axes.shape[i], order, draw) for order, i in enumerate(axes.reduction)}
         for draw in range(_DRAWS)
@@ -110,12 +108,14 @@ def _rows(x: Array, axes: Axes) -> Array:
     def cut(x: Array, at: dict[int, int]) -> Array:
         return x[tuple(slice(at[i], at[i] + 1) if i in at else slice(None) for i in range(x.ndim))]
 
-    def directly(x: Array) -> Array:
-        return lax.concatenate([cut(x, at) for at in where], first)
+    def directly(x: Array) -> list[Array]:
+        return [cut(x, at) for at in where]
 
     features = math.prod(axes.feature_shape)
     if len(axes.reduction) < 2 or features >= _LANES:
         return directly(x)
+    first, *inner = axes.reduction
+    examples = axes.shape[first]
     if isinstance(examples, int) and examples <= _DRAWS:
         return directly(x)
     # XLA for TPUs keeps the examples of a narrow layer side by side, and copies x to cut there
@@ -126,10 +126,10 @@ def _rows(x: Array, axes: Axes) -> Array:
     middle = (_DRAWS - places) // 2
     chosen = [{i: at[i] for i in inner} for at in where[middle : middle + places]]
 
-    def places_first(x: Array) -> Array:
+    def places_first(x: Array) -> list[Array]:
         lines = lax.optimization_barrier(jnp.concatenate([cut(x, at) for at in chosen], inner[0]))
         within = [{first: at[first], inner[0]: draw % places} for draw, at in enumerate(where)]
-        return lax.concatenate([cut(lines, at) for at in within], first)
+        return [cut(lines, at) for at in within]
 
     return lax.platform_dependent(x, tpu=places_first, default=directly)
 
