@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn._axes import Axes
 from jbn._pool import ShiftedMoments
-from jbn._select import choose
+from jbn._select import replaced
 from jbn._shift import active
 
 
@@ -48,8 +48,8 @@ def location(mean: Array, var: Array, epsilon: float) -> tuple[Array, Array]:
     """
     var = var + jnp.asarray(epsilon, var.dtype)
     useless = (var <= 0) | (var == jnp.inf)
-    rstd = lax.rsqrt(choose(~useless, var, jnp.inf)).astype(mean.dtype)
-    return jnp.where(useless, jnp.zeros_like(mean), mean), rstd
+    rstd = lax.rsqrt(replaced(var, useless, jnp.inf)).astype(mean.dtype)
+    return replaced(mean, useless, 0.0), rstd
 
 
 def expanded(

@@ -26,6 +26,7 @@ from jbn._devices import spread
 from jbn._moments import derivative, only_active
 from jbn._plan import Spec
 from jbn._pool import ShiftedMoments
+from jbn._select import replaced
 from jbn._sync import vary_as
 
 
@@ -106,8 +107,8 @@ def _differential(
     mean_dx, half_dvar = derivative(spec, x, weights, at_center, only_active(dx, weights))
     # Where rstd is 0, as y is the bias, the sums over z may be infinite.
     useless = rstd == 0
-    mean_xhat_dx = jnp.where(useless, 0.0, rstd * half_dvar.astype(dx.dtype))
-    v = jnp.where(useless, 0.0, rstd * (dscale - a * mean_xhat_dx))
+    mean_xhat_dx = replaced(rstd * half_dvar.astype(dx.dtype), useless, 0.0)
+    v = replaced(rstd * (dscale - a * mean_xhat_dx), useless, 0.0)
     u = dbias - a * mean_dx - rest * v
     own = a * harmless(dx, a * (x.astype(dx.dtype) - center), weights)
     own = own if dresidual is None else own + dresidual
