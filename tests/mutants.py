@@ -417,6 +417,20 @@ MUTANTS = [
         "test_sharding.py",
     ),
     Mutant(
+        "a program has no needless operation",
+        NORMALIZE,
+        "    y = z * a + c\n",
+        "    y = z * a + c + jnp.zeros_like(z)\n",
+        "test_fingerprints.py",
+    ),
+    Mutant(
+        "each sum takes an x - K of its own",
+        MOMENTS,
+        "shifted(x, lax.optimization_barrier(shift), weights)",
+        "shifted(x, shift, weights)",
+        "test_fingerprints.py",
+    ),
+    Mutant(
         "moments of groups are pooled in derivatives as well",
         NORMALIZE,
         "_, dm = jax.jvp(lambda m: _of_x(rule, m, shift, weights), (m,), (dm,))",
@@ -1506,7 +1520,7 @@ def run(mutant: Mutant) -> tuple[Mutant, str]:
     """The name of the test that noticed, or "survived", or why the mutant is none."""
     with tempfile.TemporaryDirectory() as directory:
         copy = pathlib.Path(directory)
-        for part in ("jbn", "tests"):
+        for part in ("jbn", "tests", "experiments"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         try:
