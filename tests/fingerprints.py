@@ -13,6 +13,7 @@ half a minute a version.
 import argparse
 import collections
 import functools
+import importlib.metadata
 import json
 import pathlib
 import sys
@@ -23,7 +24,6 @@ import flax.linen as nn
 import jax
 import jax.extend.core
 import jax.numpy as jnp
-import jaxlib
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -109,7 +109,8 @@ def named_axis() -> Program:
     params, stats = vectors(VECTORS[-1])
 
     def layer(trained, stats):
-        return jbn.batch_norm(*trained, stats, axis_name=executions.AXIS)
+        x, params = trained
+        return jbn.batch_norm(x, params, stats, axis_name=executions.AXIS)
 
     rows = P(executions.AXIS)
     specs = {"in_specs": (rows, (rows, P()), P()), "out_specs": (rows, P(), ((rows, P()),))}
@@ -208,12 +209,13 @@ def fingerprint(name: str) -> Fingerprint:
         compiled = lowered.compile()
     text = compiled.as_text() or ""
     instructions = [i for found in hlo.computations(text).values() for i in found]
-    memory = compiled.memory_analysis()
+    module, memory = lowered.compiler_ir("stablehlo"), compiled.memory_analysis()
+    assert module is not None
     assert memory is not None
     accessed = (compiled.cost_analysis() or {})["bytes accessed"]
     return {
         "jaxpr": counted(e.primitive.name for e in equations(traced.jaxpr.jaxpr)),
-        "stablehlo": counted(operations(lowered.compiler_ir("stablehlo").operation)),
+        "stablehlo": counted(operations(module.operation)),
         "optimized": counted(i.operation for i in instructions),
         "collectives": sizes(hlo.collectives(text)),
         "bytes": {"accessed": int(accessed), "temporary": memory.temp_size_in_bytes},
@@ -255,8 +257,8 @@ def sizes(found: list[hlo.Collective]) -> dict[str, int]:
 
 def version() -> str:
     """The version of JAX, by which the entries are named."""
-    differs = jaxlib.__version__ != jax.__version__
-    return jax.__version__ + (f" with jaxlib {jaxlib.__version__}" if differs else "")
+    jaxlib = importlib.metadata.version("jaxlib")
+    return jax.__version__ + (f" with jaxlib {jaxlib}" if jaxlib != jax.__version__ else "")
 
 
 def read() -> dict[str, dict[str, Fingerprint]]:
@@ -320,7 +322,7 @@ def table(programs: dict[str, Fingerprint]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; the exit status is 1 where it is not as recorded, and is not written."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help=f"record it in {PATH.name}")
     args = parser.parse_args(argv)
     entries = read()
