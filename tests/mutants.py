@@ -418,6 +418,20 @@ MUTANTS = [
         "test_sharding.py",
     ),
     Mutant(
+        "a program has no needless operation",
+        AFFINE,
+        "    y = z * a + c\n",
+        "    y = z * a + c + jnp.zeros_like(z)\n",
+        "test_fingerprints.py",
+    ),
+    Mutant(
+        "each sum takes an x - K of its own",
+        MOMENTS,
+        "shifted(x, lax.optimization_barrier(shift), weights)",
+        "shifted(x, shift, weights)",
+        "test_fingerprints.py",
+    ),
+    Mutant(
         "what is kept is x, not x - K",
         NORMALIZE,
         "saved = Saved(inputs.x, inputs",
@@ -1500,7 +1514,7 @@ def run(mutant: Mutant) -> tuple[Mutant, str]:
     """The name of the test that noticed, or "survived", or why the mutant is none."""
     with tempfile.TemporaryDirectory() as directory:
         copy = pathlib.Path(directory)
-        for part in ("jbn", "tests"):
+        for part in ("jbn", "tests", "experiments"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         try:

@@ -14,44 +14,50 @@ import jbn.population
 import jbn.training
 
 ROOT = pathlib.Path(__file__).parent.parent
+JBN = ROOT / "jbn"
+MODULES = sorted(p.relative_to(JBN).with_suffix("").as_posix() for p in JBN.rglob("*.py"))
+# What a file or a folder of files may import besides jbn, JAX and NumPy.
+OUTSIDE = {"linen": {"flax"}, "nnx": {"flax"}, "training": {"optax"}}
 
-# The direction of the library: a file imports from the lines below its own, never sideways or up.
-LAYERS = (
-    {"linen", "nnx", "population", "training"},
-    {"_flax"},
-    {"__init__"},
-    {"_batch_norm"},
-    {"native", "_deferred"},
-    {"_normalize", "_running"},
-    {"_derivative"},
-    {"_checkpoint", "_moments"},
-    {"_affine", "_plan"},
-    {"_bfloat16", "_check", "_devices", "_kernels", "_shift"},
-    {"_pool"},
-    {"_sharding", "_sync"},
-    {"_axes", "_elementwise", "_export", "_once", "_select"},
-)
-DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
-MODULES = sorted(path.stem for path in (ROOT / "jbn").glob("*.py"))
+
+def order(text: str) -> dict[str, int]:
+    """Name of a file -> its line in the table of CONTRIBUTING.md, counted from the top.
+
+    The table is the first block of text under "## Layout". A file imports from the lines below its
+    own, never sideways or up.
+    """
+    table = text.split("\n## Layout\n")[1].split("\n```text\n")[1].split("\n```\n")[0]
+    lines = {}
+    for number, line in enumerate(table.splitlines()):
+        for name in line.split("  ")[0].split(", "):
+            assert name not in lines, f"CONTRIBUTING.md, Layout: {name} stands twice"
+            lines[name] = number
+    return lines
+
+
+LINE = order((ROOT / "CONTRIBUTING.md").read_text())
 
 
 def imports(path: pathlib.Path):
-    """Every module that a file imports, "jbn.x" where it imports the name x from jbn."""
+    """Yields every module that a file imports, "a.x" where it imports the name x from a."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: imports are absolute here"
-            if node.module == "jbn":
-                yield from (f"jbn.{alias.name}" for alias in node.names)
-            else:
-                yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def own(module: str) -> str:
-    """The file of jbn that "jbn", "jbn._moments" or "jbn.moments" comes from."""
-    name = module.removeprefix("jbn").removeprefix(".")
-    return name if name in MODULES else "__init__"
+    """The file of jbn that defines "jbn", "jbn.ema", "jbn._moments" or "jbn._moments.moments"."""
+    parts = module.split(".")[1:]
+    for n in range(len(parts), 0, -1):
+        name = "/".join(parts[:n])
+        if name in MODULES:
+            return name
+        if f"{name}/__init__" in MODULES:
+            return f"{name}/__init__"
+    return "__init__"
 
 
 def roots(modules) -> set[str]:
@@ -59,25 +65,29 @@ def roots(modules) -> set[str]:
     return {m.split(".")[0] for m in modules} - set(sys.stdlib_module_names)
 
 
-def test_every_file_has_a_layer():
-    assert set(MODULES) == set(DEPTH)
+def test_every_file_has_its_line_in_the_order():
+    assert set(MODULES) == set(LINE)
+
+
+def test_the_order_is_read_from_its_table():
+    table = "a, b/c  what they are for\n_d  another"
+    page = f"# Title\n\n## Layout\n\nWords.\n\n```text\n{table}\n```\n\n```text\ne\n```\n"
+    assert order(page) == {"a": 0, "b/c": 0, "_d": 1}
+    with pytest.raises(AssertionError, match="a stands twice"):
+        order(page.replace("_d", "a"))
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_point_one_way(name):
-    modules = list(imports(ROOT / "jbn" / f"{name}.py"))
+    modules = list(imports(JBN / f"{name}.py"))
     for module in modules:
         if module.split(".")[0] == "jbn":
-            assert DEPTH[own(module)] > DEPTH[name], f"jbn/{name}.py imports {module}"
-    outside = {"jax", "numpy"} | {
-        "linen": {"flax"},
-        "nnx": {"flax"},
-        "training": {"optax"},
-    }.get(name, set())
-    assert roots(modules) <= outside | {"jbn"}
+            above = f"jbn/{name}.py imports {module}, which CONTRIBUTING.md does not have below it"
+            assert LINE[own(module)] > LINE[name], above
+    assert roots(modules) <= {"jax", "numpy", "jbn"} | OUTSIDE.get(name.split("/")[0], set())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").rglob("*.py")), ids=lambda p: p.stem)
 def test_experiments_use_public_names(path):
     assert not re.findall(r"\bjbn\.(?:\w+\.)*_(?!_)\w+", path.read_text())
     for module in imports(path):
