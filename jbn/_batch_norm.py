@@ -2,26 +2,22 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check
-from jbn._axes import Axes, resolve
+from jbn._affine import expanded, location, transform
 from jbn._deferred import absorb, fixed, read, waits
-from jbn._normalize import (
-    Activation,
-    Params,
-    affine,
-    expanded,
-    location,
-    normalize_pooled,
-    transform,
-)
-from jbn._reference import accumulator
+from jbn._moments import measure
+from jbn._normalize import Params, normalized
+from jbn._plan import Activation, Inputs, Spec, plan, plan_inference
+from jbn._pool import Moments, restore_pooled
 from jbn._running import RunningStats, UpdateRule, ema
+from jbn._sharding import join
+from jbn._shift import accumulator
 from jbn._sync import AxisName, scope
 
 
@@ -108,29 +104,28 @@ def batch_norm(
     PyTorch's `momentum` is 1 - decay, and its running variance is the unbiased one:
     `update=jbn.ema(0.9, unbiased=True)` is its default. Flax's default is `update=jbn.ema(0.99)`.
     """
-    x = _check.floating(x)
-    axes = resolve(x.shape, axis)
-    old = _check.stats(read(stats), axes, training=True)
-    _check.same_field(old, x, training=True)
-    over = scope(axis_name, axis_index_groups)
-    if not over.names and not fixed(stats):
-        _check.several_values(axes, groups)
-    params = Params(*_check.params(params))
-    shared: dict[str, Any] = {
-        "axis": axes.features,
-        "epsilon": epsilon,
-        "activation": activation,
-        "residual": residual,
-        "dtype": dtype,
-    }
-    y, m = normalize_pooled(
-        x, *params, mask=mask, weights=weights, over=over, groups=groups, **shared
+    spec, inputs = plan(
+        x,
+        *_check.params(params),
+        axis=axis,
+        epsilon=epsilon,
+        mask=mask,
+        weights=weights,
+        over=scope(axis_name, axis_index_groups),
+        groups=groups,
+        activation=activation,
+        residual=residual,
+        dtype=dtype,
     )
+    old = _check.stats(read(stats), spec.axes, training=True)
+    _check.same_field(old, inputs.x, training=True)
+    if not spec.over.names and not fixed(stats):
+        _check.several_values(spec.axes)
+    y, m = train(spec, inputs, old if fixed(stats) else None)
     if not waits(stats):
         _check.as_replicated_as(old.mean, m.mean)
-    if fixed(stats):
-        y = batch_norm_inference(x, params, old, **shared)
-    return y, absorb(update, old, m, given=stats, over=over)
+    y = join(y, jnp.asarray(x), spec.axes)
+    return y, absorb(update, old, m, given=stats, over=spec.over)
 
 
 def batch_norm_inference(
@@ -174,31 +169,51 @@ def batch_norm_inference(
       ValueError: axis, params, stats or residual do not fit x's shape, epsilon < 0, or activation
         changes the shape or mixes elements.
     """
-    x = _check.floating(x)
-    axes = resolve(x.shape, axis)
-    stats = _check.stats(read(stats), axes)
-    scale, bias = affine(*_check.params(params), axes)
-    residual = _check.residual(residual, x)
-    dtype = _check.output_dtype(dtype, x, scale=scale, bias=bias, residual=residual)
-    _check.same_field(stats, x, training=False)
-    activation = _check.activation(activation, x.shape, accumulator(x.dtype))
-    rule = axes, _check.epsilon(epsilon), activation, dtype
-    return _inference(*rule, x, stats.mean, stats.var, scale, bias, residual)
+    spec, inputs = plan_inference(
+        x,
+        *_check.params(params),
+        axis=axis,
+        epsilon=epsilon,
+        activation=activation,
+        residual=residual,
+        dtype=dtype,
+    )
+    stats = _check.stats(read(stats), spec.axes)
+    _check.same_field(stats, inputs.x, training=False)
+    return infer(spec, inputs, stats)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _inference(axes: Axes, epsilon, activation, dtype, x, mean, var, scale, bias, residual):
+def train(spec: Spec, inputs: Inputs, fixed: RunningStats | None = None) -> tuple[Array, Moments]:
+    """y, of the shape of the planned x, and the moments of the batch, of all groups together.
+
+    y is normalised by them, or by the statistics `fixed`.
+    """
+    if fixed is None:
+        return normalized(spec, inputs, pooled=True)
+    m = measure(spec, inputs.x, inputs.weights)
+    moments = restore_pooled(m, spec.axes, counts_differ=inputs.weights is not None)
+    return infer(spec, inputs, fixed), moments
+
+
+def infer(spec: Spec, inputs: Inputs, stats: RunningStats) -> Array:
+    """y, of the shape of the planned x, normalised by `stats`."""
+    x, scale, bias, _, residual = inputs
+    return _infer(spec, x, stats.mean, stats.var, scale, bias, residual)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _infer(spec: Spec, x, mean, var, scale, bias, residual) -> Array:
     def run(x, mean, var, scale, bias, residual):
         x = x.astype(accumulator(x.dtype))
         var = var.astype(accumulator(var.dtype))  # epsilon may be none of float16
-        mean, rstd = location(mean.astype(x.dtype), var, epsilon)
+        mean, rstd = location(mean.astype(x.dtype), var, spec.epsilon)
         y = transform(x - mean, scale.astype(x.dtype) * rstd, bias.astype(x.dtype), residual)
-        return (y if activation is None else activation(y)).astype(dtype)
+        return (y if spec.activation is None else spec.activation(y)).astype(spec.dtype)
 
-    scale, bias = expanded(scale, bias, axes, accumulator(x.dtype))
-    if x.dtype != accumulator(x.dtype) or activation is not None:
+    scale, bias = expanded(scale, bias, spec.axes, accumulator(x.dtype))
+    if x.dtype != accumulator(x.dtype) or spec.activation is not None:
         # A backward pass keeps x in x's dtype, and not the activation's input. prevent_cse=False:
         # the compiler may keep what it wants. Else nothing is saved, and jax.experimental.jet knows
         # no checkpoint.
         run = jax.checkpoint(run, prevent_cse=False)
-    return run(x, axes.expand(mean), axes.expand(var), scale, bias, residual)
+    return run(x, spec.axes.expand(mean), spec.axes.expand(var), scale, bias, residual)

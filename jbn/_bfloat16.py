@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jbn._axes import Axes
-from jbn._pool import Moments
+from jbn._pool import ShiftedMoments
 
 LIMIT = 128  # squares of 16 bits whose sum has 23
 
@@ -34,8 +34,8 @@ def block(axes: Axes) -> tuple[int, ...]:
     return max(fitting, key=lambda chosen: fitting[chosen], default=())
 
 
-def shifted_moments(x: Array, axes: Axes, inner: tuple[int, ...]) -> tuple[Array, Moments]:
-    """(c, moments of x - c) of bfloat16 x, in float32, c near the mean."""
+def moments_by_blocks(x: Array, axes: Axes, inner: tuple[int, ...]) -> ShiftedMoments:
+    """The moments of bfloat16 x, in float32; the shift is the mean, rounded to bfloat16."""
     n = math.prod(axes.shape[i] for i in inner)
     wide = x.astype(jnp.float32)
     # Together, else XLA for GPUs reads x for each of them; without the axes of the block, else XLA
@@ -52,14 +52,14 @@ def shifted_moments(x: Array, axes: Axes, inner: tuple[int, ...]) -> tuple[Array
         return per_feature(jnp.sum(sums, outer, keepdims=True)) / axes.size
 
     # Rounded to bfloat16, by other means than a conversion there and back, which XLA drops.
-    center = lax.reduce_precision(mean_of(first), exponent_bits=8, mantissa_bits=7)
-    center = jnp.where(jnp.isfinite(center), center, jnp.zeros_like(center))
-    c = jnp.squeeze(center, inner)
-    shifted = first - n * c
-    mean = mean_of(shifted)
-    mean_square = mean_of((second - c * first) - c * shifted)
+    shift = lax.reduce_precision(mean_of(first), exponent_bits=8, mantissa_bits=7)
+    shift = jnp.where(jnp.isfinite(shift), shift, jnp.zeros_like(shift))
+    c = jnp.squeeze(shift, inner)
+    rest = first - n * c
+    mean = mean_of(rest)
+    mean_square = mean_of((second - c * first) - c * rest)
     var = jnp.maximum(mean_square - mean * mean, 0)
     # As for other dtypes: squares that overflow leave var = inf, and y is then the bias.
     overflow = jnp.isinf(per_feature(jnp.max(second, outer, keepdims=True)))
     count = jnp.full((1,) * x.ndim, axes.size, jnp.float32)
-    return center, Moments(count, mean, jnp.where(overflow, jnp.inf, var))
+    return ShiftedMoments(shift, count, mean, jnp.where(overflow, jnp.inf, var))

@@ -362,10 +362,11 @@ def groups(value: int, axes: Axes) -> int:
     return value
 
 
-def several_values(axes: Axes, number: int | None) -> None:
-    """Refuses to take the variance of a single value, in each of a `number` of groups."""
-    if axes.size == (1 if number is None else groups(number, axes)):
-        each = "" if number is None else f" in each of {number} groups"
+def several_values(axes: Axes) -> None:
+    """Refuses to take the variance of a single value, in each group if there are groups."""
+    if axes.size == 1:
+        each = "" if axes.group is None else f" in each of {axes.groups} groups"
+        axes = axes.whole
         raise ValueError(
             f"one value per channel: x of shape {axes.shape} with feature axis "
             f"{_plain(axes.features)} has a single value of each feature{each}, so its variance is "

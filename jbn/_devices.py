@@ -39,16 +39,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 
 from jbn import _sharding
 from jbn._axes import Axes
-from jbn._pool import Moments, pool_blocks, pool_instances
-from jbn._sync import Scope
+from jbn._pool import ShiftedMoments, pool_blocks, pool_instances
+from jbn._sync import Scope, vary_as
 
-# (axes, x, weights) -> (shift, moments of x - shift) of arrays that lie on one device.
-Local = Callable[[Axes, Array, Array | None], tuple[Array, Moments]]
+# (axes, x, weights) -> the moments of arrays that lie on one device.
+Local = Callable[[Axes, Array, Array | None], ShiftedMoments]
 
 
-def measure_everywhere(
-    local: Local, axes: Axes, x: Array, weights: Array | None
-) -> tuple[Array, Moments]:
+def measure_everywhere(local: Local, axes: Axes, x: Array, weights: Array | None) -> ShiftedMoments:
     """`local` of the whole of x, wherever it lies; the results broadcast against x, (1, ..., C)."""
     if _sharding.is_explicitly_sharded(x):
         return _measure_over_explicit_axes(local, axes, x, weights)
@@ -58,25 +56,24 @@ def measure_everywhere(
     if not _partitions(x):
         return _in_blocks(local, axes, devices, x, weights)
     args = (x,) if weights is None else (x, weights)
-    shift, *m = _bind(_measure, _Measure(local), axes, *args)
-    return shift, Moments(*m)
+    return ShiftedMoments(*_bind(_measure, _Measure(local), axes, *args))
 
 
-def join_instances(
-    over: Any, axes: Axes, shift: Array, m: Moments, counts_differ: bool
-) -> tuple[Array, Moments]:
+def join_instances(over: Any, axes: Axes, m: ShiftedMoments, counts_differ: bool) -> ShiftedMoments:
     """`pool_instances` of statistics that broadcast against x."""
-    squeezed = axes.squeeze(shift), jax.tree.map(axes.squeeze, m)
-    shift, m = pool_instances(over, *squeezed, counts_differ)
-    return axes.unsqueeze(shift), jax.tree.map(axes.unsqueeze, m)
+    pooled = pool_instances(over, jax.tree.map(axes.squeeze, m), counts_differ)
+    return jax.tree.map(axes.unsqueeze, pooled)
 
 
 def spread(axes: Axes, x: Array, values: Array) -> Array:
     """`values`, (1, ..., C), for a pass over x; as large as x where that saves a collective.
 
     Backwards it is a sum over all axes of x but those of features and groups. XLA has one
-    all-reduce for each axis that lies on several devices, where one does for all.
+    all-reduce for each axis that lies on several devices, where one does for all. And in a
+    shard_map that checks what varies, the sum over devices has to come after that over an
+    instance: so `values` vary before they are broadcast, or devices would send as much as x.
     """
+    values = vary_as(x, values)
     if len(axes.reduction) < 2:
         return values
     if _sharding.is_explicitly_sharded(x):
@@ -129,16 +126,14 @@ class _Explicit(NamedTuple):
 
 def _measure_over_explicit_axes(
     local: Local, axes: Axes, x: Array, weights: Array | None
-) -> tuple[Array, Moments]:
+) -> ShiftedMoments:
     where = _Explicit.of(x, axes)
     over = Scope(tuple(name for names in where.reduced for name in names))
 
-    def device(x: Array, weights: Array | None = None) -> tuple[Array, Moments]:
+    def device(x: Array, weights: Array | None = None) -> ShiftedMoments:
         part = axes._replace(shape=x.shape)
-        shift, m = measure_everywhere(local, part, x, weights)
-        if not over.names:
-            return shift, m
-        return join_instances(over, part, shift, m, weights is not None)
+        m = measure_everywhere(local, part, x, weights)
+        return join_instances(over, part, m, weights is not None) if over.names else m
 
     args, into = [x], [where.place(x.shape)]
     count = PartitionSpec()
@@ -147,8 +142,8 @@ def _measure_over_explicit_axes(
         args.append(_sharding.alongside(weights, x))
         count = where.reduce(into[1], axes)
     statistics = where.reduce(into[0], axes)
-    moments: Any = Moments
-    results = statistics, moments(count, statistics, statistics)
+    moments: Any = ShiftedMoments
+    results = moments(statistics, count, statistics, statistics)
     return where.map(device, tuple(into), results)(*args)
 
 
@@ -182,17 +177,14 @@ class _Measure(NamedTuple):
     local: Local
 
     def of_part(self, axes: Axes, *args: Array) -> tuple[Array, ...]:
-        shift, m = self.local(axes, args[0], args[1] if args[1:] else None)
-        return shift, *m
+        return tuple(self.local(axes, args[0], args[1] if args[1:] else None))
 
     def join(self, over: "_Devices", axes: Axes, results: Any, several: bool) -> tuple[Array, ...]:
-        shift, m = join_instances(over, axes, results[0], Moments(*results[1:]), several)
-        return shift, *m
+        return tuple(join_instances(over, axes, ShiftedMoments(*results), several))
 
     def unpartitioned(self, axes: Axes, devices: int, *args: Array) -> tuple[Array, ...]:
         weights = args[1] if args[1:] else None
-        shift, m = _in_blocks(self.local, axes, devices, args[0], weights)
-        return shift, *m
+        return tuple(_in_blocks(self.local, axes, devices, args[0], weights))
 
 
 class _Sum(NamedTuple):
@@ -428,7 +420,7 @@ ad.primitive_transposes[_sum] = lambda cts, _, *, axes, **__: [
 
 def _in_blocks(
     local: Local, axes: Axes, devices: int, x: Array, weights: Array | None
-) -> tuple[Array, Moments]:
+) -> ShiftedMoments:
     """`local` of `devices` blocks, into which the first reduction axis, or each group, is cut."""
     n = axes.shape[axes.reduction[0]]
     blocks = math.gcd(n, devices // math.gcd(devices, axes.groups))
@@ -436,7 +428,6 @@ def _in_blocks(
         return local(axes, x, weights)
     view = axes.split(blocks)
     weights = None if weights is None else _sharding.divide(weights, view)
-    shift, m = local(view, _sharding.divide(x, view), weights)
-    squeezed = view.squeeze(shift), jax.tree.map(view.squeeze, m)
-    shift, m = pool_blocks(axes, *squeezed, weights is not None)
-    return axes.unsqueeze(shift), jax.tree.map(axes.unsqueeze, m)
+    m = local(view, _sharding.divide(x, view), weights)
+    pooled = pool_blocks(axes, jax.tree.map(view.squeeze, m), weights is not None)
+    return jax.tree.map(axes.unsqueeze, pooled)

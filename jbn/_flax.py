@@ -15,10 +15,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check
 from jbn._axes import resolve
-from jbn._batch_norm import batch_norm_inference
+from jbn._batch_norm import batch_norm_inference, train
 from jbn._deferred import absorb, fixed, read
-from jbn._normalize import Activation, Params, normalize_pooled
+from jbn._normalize import Params
+from jbn._plan import plan
 from jbn._running import RunningStats, UpdateRule, ema_of_flax
+from jbn._sharding import join
 from jbn._sync import AxisName, Scope, scope
 
 
@@ -29,15 +31,13 @@ def training(
     update: UpdateRule,
     *,
     axis: int | Sequence[int],
-    epsilon: float,
     mask: ArrayLike | None,
     weights: ArrayLike | None,
     axis_name: AxisName | None,
     axis_index_groups: Sequence[Sequence[int]] | None,
-    groups: int | None,
-    activation: Activation | None,
     residual: ArrayLike | None,
     dtype: DTypeLike,
+    **options: Any,
 ) -> tuple[Array, RunningStats]:
     """`jbn.batch_norm` with y of `dtype`, for all that Flax accepts."""
     x = _as_float(x, dtype)
@@ -48,26 +48,20 @@ def training(
     old = read(stats)
     old = old._replace(mean=old.mean.astype(mean_dtype(old.mean.dtype, x.dtype)))
     old = _check.stats(old, axes)
-    over = Scope() if axis_name is None else scope(axis_name, axis_index_groups)  # as in Flax
-    shared: dict[str, Any] = {
-        "axis": axes.features,
-        "epsilon": epsilon,
-        "activation": activation,
-        "residual": residual,
-        "dtype": dtype,
-    }
-    y, moments = normalize_pooled(
+    spec, inputs = plan(
         x,
         *params,
+        axis=axes.features,
         mask=_of_rank(mask, x.ndim),
         weights=_of_rank(weights, x.ndim),
-        over=over,
-        groups=groups,
-        **shared,
+        over=Scope() if axis_name is None else scope(axis_name, axis_index_groups),  # as in Flax
+        residual=residual,
+        dtype=dtype,
+        **options,
     )
-    if fixed(stats):
-        y = batch_norm_inference(x, params, old, **shared)
-    return y.reshape(shape), absorb(update, old, moments, given=stats, over=over)
+    y, moments = train(spec, inputs, old if fixed(stats) else None)
+    y = join(y, x, spec.axes).reshape(shape)
+    return y, absorb(update, old, moments, given=stats, over=spec.over)
 
 
 def inference(
@@ -76,7 +70,7 @@ def inference(
     stats: RunningStats,
     *,
     dtype: DTypeLike,
-    **options,
+    **options: Any,
 ) -> Array:
     """`jbn.batch_norm_inference` with y of `dtype`, for all that Flax accepts."""
     return batch_norm_inference(_as_float(x, dtype), params, stats, dtype=dtype, **options)

@@ -15,20 +15,21 @@ That is done for what one device has of the batch; `_pool` makes the moments of 
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jbn import _bfloat16, _check, _kernels, _sharding
-from jbn._axes import Axes, resolve
+from jbn import _bfloat16, _sharding
+from jbn._axes import Axes
 from jbn._devices import join_instances, measure_everywhere
 from jbn._once import made_once
-from jbn._pool import Moments, dot, restore, square
-from jbn._reference import accumulator, active, reference
-from jbn._sync import AxisName, Scope, scope
+from jbn._plan import Spec, plan_moments
+from jbn._pool import Moments, ShiftedMoments, dot, restore, square
+from jbn._shift import active, shift_for
+from jbn._sync import AxisName, scope
 
 
 def moments(
@@ -67,120 +68,72 @@ def moments(
       ValueError: axis, mask, weights or groups do not fit x's shape.
     """
     over = scope(axis_name, axis_index_groups)
-    problem, x, weights = prepare(x, axis, mask, weights, over, groups)
-    shift, m = differentiable_measure(problem, x, weights)
-    return restore(m, shift, problem.axes)
+    spec, inputs = plan_moments(x, axis=axis, over=over, mask=mask, weights=weights, groups=groups)
+    return restore(measure(spec, inputs.x, inputs.weights), spec.axes)
 
 
 # The parts. Per-feature values keep x's rank here, (1, ..., C), so that they broadcast against x.
 
 
-class Problem(NamedTuple):
-    """What is static about the statistics of one input."""
-
-    axes: Axes
-    over: Scope
-    kernel: Any = None  # for the sums; None for XLA's own
-
-
-def prepare(
-    x: ArrayLike,
-    axis: int | Sequence[int],
-    mask: ArrayLike | None,
-    weights: ArrayLike | None,
-    over: Scope,
-    groups: int | None,
-) -> tuple[Problem, Array, Array | None]:
-    """Checks all arguments; where there are groups, x and its weights with an axis for them."""
-    x = _check.floating(x)
-    axes = resolve(x.shape, axis)
-    _check.reduction_axis(axes, over.names)
-    weights = _check.participation(axes, mask, weights, accumulator(x.dtype))
-    weights = None if weights is None else _sharding.alongside(weights, x)
-    if groups is None:
-        return Problem(axes, over, _kernels.suited(axes, x, weights, over.names)), x, weights
-    split = axes.split(_check.groups(groups, axes))
-    x = _sharding.divide(x, split)
-    return Problem(split, over), x, None if weights is None else _sharding.divide(weights, split)
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def differentiable_measure(
-    problem: Problem, x: Array, weights: Array | None
-) -> tuple[Array, Moments]:
-    return measure(problem, x, weights)
+def measure(spec: Spec, x: Array, weights: Array | None) -> ShiftedMoments:
+    """The moments of x over the batch and the scope, differentiable in x to any order."""
+    return _measure(spec, x, weights)
 
 
-@differentiable_measure.defjvp
-def _measure_jvp(problem: Problem, primals, tangents):
+@measure.defjvp
+def _measure_jvp(spec: Spec, primals, tangents):
     x, weights = primals
-    shift, m = differentiable_measure(problem, x, weights)
-    dx = only_active(tangents[0].astype(shift.dtype), weights)
-    dmean, half_dvar = derivative(problem, x, shift, dx, m.count, m.mean, weights)
-    dm = Moments(jnp.zeros_like(m.count), dmean, 2 * half_dvar)
-    return (shift, m), (jnp.zeros_like(shift), dm)
+    m = measure(spec, x, weights)
+    dx = _sharding.alongside(tangents[0], x).astype(m.shift.dtype)
+    dx = only_active(dx, weights)
+    dmean, half_dvar = derivative(spec, x, weights, m, dx)
+    return m, ShiftedMoments(jnp.zeros_like(m.shift), jnp.zeros_like(m.count), dmean, 2 * half_dvar)
 
 
 def derivative(
-    problem: Problem,
-    x: Array,
-    shift: Array,
-    dx: Array,
-    count: Array,
-    mean: Array,
-    weights: Array | None,
+    spec: Spec, x: Array, weights: Array | None, m: ShiftedMoments, dx: Array
 ) -> tuple[Array, Array]:
-    """The derivative of the moments of z = x - K in the direction dx, (E[dx], E[(z - mean) dx]).
+    """The derivative of the moments of z = x - shift along dx: (E[dx], E[(z - mean) dx]).
 
     The second is half of dvar. It is computed from z itself, which the forward pass has already.
     """
-    if problem.kernel is not None:
-        sums = problem.kernel.pair(x, problem.axes.squeeze(shift), dx)
-        mean_dx, mean_z_dx = (problem.axes.expand(s) / count.astype(s.dtype) for s in sums)
+    if spec.kernel is not None:
+        sums = spec.kernel.pair(x, spec.axes.squeeze(m.shift), dx)
+        mean_dx, mean_z_dx = (spec.axes.expand(s) / m.count.astype(s.dtype) for s in sums)
     else:
-        z = shifted(x, shift, weights)
-        mean_dx, mean_z_dx = average((dx, dot(z, dx)), count, weights, problem)
+        z = shifted(x, m.shift, weights)
+        mean_dx, mean_z_dx = average((dx, dot(z, dx)), m.count, weights, spec)
         # In this order XLA for CPUs has, backwards, one array of x's size at a time.
         mean_z_dx, mean_dx = made_once(mean_z_dx, mean_dx)
-    return mean_dx, mean_z_dx - dot(mean, mean_dx)
+    return mean_dx, mean_z_dx - dot(m.mean, mean_dx)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def measure(problem: Problem, x: Array, weights: Array | None) -> tuple[Array, Moments]:
-    """K, for each feature a value of x near its mean, and the moments of x - K, over the scope.
+def _measure(spec: Spec, x: Array, weights: Array | None) -> ShiftedMoments:
+    """`measure`, without a derivative.
 
-    Not to be differentiated: `differentiable_measure` has the rule. Jitted, so that without jit
-    around it is one program, and layers of one shape are traced once.
+    Jitted, so that without jit around it is one program, and layers of one shape are traced once.
     """
-    axes, over, kernel = problem
-    local = functools.partial(_measure_locally, kernel=kernel)
-    if kernel is None:
-        shift, m = measure_everywhere(local, axes, x, weights)
+    local = functools.partial(_measure_locally, kernel=spec.kernel)
+    if spec.kernel is None:
+        m = measure_everywhere(local, spec.axes, x, weights)
     else:  # of programs for one device
-        shift, m = local(axes, x, weights)
-    if over.names:
-        shift, m = join_instances(over, axes, shift, m, weights is not None)
-    return shift, m
+        m = local(spec.axes, x, weights)
+    if not spec.over.names:
+        return m
+    return join_instances(spec.over, spec.axes, m, weights is not None)
 
 
-def _measure_locally(
-    axes: Axes, x: Array, weights: Array | None, kernel: Any
-) -> tuple[Array, Moments]:
-    """K and the moments of x - K, of what one device has."""
-    by_reference = functools.partial(_by_reference, axes=axes, kernel=kernel)
+def _measure_locally(axes: Axes, x: Array, weights: Array | None, kernel: Any) -> ShiftedMoments:
+    """The moments of what one device has."""
+    by_shift = functools.partial(_moments_by_shift, axes=axes, kernel=kernel)
     exact = x.dtype == jnp.bfloat16 and weights is None and kernel is None
     if exact and (inner := _bfloat16.block(axes)):
-        in_blocks = functools.partial(_bfloat16.shifted_moments, axes=axes, inner=inner)
+        by_blocks = functools.partial(_bfloat16.moments_by_blocks, axes=axes, inner=inner)
         # On CPUs reductions over some axes are slow.
-        return lax.platform_dependent(x, cpu=by_reference, default=in_blocks)
-    return by_reference(x, weights)
-
-
-def _by_reference(
-    x: Array, weights: Array | None = None, *, axes: Axes, kernel: Any
-) -> tuple[Array, Moments]:
-    shift = reference(x, weights, axes)
-    return shift, shifted_moments(x, shift, weights, axes, kernel)
+        return lax.platform_dependent(x, cpu=by_shift, default=by_blocks)
+    return by_shift(x, weights)
 
 
 def only_active(values: Array, weights: Array | None) -> Array:
@@ -197,16 +150,17 @@ def shifted(x: Array, shift: Array, weights: Array | None) -> Array:
 
 
 def average(
-    values: tuple[Array, ...], count: Array, weights: Array | None, problem: Problem
+    values: tuple[Array, ...], count: Array, weights: Array | None, spec: Spec
 ) -> tuple[Array, ...]:
     """The weighted mean of each of `values` over the reduction axes and the scope.
 
     `values` are 0 where masked. One collective carries all of them. Division comes last, by the
     whole count, so uneven instances are averaged exactly and not as a mean of means.
     """
-    axes, over, _ = problem
-    # A constant, but one whose derivative, times 0, would be divided by its square.
-    count = lax.stop_gradient(count)
+    axes, over = spec.axes, spec.over
+    if weights is not None:
+        # A constant, but one whose derivative, times 0, would be divided by its square.
+        count = lax.stop_gradient(count)
     if weights is not None or not isinstance(axes.size, int) or axes.size == 0:
         count = jnp.where(count > 0, count, jnp.ones_like(count))
     if weights is not None and weights.dtype != jnp.bool_:
@@ -228,24 +182,26 @@ def _inverse(count: Array) -> Array:
     return jnp.maximum(inverse, numbers.tiny)
 
 
-def shifted_moments(
-    x: Array, shift: Array, weights: Array | None, axes: Axes, kernel: Any = None
-) -> Moments:
-    """The moments of x - K, of this instance alone."""
+def _moments_by_shift(
+    x: Array, weights: Array | None = None, *, axes: Axes, kernel: Any
+) -> ShiftedMoments:
+    """The moments of what one device has, by sums of x - shift and of its square."""
+    shift = shift_for(x, weights, axes)
     z = shifted(x, shift, weights)
     count = _count(z, weights, axes)
     if kernel is not None:
         sums = kernel.sums(x, axes.squeeze(shift))
         mean, mean_square = (axes.expand(s) / count for s in sums)
     else:
-        # Each sum from an x - K of its own: a compiler that takes the sums one by one would store
-        # one that they share.
+        # Each sum from an x - shift of its own: a compiler that takes the sums one by one would
+        # store one that they share.
         apart = shifted(x, lax.optimization_barrier(shift), weights)
-        mean, mean_square = average((z, square(apart)), count, weights, Problem(axes, Scope()))
+        mean, mean_square = average((z, square(apart)), count, weights, Spec(axes))
     # Squares that overflow leave var = inf, not inf - inf: y is then the bias, and the running
     # statistics leave the feature out.
-    var = jnp.where(mean_square == jnp.inf, jnp.inf, mean_square - square(mean))
-    return Moments(count, mean, jnp.maximum(var, 0.0))
+    var = mean_square - square(mean)
+    var = lax.select(mean_square == jnp.inf, mean_square, var)
+    return ShiftedMoments(shift, count, mean, jnp.maximum(var, 0.0))
 
 
 def _count(z: Array, weights: Array | None, axes: Axes) -> Array:

@@ -36,6 +36,22 @@ class Moments(NamedTuple):
     var: Array
 
 
+class ShiftedMoments(NamedTuple):
+    """The moments of x - shift. Fields broadcast against x, (1, ..., C), or are [C] or [parts, C].
+
+    Attributes:
+      shift: K, a number near the mean that is the same for all values of a feature.
+      count: as in `Moments`.
+      mean: E[x - shift], small beside the standard deviation.
+      var: the variance, of x as of x - shift.
+    """
+
+    shift: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (of tuple.count)
+    mean: Array
+    var: Array
+
+
 def merge(a: Moments, b: Moments) -> Moments:
     """The moments of two batches taken together (Chan, Golub & LeVeque 1979).
 
@@ -99,9 +115,9 @@ def pool(m: Moments) -> Moments:
         m, count = jax.tree.map(lambda v: jnp.zeros((1, *v.shape[1:]), v.dtype), (m, count))
     some = count > 0
     mean, var = (jnp.where(some, v, jnp.zeros_like(v)) for v in m[1:])
-    shift, pooled = _pool(mean, Moments(count, jnp.zeros_like(mean), var))
+    pooled = _pool(ShiftedMoments(mean, count, jnp.zeros_like(mean), var))
     total = pooled.count.reshape(()) if one else pooled.count
-    return Moments(total, shift + pooled.mean, pooled.var)
+    return Moments(total, pooled.shift + pooled.mean, pooled.var)
 
 
 _STACK = "Of a list ms write jbn.pool(jax.tree.map(lambda *v: jnp.stack(v), *ms))."
@@ -142,47 +158,45 @@ def _checked(m: Moments, name: str) -> Moments:
     return Moments(count, mean, var)
 
 
-def pool_blocks(axes: Axes, shift: Array, m: Moments, counts_differ: bool) -> tuple[Array, Moments]:
+def pool_blocks(axes: Axes, m: ShiftedMoments, counts_differ: bool) -> ShiftedMoments:
     """[groups * blocks, C] -> [groups, C], or [C] where x has no groups."""
-    shift, m = _send(collect, 1, shift, m, counts_differ)
+    m = _send(collect, 1, m, counts_differ)
 
     def blocks_first(v: Array) -> Array:
         v = v.reshape(axes.groups, -1, *v.shape[1:])
         return v[0] if axes.group is None else jnp.moveaxis(v, 1, 0)
 
-    return _pool(blocks_first(shift), jax.tree.map(blocks_first, m))
+    return _pool(jax.tree.map(blocks_first, m))
 
 
-def pool_instances(
-    over: Scope, shift: Array, m: Moments, counts_differ: bool
-) -> tuple[Array, Moments]:
+def pool_instances(over: Scope, m: ShiftedMoments, counts_differ: bool) -> ShiftedMoments:
     """The moments of one instance -> those of all in the scope."""
-    shift, m = _send(over.gather, 0, shift, m, counts_differ)
+    m = _send(over.gather, 0, m, counts_differ)
     member = over.members()
     if member is not None:
         member = member.reshape(-1, *(1 for _ in m.count.shape[1:]))
         m = m._replace(count=jnp.where(member, m.count, jnp.zeros_like(m.count)))
-    return _pool(shift, m)
+    return _pool(m)
 
 
 def _send(
-    collective: Callable[[Array], Array], at: int, shift: Array, m: Moments, counts_differ: bool
-) -> tuple[Array, Moments]:
-    """(K, moments), by one collective that makes [n, ...] of them; equal counts are not sent."""
+    collective: Callable[[Array], Array], at: int, m: ShiftedMoments, counts_differ: bool
+) -> ShiftedMoments:
+    """The moments of all parts, [n, ...], by one collective; equal counts are not sent."""
     # Plus zeros: of the shape and sharding of the others.
-    sent = (shift, m.mean, m.var, *((m.count + jnp.zeros_like(m.var),) if counts_differ else ()))
-    received, mean, var, *counts = together(collective, at, *sent)
+    sent = (m.shift, m.mean, m.var, *((m.count + jnp.zeros_like(m.var),) if counts_differ else ()))
+    shift, mean, var, *counts = together(collective, at, *sent)
     rest = m.count.shape[at:]
     if counts:
         # One count for all features was sent once for each.
         same = tuple(i for i, n in enumerate(counts[0].shape[1:], 1) if rest[i - 1] != n)
         count = jnp.max(counts[0], same, keepdims=True)
     else:
-        count = jnp.broadcast_to(m.count if at else m.count[None], (len(received), *rest))
-    return received, Moments(count, mean, var)
+        count = jnp.broadcast_to(m.count if at else m.count[None], (len(shift), *rest))
+    return ShiftedMoments(shift, count, mean, var)
 
 
-def _pool(shift: Array, m: Moments) -> tuple[Array, Moments]:
+def _pool(m: ShiftedMoments) -> ShiftedMoments:
     """The moments of x - K_i, i along the leading axis -> those of x - K, K the best of the K_i."""
 
     def total(values: Array) -> Array:
@@ -191,34 +205,33 @@ def _pool(shift: Array, m: Moments) -> tuple[Array, Moments]:
     count = total(m.count)
     share = (m.count / jnp.where(count > 0, count, jnp.ones_like(count))).astype(m.var.dtype)
     # The K_i nearest to the mean: K_i - K is then small and exact.
-    distance = jnp.abs(shift - total(share * (shift + m.mean)))
+    distance = jnp.abs(m.shift - total(share * (m.shift + m.mean)))
     nearest = jnp.argmin(distance, axis=0, keepdims=True)
-    chosen = lax.broadcasted_iota(nearest.dtype, shift.shape, 0) == nearest
-    new = total(jnp.where(chosen, shift, jnp.zeros_like(shift)))
-    offset = (shift - new) + m.mean
+    chosen = lax.broadcasted_iota(nearest.dtype, m.shift.shape, 0) == nearest
+    shift = total(jnp.where(chosen, m.shift, jnp.zeros_like(m.shift)))
+    offset = (m.shift - shift) + m.mean
     offset = jnp.where(m.count > 0, offset, jnp.zeros_like(offset))
     mean = total(share * offset)
     between = square(offset - mean)
     between = jnp.where(jnp.isnan(between), jnp.zeros_like(between), between)  # of inf - inf
     var = total(share * (m.var + between))
-    return new[0], Moments(count[0], mean[0], var[0])
+    return ShiftedMoments(shift[0], count[0], mean[0], var[0])
 
 
-def restore(m: Moments, shift: Array, axes: Axes) -> Moments:
-    """Moments of x - K, of x's rank -> moments of x, of feature shape."""
+def restore(m: ShiftedMoments, axes: Axes) -> Moments:
+    """Moments of x - shift, of x's rank -> moments of x, of feature shape."""
     varies = any(m.count.shape[i] != 1 for i in range(len(axes.shape)))
     count = axes.squeeze(m.count) if varies else m.count.reshape(())
-    return Moments(count, axes.squeeze(m.mean + shift), axes.squeeze(m.var))
+    return Moments(count, axes.squeeze(m.mean + m.shift), axes.squeeze(m.var))
 
 
-def pool_groups(m: Moments, shift: Array, axes: Axes, counts_differ: bool) -> Moments:
+def restore_pooled(m: ShiftedMoments, axes: Axes, counts_differ: bool) -> Moments:
     """`restore`, of all groups taken together."""
     if axes.group is not None:
-        groups = axes.squeeze(shift), jax.tree.map(axes.squeeze, m)
+        pooled = pool_blocks(axes.whole, jax.tree.map(axes.squeeze, m), counts_differ)
         axes = axes.whole
-        shift, m = pool_blocks(axes, *groups, counts_differ)
-        shift, m = axes.unsqueeze(shift), jax.tree.map(axes.unsqueeze, m)
-    return restore(m, shift, axes)
+        m = jax.tree.map(axes.unsqueeze, pooled)
+    return restore(m, axes)
 
 
 def square(x: Array) -> Array:

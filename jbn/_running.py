@@ -24,12 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jbn import _check
 from jbn._pool import Moments
-from jbn._reference import accumulator
 from jbn._sharding import is_explicitly_sharded
+from jbn._shift import accumulator
 
 
 class RunningStats(NamedTuple):
@@ -217,6 +218,9 @@ def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningSt
         stats = jax.tree.map(lambda values: jax.sharding.reshard(values, where), stats)
     if isinstance(rule, _Ema | _Cumulative):
         function, numbers = split(rule)
+        traced = isinstance(moments.mean, Tracer)
+        if traced and not any(isinstance(number, Array) for number in numbers):
+            function, numbers = rule, ()  # as constants: a shorter program
         return _absorb_once_a_shape(function, stats, moments, *numbers)
     new = rule(stats, moments)
     if not isinstance(new, type(stats)):

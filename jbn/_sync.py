@@ -181,6 +181,12 @@ def varying(x: Array) -> frozenset[Hashable]:
     return jax.typeof(x).manual_axis_type.varying
 
 
+def vary_as(x: Array, values: Array) -> Array:
+    """`values`, typed as varying over the axes over which x is known to vary."""
+    missing = tuple(sorted(varying(x) - varying(values), key=str))
+    return lax.pcast(values, missing, to="varying") if missing else values
+
+
 def _mesh_axes() -> tuple[Hashable, ...]:
     """The axes of shard_map and pmap, whose instances are devices; those of vmap are not here."""
     return jax.sharding.get_abstract_mesh().manual_axes

@@ -15,7 +15,8 @@ from jax import Array
 
 from jbn import _check, _flax
 from jbn._axes import resolve
-from jbn._normalize import Activation, Params
+from jbn._normalize import Params
+from jbn._plan import Activation
 from jbn._running import RunningStats, UpdateRule
 
 

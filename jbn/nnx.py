@@ -16,7 +16,8 @@ from jax import Array
 
 from jbn import _check, _flax
 from jbn._deferred import read
-from jbn._normalize import Activation, Params
+from jbn._normalize import Params
+from jbn._plan import Activation
 from jbn._running import RunningStats, UpdateRule
 from jbn._sync import AxisName
 

@@ -36,7 +36,7 @@ from jbn._deferred import (
     vary,
 )
 from jbn._export import serializable
-from jbn._reference import accumulator
+from jbn._shift import accumulator
 from jbn._sync import AxisName, bound_axes, recorded, scope, varying
 
 __all__ = [

@@ -191,11 +191,21 @@ def test_a_layer_needs_one_collective_each_way(mode, statistics):
     *layers, elsewhere = collectives.by_layer(hlo.collectives(text))
     assert [sum(layer.counts.values()) for layer in layers] == [2, 2, 2]
     assert not elsewhere.counts
-    if (
-        mode.check_vma is None and mode.set_mesh
-    ):  # (shift, mean, var) and the count forward, two sums backward: no data
-        numbers = 5 if statistics == "plain" else 6
-        assert [layer.sent for layer in layers] == [4 * numbers * c for c in collectives.WIDTHS]
+    # (shift, mean, var) and the count forward, two sums backward: no data.
+    numbers = 5 if statistics == "plain" else 6
+    assert [layer.sent for layer in layers] == [4 * numbers * c for c in collectives.WIDTHS]
+
+
+@pytest.mark.parametrize("mode", collectives.MODES, ids=lambda mode: mode.name)
+def test_a_mask_adds_a_sum_a_channel_to_the_gradients_of_parameters(mode):
+    # The bias has a cotangent of its own where a masked value is not finite.
+    plain, masked = (
+        hlo.traffic(hlo.collectives(collectives.compiled("parameters", mode, s, jax.devices())))
+        for s in ("plain", "masked")
+    )
+    assert masked.counts == plain.counts
+    counts = 4 * sum(collectives.WIDTHS)  # which the forward pass gathers
+    assert masked.sent - plain.sent <= counts + 2 * 4 * sum(collectives.WIDTHS)
 
 
 def test_under_pmap_too():

@@ -70,6 +70,20 @@ def test_params_sharded_otherwise_than_x():
     chex.assert_trees_all_close(sharded, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("support", SUPPORT)
+def test_tangents_may_lie_elsewhere_than_x_on_an_explicit_mesh(support):
+    def tangent(x, dx):
+        moments = functools.partial(jbn.moments, **SUPPORT[support])
+        layer = functools.partial(jbn.normalize, **SUPPORT[support])
+        return jax.jvp(lambda x: (layer(x), moments(x)), (x,), (dx,))[1]
+
+    expected = jax.tree.map(np.asarray, jax.jit(tangent)(X, DY))
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        x = jax.device_put(X, P("data", None, "model"))
+        sharded = jax.tree.map(np.asarray, jax.jit(tangent)(x, DY))
+    chex.assert_trees_all_close(sharded, expected, **CLOSE)
+
+
 def test_linen_layer_on_an_explicit_mesh():
     layers = [cls(use_running_average=False) for cls in (jbn.linen.BatchNorm, nn.BatchNorm)]
     with jax.set_mesh(mesh(AxisType.Explicit)):

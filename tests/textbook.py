@@ -62,9 +62,7 @@ def _group(x, scale, bias, epsilon, w, reduced, devices):
         mean = total(each(lambda p, x: p * x, p, inside))
         var = total(each(lambda p, x: p * (x - mean) ** 2, p, inside))
         # What a masked position holds may be anything; a feature without data shows its bias.
-        z = each(
-            lambda x, w: jnp.where(some & ((w > 0) | jnp.isfinite(x)), x - mean, 0.0), x, w
-        )
+        z = each(lambda x, w: jnp.where(some & ((w > 0) | jnp.isfinite(x)), x - mean, 0.0), x, w)
     y = each(lambda z: z / jnp.sqrt(var + epsilon), z)
     y = y if scale is None else each(lambda y: y * jnp.expand_dims(scale, reduced), y)
     y = y if bias is None else each(lambda y: y + jnp.expand_dims(bias, reduced), y)

@@ -9,6 +9,7 @@ places or fewer, one of them will do: an odd place then is so large a part of th
 within three standard deviations of the mean.)
 """
 
+import functools
 import math
 
 import jax.numpy as jnp
@@ -17,12 +18,15 @@ from jax.typing import DTypeLike
 
 from jbn._axes import Axes
 from jbn._once import made_once
+from jbn._select import replaced
 
 _DRAWS = 7  # of which three may be odd
-# Pairs to put in order, one after the other; the median of seven is in the middle then.
+# Pairs to put in order, one after the other, and what of each is needed: the median of seven is in
+# the middle then. Sorting, or counting the smaller ones, costs more in compiling and in running.
 _MEDIAN = (
-    *((0, 5), (0, 3), (1, 6), (2, 4), (0, 1), (3, 5), (2, 6)),
-    *((2, 3), (3, 6), (4, 5), (1, 4), (1, 3), (3, 4)),
+    *((0, 5, "both"), (0, 3, "both"), (1, 6, "both"), (2, 4, "both"), (0, 1, "larger")),
+    *((3, 5, "both"), (2, 6, "both"), (2, 3, "larger"), (3, 6, "smaller"), (4, 5, "smaller")),
+    *((1, 4, "both"), (1, 3, "larger"), (3, 4, "smaller")),
 )
 # From an axis to the next the draws change their order, so that no line meets two of them.
 _STRIDES = (1, 3, 2, 5, 4, 6)
@@ -32,7 +36,7 @@ _OFFSETS = (0.37, 0.71, 0.13, 0.59, 0.29, 0.83, 0.47)
 _LANES = 128  # values that a TPU keeps side by side
 
 
-def reference(x: Array, weights: Array | None, axes: Axes) -> Array:
+def shift_for(x: Array, weights: Array | None, axes: Axes) -> Array:
     """K: for each feature a value of x that takes part, near the mean. x is what one device has.
 
     A value of x, and no average, so that a constant channel becomes exactly 0; 0 if there is none.
@@ -44,8 +48,7 @@ def reference(x: Array, weights: Array | None, axes: Axes) -> Array:
     shift = _median([row.astype(accumulator(x.dtype)) for row in drawn])
     # From here on (1e31 for float32) x - K could overflow, by half an ulp of the largest x.
     info = jnp.finfo(shift.dtype)
-    usable = jnp.abs(shift) < info.max * info.eps / 4
-    shift = jnp.where(usable, shift, jnp.zeros_like(shift))
+    shift = replaced(shift, ~(jnp.abs(shift) < info.max * info.eps / 4), 0.0)
     return made_once(shift, shift)[0]  # by two, because alone it would not be made once
 
 
@@ -54,8 +57,12 @@ def _median(rows: list[Array]) -> Array:
     if jnp.iscomplexobj(rows[0]):
         return lax.complex(_median([r.real for r in rows]), _median([r.imag for r in rows]))
     rows = list(rows)
-    for i, j in _MEDIAN:
-        rows[i], rows[j] = lax.min(rows[i], rows[j]), lax.max(rows[i], rows[j])
+    for i, j, needed in _MEDIAN:
+        pair = rows[i], rows[j]
+        if needed != "larger":
+            rows[i] = lax.min(*pair)
+        if needed != "smaller":
+            rows[j] = lax.max(*pair)
     return rows[len(rows) // 2]
 
 
@@ -65,11 +72,34 @@ def _index(n: int, order: int, draw: int) -> int:
         return 0
     middle = _DRAWS // 2
     place = ((draw - middle) * _STRIDES[order % len(_STRIDES)] + middle) % _DRAWS
-    return n * (2 * place + 1) // (2 * _DRAWS)
+    return _places(n)[place] if _are_several(n) else n * (2 * place + 1) // (2 * _DRAWS)
+
+
+def _are_several(n: int) -> bool:
+    """Whether seven draws fit on an axis of size n with others between them."""
+    return isinstance(n, int) and n >= 2 * _DRAWS
+
+
+@functools.lru_cache
+def _places(n: int) -> range:
+    """The places of seven draws along an axis of size n.
+
+    The stride is a prime below a seventh of n, which no length divides: where sequences or images
+    were flattened into one axis, the draws lie at different places of them.
+    """
+    stride = n // _DRAWS - 1
+    while any(stride % divisor == 0 for divisor in range(2, math.isqrt(stride) + 1)):
+        stride -= 1
+    start = (n - (_DRAWS - 1) * stride) // 2
+    return range(start, start + (_DRAWS - 1) * stride + 1, stride)
 
 
 def _rows(x: Array, axes: Axes) -> list[Array]:
     """The draws where every value weighs the same."""
+    if len(axes.reduction) == 1 and _are_several(axes.size):  # two operations instead of seven
+        first, places = axes.reduction[0], _places(axes.size)
+        drawn = lax.slice_in_dim(x, places.start, places.stop, places.step, first)
+        return list(lax.split(drawn, (1,) * _DRAWS, first))
     where = [
         {i: _index(axes.shape[i], order, draw) for order, i in enumerate(axes.reduction)}
         for draw in range(_DRAWS)

@@ -1,0 +1,108 @@
+"""y = scale (x - mean) / sqrt(var + epsilon) + bias as one affine map of z = x - center a feature.
+
+With rstd = 1 / sqrt(var + epsilon) and center the rounded mean,
+
+    y = a z + c,    a = scale rstd,    c = bias - a (mean - center).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jbn._axes import Axes
+from jbn._pool import ShiftedMoments
+from jbn._select import replaced
+from jbn._shift import active
+
+
+class Place(NamedTuple):
+    """Per-feature constants of the map, (1, ..., C): every one read in a pass over x costs time."""
+
+    center: Array  # the mean, rounded
+    rest: Array  # the mean - center
+    rstd: Array  # 1 / sqrt(var + epsilon)
+
+    def fold(self, scale: Array, bias: Array) -> tuple[Array, Array]:
+        """(a, c) of y = a z + c."""
+        a = scale.astype(self.rstd.dtype) * self.rstd
+        return a, bias.astype(self.rstd.dtype) - a * self.rest
+
+
+def place(m: ShiftedMoments, epsilon: float) -> Place:
+    """Where a feature of these moments lies."""
+    mean, rstd = location(m.mean, m.var, epsilon)
+    center = m.shift + mean
+    return Place(center, mean - (center - m.shift), rstd)
+
+
+def location(mean: Array, var: Array, epsilon: float) -> tuple[Array, Array]:
+    """(mean, 1 / sqrt(var + epsilon)), in mean's dtype.
+
+    Both are 0 where there is nothing to divide by (var + epsilon = 0) or too much (var = inf, and
+    the mean perhaps as well), so that y is the bias.
+    """
+    var = var + jnp.asarray(epsilon, var.dtype)
+    useless = (var <= 0) | (var == jnp.inf)
+    rstd = lax.rsqrt(replaced(var, useless, jnp.inf)).astype(mean.dtype)
+    return replaced(mean, useless, 0.0), rstd
+
+
+def expanded(
+    scale: Array | None, bias: Array | None, axes: Axes, dtype: DTypeLike
+) -> tuple[Array, Array]:
+    """Scale and bias, broadcast against x; 1 and 0 where None."""
+    real = jnp.finfo(dtype).dtype
+    scale = jnp.ones(axes.feature_shape, real) if scale is None else scale
+    bias = jnp.zeros(axes.feature_shape, real) if bias is None else bias
+    return axes.expand(scale), axes.expand(bias)
+
+
+def transform(z: Array, a: Array, c: Array, residual: Array | None) -> Array:
+    """a z + c + residual, in z's dtype (Alg. 1, lines 3 and 4)."""
+    y = z * a + c
+    return y if residual is None else y + widened(residual, z.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def widened(values: Array, dtype: np.dtype) -> Array:
+    """`values` in a wider dtype.
+
+    From bfloat16 by its bits. XLA knows that a conversion to bfloat16 and back may be dropped, and
+    would keep the float32 sums of a whole residual network in memory, at twice the size.
+    """
+    if values.dtype != jnp.bfloat16 or dtype != jnp.float32:
+        return values.astype(dtype)
+    bits = lax.bitcast_convert_type(values, jnp.uint16).astype(jnp.uint32) << 16
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+@widened.defjvp
+def _widened_jvp(dtype: np.dtype, primals, tangents):
+    return widened(*primals, dtype), tangents[0].astype(dtype)
+
+
+def displaced(x: Array, center: Array, rest: Array, a: Array, weights: Array | None) -> Array:
+    """x - center at every position, masked ones included; of xhat 0 where x is not finite there."""
+    z = x.astype(center.dtype) - center
+    return z if weights is None else harmless(z, z * a, weights, otherwise=rest)
+
+
+def harmless(values: Array, at: Array, weights: Array | None, otherwise: ArrayLike = 0.0) -> Array:
+    """`values`, but `otherwise` at positions that are masked and where `at` is not finite.
+
+    So y is a constant there, the bias, and a NaN in the padding of a batch reaches no gradient.
+    """
+    if weights is None:
+        return values
+    return jnp.where(active(weights) | jnp.isfinite(at), values, otherwise)
+
+
+def where_data(count: Array, values: Array) -> Array:
+    """`values`, 0 for features without data."""
+    values = values + jnp.zeros_like(count, values.dtype)  # plus zeros: of the counts' sharding
+    return jnp.where(count > 0, values, jnp.zeros_like(values))

@@ -1,0 +1,136 @@
+"""Arguments -> (Spec, Inputs): all that a user can get wrong is said here, once, while tracing.
+
+A `Spec` is what is static about one call, hashable, and so the key of every cache of JAX; `Inputs`
+are its arrays. Everything behind takes these two and checks nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from jbn import _check, _kernels, _sharding
+from jbn._axes import Axes, resolve
+from jbn._shift import accumulator
+from jbn._sync import Scope
+
+Activation = Callable[[Array], Array]
+
+
+class Spec(NamedTuple):
+    """What is static about one call.
+
+    Attributes:
+      axes: of x, with an axis for the groups where there are any.
+      over: the program instances that share statistics.
+      kernel: takes the sums over the batch; None for XLA's own.
+      epsilon: is added to the variance.
+      activation: of y; None for none.
+      dtype: of y.
+    """
+
+    axes: Axes
+    over: Scope = Scope()
+    kernel: Any = None
+    epsilon: float = 0.0
+    activation: Activation | None = None
+    dtype: np.dtype = np.dtype(np.float32)
+
+
+class Inputs(NamedTuple):
+    """The arrays of one call.
+
+    Attributes:
+      x: [N, ..., C], or with groups [groups, N / groups, ..., C].
+      scale: [C], or None for 1.
+      bias: [C], or None for 0.
+      weights: of x's rank, broadcast against x: bool, or real and not negative; None for 1.
+      residual: of x's shape, or None.
+    """
+
+    x: Array
+    scale: Array | None = None
+    bias: Array | None = None
+    weights: Array | None = None
+    residual: Array | None = None
+
+
+def plan_moments(
+    x: ArrayLike,
+    *,
+    axis: int | Sequence[int],
+    over: Scope,
+    mask: ArrayLike | None,
+    weights: ArrayLike | None,
+    groups: int | None,
+) -> tuple[Spec, Inputs]:
+    """What the statistics of x depend on."""
+    x = _check.floating(x)
+    axes = resolve(x.shape, axis)
+    _check.reduction_axis(axes, over.names)
+    weights = _check.participation(axes, mask, weights, accumulator(x.dtype))
+    weights = None if weights is None else _sharding.alongside(weights, x)
+    if groups is None:
+        kernel = _kernels.suited(axes, x, weights, over.names)
+        return Spec(axes, over, kernel), Inputs(x, weights=weights)
+    split = axes.split(_check.groups(groups, axes))
+    x = _sharding.divide(x, split)
+    weights = None if weights is None else _sharding.divide(weights, split)
+    return Spec(split, over), Inputs(x, weights=weights)
+
+
+def plan(
+    x: ArrayLike,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+    *,
+    axis: int | Sequence[int],
+    over: Scope,
+    mask: ArrayLike | None,
+    weights: ArrayLike | None,
+    groups: int | None,
+    **affine: Any,
+) -> tuple[Spec, Inputs]:
+    """What y depends on in training; `affine` are the keyword arguments of `plan_inference`."""
+    spec, inputs = plan_moments(x, axis=axis, over=over, mask=mask, weights=weights, groups=groups)
+    return _with_affine(spec, inputs, jnp.asarray(x), scale, bias, **affine)
+
+
+def plan_inference(
+    x: ArrayLike,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+    *,
+    axis: int | Sequence[int],
+    **affine: Any,
+) -> tuple[Spec, Inputs]:
+    """What y depends on where the statistics are given."""
+    x = _check.floating(x)
+    return _with_affine(Spec(resolve(x.shape, axis)), Inputs(x), x, scale, bias, **affine)
+
+
+def _with_affine(
+    spec: Spec,
+    inputs: Inputs,
+    x: Array,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+    *,
+    epsilon: float,
+    activation: Activation | None,
+    residual: ArrayLike | None,
+    dtype: DTypeLike | None,
+) -> tuple[Spec, Inputs]:
+    axes = spec.axes
+    activation = _check.activation(activation, inputs.x.shape, accumulator(x.dtype))
+    residual = _check.residual(residual, x)
+    scale = None if scale is None else _check.features("scale", scale, axes)
+    bias = None if bias is None else _check.features("bias", bias, axes)
+    dtype = _check.output_dtype(dtype, x, scale=scale, bias=bias, residual=residual)
+    if residual is not None:
+        residual = _sharding.divide(residual, axes)
+    spec = spec._replace(epsilon=_check.epsilon(epsilon), activation=activation, dtype=dtype)
+    return spec, inputs._replace(scale=scale, bias=bias, residual=residual)
