@@ -1,6 +1,6 @@
 """The sums of Batch Normalization on CPU, by a C++ kernel that is compiled on request.
 
-XLA reads x once for each sum and does not share a sum out over threads. `_native.cc` does both sums
+XLA reads x once for each sum and does not share a sum out over threads. `kernel.cc` does both sums
 in one read on all threads, several times faster. It needs a C++ compiler, once:
 
     python -m jbn.native            # compiles it into a cache directory, and says where
@@ -27,7 +27,6 @@ import argparse
 import ctypes
 import functools
 import hashlib
-import importlib
 import importlib.metadata
 import os
 import pathlib
@@ -54,7 +53,7 @@ from jbn._once import made_once
 
 Gate = tuple[Array, Array]
 
-_SOURCE = pathlib.Path(__file__).with_name("_native.cc")
+_SOURCE = pathlib.Path(__file__).with_name("kernel.cc")
 # No -ffast-math: NaN and infinity are data here. The kernel says itself what may be reordered.
 _FLAGS = (
     "-std=c++17",
@@ -535,8 +534,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    # Not this copy of the file, which is named __main__: a kernel is registered once.
-    sys.exit(importlib.import_module("jbn.native").main())
