@@ -1,7 +1,7 @@
-"""The command `python -m jbn.native`."""
+"""Runs `jbn.native.main`."""
 
 import sys
 
-from jbn.native import main
+from jbn.native.command import main
 
 sys.exit(main())
