@@ -13,24 +13,30 @@ running statistics (see `jbn._deferred`), so these move once a step, by the whol
 A model is any function of (params, stats, batch): Flax linen, Flax nnx, or the core alone.
 """
 
-from jbn.training.step import (
-    LossScaleState,
-    Mean,
-    TrainState,
-    decay_mask,
-    dynamic_loss_scale,
-    evaluate,
-    init,
-    make_train_step,
-)
+from jbn._export import serializable as _serializable
+from jbn.training.evaluation import evaluate
+from jbn.training.loss_scale import LossScaleState, dynamic_loss_scale
+from jbn.training.mean import Mean
+from jbn.training.state import TrainState, init
+from jbn.training.step import make_train_step
+from jbn.training.weight_decay import decay_mask
 
 __all__ = [
+    # The state of a training
     "TrainState",
     "init",
+    # Its step
     "Mean",
     "make_train_step",
+    # Metrics of a data set
     "evaluate",
+    # Around optimizers of Optax
     "decay_mask",
     "dynamic_loss_scale",
     "LossScaleState",
 ]
+
+for _container in (TrainState, Mean, LossScaleState):
+    _container.__module__ = __name__  # by which pickles find it, wherever its file may be
+
+_serializable(TrainState, Mean, LossScaleState)
