@@ -1076,6 +1076,42 @@ MUTANTS = [
         'not in ("scale",)',
         "test_training.py::test_decay_mask_goes_by_name",
     ),
+    Mutant(
+        "gradients of microbatches add up",
+        ACCUMULATION,
+        "grads = jax.tree.map(jnp.add, grads, sums.grads)",
+        "grads = sums.grads",
+        "test_training.py::test_accumulated_gradient_is_that_of_the_whole_batch",
+    ),
+    Mutant(
+        "statistics in turn are synchronised",
+        ACCUMULATION,
+        "check_synchronised(new_stats, parts.names)",
+        "pass",
+        "test_training.py::test_local_statistics_that_are_not_pooled",
+    ),
+    Mutant(
+        "pickles name the package",
+        "training/__init__.py",
+        "_container.__module__ = __name__",
+        "pass",
+        "test_training.py::test_pickles_name_the_package_and_not_its_files",
+    ),
+    # The C++ kernel.
+    Mutant(
+        "disabling the kernel reaches its primitives",
+        "native/enabling.py",
+        "primitives.use({})",
+        "pass",
+        "test_native.py::test_enabling_and_disabling_reach_what_was_traced_before",
+    ),
+    Mutant(
+        "exported programs do without the kernel",
+        "native/primitives.py",
+        "and not module.lowering_parameters.for_export",
+        "",
+        "test_native.py::test_exported_programs_do_not_need_the_kernel",
+    ),
     # Statistics that wait.
     Mutant(
         "microbatches are pooled",

@@ -495,7 +495,7 @@ def test_importing_jbn_loads_nothing():
 
 
 def test_the_command(cache, monkeypatch, capsys):
-    done = run("-m", "jbn.native", JBN_CACHE=cache)
+    done = run("-W", "error::RuntimeWarning", "-m", "jbn.native", JBN_CACHE=cache)
     assert pathlib.Path(done.stdout.strip()).parent == cache
     assert done.returncode == 0
     monkeypatch.setenv("JBN_CACHE", str(cache))

@@ -20,14 +20,14 @@ class Mean(NamedTuple):
     weight: Array
 
 
-def as_mean(name: str, value: Any, weight: float = 1.0) -> Mean:
-    """Converts a Mean, or a plain mean of the given weight, to a Mean of float32 or wider.
+def as_mean(name: str, value: Any) -> Mean:
+    """Converts a Mean, or a plain mean, which weighs 1, to a Mean of float32 or wider.
 
     Raises:
       TypeError: it is complex.
     """
-    total, weights = value if isinstance(value, Mean) else (value, jnp.float32(weight))
-    return Mean(_real(name, total), lax.stop_gradient(_real(f"the weight of {name}", weights)))
+    total, weight = value if isinstance(value, Mean) else (value, jnp.float32(1))
+    return Mean(_real(name, total), lax.stop_gradient(_real(f"the weight of {name}", weight)))
 
 
 def _real(name: str, value: Any) -> Array:
