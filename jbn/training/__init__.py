@@ -18,7 +18,8 @@ from jbn.training.evaluation import evaluate
 from jbn.training.loss_scale import LossScaleState, dynamic_loss_scale
 from jbn.training.mean import Mean
 from jbn.training.state import TrainState, init
-from jbn.training.step import make_train_step
+from jbn.training.step import StepFn, make_train_step
+from jbn.training.types import LossFn
 from jbn.training.weight_decay import decay_mask
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "init",
     # Its step
     "Mean",
+    "LossFn",
+    "StepFn",
     "make_train_step",
     # Metrics of a data set
     "evaluate",
