@@ -31,7 +31,7 @@ from jbn._sync import vary_as
 
 
 class Saved(NamedTuple):
-    """What the backward pass keeps of x's size."""
+    """The arrays of x's size that the backward pass keeps."""
 
     x: Array
     weights: Array | None
@@ -39,7 +39,7 @@ class Saved(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What a layer knows about its features, (1, ..., C): of that its derivative is made."""
+    """The results of the forward pass that the derivative is made of, (1, ..., C) each."""
 
     moments: ShiftedMoments
     place: Place
@@ -57,7 +57,7 @@ class Tangents(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """The derivative of the activation's input, own + u + v z; where x is not finite, constant."""
+    """The derivative of the activation's input, own + u + v z; `constant` where x is not finite."""
 
     own: Array  # a dx + dresidual, of x's shape
     u: Array
@@ -66,9 +66,9 @@ class _Line(NamedTuple):
 
 
 def keep(spec: Spec, y: Array, residual: Array | None) -> Array | None:
-    """What the derivative of the activation needs besides x, or None.
+    """Returns what the derivative of the activation needs besides x, or None.
 
-    The residual, or for ReLU y: its sign is the mask, and the next layer keeps it anyway.
+    That is the residual, or for ReLU y: its sign is the mask, and the next layer keeps it anyway.
     """
     if spec.activation is None or residual is None:
         return None
@@ -135,7 +135,7 @@ def _through_activation(spec: Spec, saved: Saved, known: Known, line: _Line) -> 
 
 
 def _by_kernel(spec: Spec, saved: Saved, known: Known, line: _Line) -> Array:
-    """The same for no activation or ReLU, in one pass of the kernel."""
+    """Does the same for no activation or ReLU, in one pass of the kernel."""
     row, x, kept = spec.axes.squeeze, saved.x, saved.kept
     gate = (row(known.a), row(known.c)) if spec.activation is not None and kept is None else None
     center, u, v = map(row, (known.place.center, line.u, line.v))
@@ -148,7 +148,7 @@ def _where_positive(kept: Array, dy: Array) -> Array:
 
 
 def _of_the_batch(spec: Spec, saved: Saved, known: Known, line: _Line, z: Array) -> Array:
-    """u + v z: what all values of the batch add, through the moments, and scale and bias."""
+    """Computes u + v z, the part that comes through the moments, scale and bias."""
     # Backwards `v` gives the sum of z dy. Without the choice, XLA for CPUs takes z from memory,
     # where it has lain since the forward pass: as much as x again. For finite z the choice is v
     # whatever z is, so that every derivative is that of z v.

@@ -24,23 +24,28 @@ from jbn._sharding import join
 from jbn._sync import AxisName, Scope, scope
 
 
-def training(
+def call(
     x: ArrayLike,
     params: Params,
     stats: RunningStats,
-    update: UpdateRule,
     *,
+    inference: bool,
+    update: UpdateRule,
     axis: int | Sequence[int],
     mask: ArrayLike | None,
     weights: ArrayLike | None,
     axis_name: AxisName | None,
     axis_index_groups: Sequence[Sequence[int]] | None,
+    groups: int | None,
     residual: ArrayLike | None,
     dtype: DTypeLike,
-    **options: Any,
+    **affine: Any,
 ) -> tuple[Array, RunningStats]:
-    """`jbn.batch_norm` with y of `dtype`, for all that Flax accepts."""
+    """`jbn.batch_norm`, or `jbn.batch_norm_inference` and `stats`, for all that Flax accepts."""
     x = _as_float(x, dtype)
+    if inference:
+        affine |= {"axis": axis, "residual": residual, "dtype": dtype}
+        return batch_norm_inference(x, params, stats, **affine), stats
     shape, axes = x.shape, resolve(x.shape, axis)
     if not axes.reduction and axis_name in (None, ()):  # a single example is a batch of one
         x, axes = x[None], resolve((1, *x.shape), tuple(i + 1 for i in axes.features))
@@ -55,25 +60,14 @@ def training(
         mask=_of_rank(mask, x.ndim),
         weights=_of_rank(weights, x.ndim),
         over=Scope() if axis_name is None else scope(axis_name, axis_index_groups),  # as in Flax
+        groups=groups,
         residual=residual,
         dtype=dtype,
-        **options,
+        **affine,
     )
     y, moments = train(spec, inputs, old if fixed(stats) else None)
     y = join(y, x, spec.axes).reshape(shape)
     return y, absorb(update, old, moments, given=stats, over=spec.over)
-
-
-def inference(
-    x: ArrayLike,
-    params: Params,
-    stats: RunningStats,
-    *,
-    dtype: DTypeLike,
-    **options: Any,
-) -> Array:
-    """`jbn.batch_norm_inference` with y of `dtype`, for all that Flax accepts."""
-    return batch_norm_inference(_as_float(x, dtype), params, stats, dtype=dtype, **options)
 
 
 def _as_float(x: ArrayLike, dtype: DTypeLike) -> Array:

@@ -1,7 +1,7 @@
 """Arguments -> (Spec, Inputs): all that a user can get wrong is said here, once, while tracing.
 
-A `Spec` is what is static about one call, hashable, and so the key of every cache of JAX; `Inputs`
-are its arrays. Everything behind takes these two and checks nothing.
+`Spec` holds what is static, and is the key of JAX's caches; `Inputs` holds the arrays. The functions
+that come after take these two and check nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ Activation = Callable[[Array], Array]
 
 
 class Spec(NamedTuple):
-    """What is static about one call.
+    """The static part of one call: hashable, and equal for calls that run the same program.
 
     Attributes:
       axes: of x, with an axis for the groups where there are any.
@@ -67,7 +67,7 @@ def plan_moments(
     weights: ArrayLike | None,
     groups: int | None,
 ) -> tuple[Spec, Inputs]:
-    """What the statistics of x depend on."""
+    """Checks the arguments of `moments`; with groups, x and weights get an axis for them."""
     x = _check.floating(x)
     axes = resolve(x.shape, axis)
     _check.reduction_axis(axes, over.names)
@@ -94,7 +94,7 @@ def plan(
     groups: int | None,
     **affine: Any,
 ) -> tuple[Spec, Inputs]:
-    """What y depends on in training; `affine` are the keyword arguments of `plan_inference`."""
+    """Checks the arguments of `normalize`; `affine` are those of `plan_inference`."""
     spec, inputs = plan_moments(x, axis=axis, over=over, mask=mask, weights=weights, groups=groups)
     return _with_affine(spec, inputs, jnp.asarray(x), scale, bias, **affine)
 
@@ -107,7 +107,7 @@ def plan_inference(
     axis: int | Sequence[int],
     **affine: Any,
 ) -> tuple[Spec, Inputs]:
-    """What y depends on where the statistics are given."""
+    """Checks the arguments of `batch_norm_inference`; `affine` goes to `_with_affine`."""
     x = _check.floating(x)
     return _with_affine(Spec(resolve(x.shape, axis)), Inputs(x), x, scale, bias, **affine)
 

@@ -325,7 +325,7 @@ def _keep_sound(
     spread = sound if single_values else sound & ~((moments.var == 0) & (moments.count < _FEW))
 
     def choose(where: Array, new: Array, old: Array) -> Array:
-        return jnp.where(where, jnp.broadcast_to(new, old.shape), old)
+        return lax.select(where, jnp.broadcast_to(new, old.shape), old)
 
     return old._replace(
         mean=choose(sound, stored.mean, old.mean),

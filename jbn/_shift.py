@@ -48,7 +48,7 @@ def shift_for(x: Array, weights: Array | None, axes: Axes) -> Array:
     shift = _median([row.astype(accumulator(x.dtype)) for row in drawn])
     # From here on (1e31 for float32) x - K could overflow, by half an ulp of the largest x.
     info = jnp.finfo(shift.dtype)
-    shift = replaced(shift, ~(jnp.abs(shift) < info.max * info.eps / 4), 0.0)
+    shift = replaced(shift, jnp.abs(shift) >= info.max * info.eps / 4, 0.0)
     return made_once(shift, shift)[0]  # by two, because alone it would not be made once
 
 

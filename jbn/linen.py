@@ -100,28 +100,25 @@ class BatchNorm(nn.BatchNorm):
         dtype = canonicalize_dtype(x, *params, dtype=self.dtype)
         mean, var, *count = (v.value for v in variables)
         stats = RunningStats(mean, var, *(count or [jnp.zeros(var.shape, jnp.float32)]))
-        shared = {
-            "axis": self.axis,
-            "epsilon": self.epsilon,
-            "activation": self.activation,
-            "residual": residual,
-            "dtype": dtype,
-        }
-        if _flax.inference_wanted(inference):
-            return _flax.inference(x, params, stats, **shared)
-        y, stats = _flax.training(
+        inference = _flax.inference_wanted(inference)
+        y, stats = _flax.call(
             x,
             params,
             stats,
-            _flax.rule(self.momentum, self.update),
+            inference=inference,
+            update=_flax.rule(self.momentum, self.update),
+            axis=self.axis,
+            epsilon=self.epsilon,
             mask=None if mask is None else jnp.asarray(mask, bool),
             weights=weights,
             axis_name=None if self.is_initializing() else self.axis_name,
             axis_index_groups=self.axis_index_groups,
             groups=None if self.is_initializing() else self.groups,
-            **shared,
+            activation=self.activation,
+            residual=residual,
+            dtype=dtype,
         )
-        if not self.is_initializing():
+        if not (inference or self.is_initializing()):
             for variable, value in zip(variables, stats, strict=False):
                 variable.value = value
         return y

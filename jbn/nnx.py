@@ -170,31 +170,29 @@ class BatchNorm(nnx.BatchNorm):
         x, _, _, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
         params = Params(scale, bias)
         dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
-        shared = {
-            "axis": self.axis,
-            "epsilon": self.epsilon,
-            "activation": self.activation,
-            "residual": residual,
-            "dtype": dtype,
-        }
-        if _flax.inference_wanted(inference):
-            return _flax.inference(x, params, stats, **shared)
-        if mask is not None and _check.array(mask, "mask").dtype != jnp.bool_:
+        inference = _flax.inference_wanted(inference)
+        if not inference and mask is not None and _check.array(mask, "mask").dtype != jnp.bool_:
             raise ValueError(f"mask must be bool; got {jnp.asarray(mask).dtype}.")
-        y, stats = _flax.training(
+        y, stats = _flax.call(
             x,
             params,
             stats,
-            _flax.rule(self.momentum, self.update),
+            inference=inference,
+            update=_flax.rule(self.momentum, self.update),
+            axis=self.axis,
+            epsilon=self.epsilon,
             mask=mask,
             weights=weights,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             groups=self.groups,
-            **shared,
+            activation=self.activation,
+            residual=residual,
+            dtype=dtype,
         )
-        for variable, value in zip(variables, stats, strict=False):
-            _store(variable, value)
+        if not inference:
+            for variable, value in zip(variables, stats, strict=False):
+                _store(variable, value)
         return y
 
 

@@ -169,6 +169,21 @@ def test_squares_that_overflow(size, support):
     chex.assert_tree_all_finite(stats)
 
 
+def test_the_scale_has_finite_second_derivatives_where_squares_overflow():
+    x = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+    x[:, 1] = np.float32(3e38) * np.clip(x[:, 1], -1, 1)
+    scale, bias, dy = parts(x.shape)
+    dx = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+
+    @jax.jit
+    @jax.grad
+    def second(scale):
+        layer = lambda x: jbn.normalize(x, scale, bias)[0]  # noqa: E731
+        return (jax.jvp(layer, (x,), (dx,))[1] * dy).sum()
+
+    chex.assert_tree_all_finite(second(scale))
+
+
 def test_squares_that_overflow_only_around_zero():
     # 1e20 squared is no float32, but the variance, 1e34, is one.
     case = cases.Case((64, 3), offset=1e20, std=1e17)

@@ -67,6 +67,26 @@ def test_reference_examples_normalise_the_others_and_all_are_differentiated(by):
     np.testing.assert_allclose([dscale[0], dbias[0]], [5, 11], rtol=1e-6)
 
 
+@pytest.mark.parametrize("groups", [None, 2])
+def test_gradient_where_x_differs_in_its_last_digits(groups):
+    # The mean lies between two float32 numbers: rounded, it is off by a third of the deviation.
+    rng = np.random.default_rng(0)
+    x = (1e5 + rng.integers(0, 4, size=(32, 3)) / 128).astype(np.float32)
+    scale, bias, dy = rng.normal(size=3), rng.normal(size=3), rng.normal(size=(32, 3))
+    scale, bias, dy = (v.astype(np.float32) for v in (scale, bias, dy))
+    y, _, gradient = compiled.vjp(x, scale, bias, dy, epsilon=1e-9, groups=groups)
+    none = np.zeros_like(scale)
+    parts = range(0, 32, 32 // (groups or 1))
+    rows = [slice(i, i + 32 // (groups or 1)) for i in parts]
+    expected = [
+        oracle.vjp(x[r].astype(np.float64), scale, bias, dy[r], none, none, epsilon=1e-9)
+        for r in rows
+    ]
+    dx = np.concatenate([e[0] for e in expected])
+    np.testing.assert_allclose(gradient[0], dx, rtol=1e-4, atol=1e-4 * np.abs(dx).max())
+    np.testing.assert_allclose(gradient[1], sum(e[1] for e in expected), rtol=1e-4, atol=1e-4)
+
+
 def test_tangents_under_a_mask_stay_in_their_place():
     case = cases.Case((6, 4, 5), mask="features")
     data = cases.make(case, masked=np.nan)
