@@ -37,7 +37,9 @@ MOMENTS, NORMALIZE, RUNNING = "_moments.py", "_normalize.py", "_running.py"
 SHIFT, POOL, SYNC, SHARDING = "_shift.py", "_pool.py", "_sync.py", "_sharding.py"
 AFFINE, DERIVATIVE = "_affine.py", "_derivative.py"
 DEVICES = "_devices.py"
-TRAINING, DEFERRED, POPULATION = "training.py", "_deferred.py", "population.py"
+DEFERRED, POPULATION = "_deferred.py", "population.py"
+STEP, UPDATE, MICROBATCHES = (f"training/{name}.py" for name in ("step", "update", "microbatches"))
+LOSS_SCALE, ACCUMULATION = "training/loss_scale.py", "training/accumulation.py"
 ACTIVE = "active(weights)"
 
 MUTANTS = [
@@ -992,101 +994,137 @@ MUTANTS = [
     # Training steps.
     Mutant(
         "gradients add up over devices",
-        TRAINING,
+        MICROBATCHES,
         "return lax.psum(vary(sums, names), names) if names else sums",
         "return sums._replace(loss=lax.psum(vary(sums.loss, names), names)) if names else sums",
         "test_training.py::test_uneven_weights",
     ),
     Mutant(
         "the loss is divided last",
-        TRAINING,
-        "return own, (loss, new_stats, metrics)",
-        "return own / loss.weight, (loss, new_stats, metrics)",
+        MICROBATCHES,
+        "return scaled, (loss, new_stats, metrics)",
+        "return scaled / loss.weight, (loss, new_stats, metrics)",
         "test_training.py::test_uneven_weights",
     ),
     Mutant(
         "parameters are each device's own",
-        TRAINING,
+        STEP,
         "params = vary(state.params, names)",
         "params = state.params",
         "test_training.py::test_uneven_weights",
     ),
     Mutant(
         "microbatches are strided",
-        TRAINING,
+        MICROBATCHES,
         "x = jnp.reshape(x, (n // microbatches, microbatches, *x.shape[1:]))",
         "x = jnp.moveaxis(jnp.reshape(x, (microbatches, -1, *x.shape[1:])), 0, 1)",
         "test_training.py::test_microbatch_i_has_every_kth_example",
     ),
     Mutant(
         "devices draw their own keys",
-        TRAINING,
+        MICROBATCHES,
         "return jax.random.fold_in(key, lax.axis_index(names)) if names else key",
         "return key",
         "test_training.py::test_keys_are_new_everywhere",
     ),
     Mutant(
         "a bad step leaves the statistics",
-        TRAINING,
-        "old = state.params, state.stats, _with",
-        "old = state.params, stats, _with",
+        UPDATE,
+        "old = state.params, state.stats, with",
+        "old = state.params, stats, with",
         "test_training.py::test_a_step_that_is_not_finite_is_taken_back",
     ),
     Mutant(
         "a bad step leaves the optimizer",
-        TRAINING,
-        "_with_loss_scale(state.opt_state, opt_state)",
+        UPDATE,
+        "with_new_scale(state.opt_state, opt_state)",
         "opt_state",
         "test_training.py::test_a_step_that_is_not_finite_is_taken_back",
     ),
     Mutant(
         "a bad step changes the loss scale",
-        TRAINING,
+        LOSS_SCALE,
         "return new._replace(inner=old.inner) if _is_loss_scale(old) else old",
         "return old",
         "test_training.py::test_a_step_that_is_not_finite_is_taken_back",
     ),
     Mutant(
         "a bad loss is a bad step",
-        TRAINING,
-        "finite = _all_finite((sums.loss, grads))",
-        "finite = _all_finite(grads)",
+        UPDATE,
+        "finite = all_finite((sums.loss, grads))",
+        "finite = all_finite(grads)",
         "test_training.py::test_a_loss_that_is_not_finite_is_enough",
     ),
     Mutant(
         "a step without weight is no step",
-        TRAINING,
+        UPDATE,
         "taken = finite & (weight > 0)",
         "taken = finite",
         "test_training.py::test_a_step_without_weight_is_not_taken",
     ),
     Mutant(
         "gradients are unscaled",
-        TRAINING,
+        UPDATE,
         "divisor = divisor * scale",
         "divisor = divisor + 0 * scale",
         "test_training.py::test_loss_scale_saves_small_gradients",
     ),
     Mutant(
         "the loss scale grows",
-        TRAINING,
+        LOSS_SCALE,
         "grows = good_steps >= growth_interval",
         "grows = good_steps > growth_interval",
         "test_training.py::test_loss_scale_grows",
     ),
     Mutant(
         "batches weigh as much as they have examples",
-        TRAINING,
+        "training/evaluation.py",
         "return Mean(mean.total * examples, mean.weight * examples)",
         "return mean",
         "test_training.py::test_evaluate_weighs_a_ragged_last_batch",
     ),
     Mutant(
         "biases do not decay",
-        TRAINING,
+        "training/weight_decay.py",
         'not in ("scale", "bias")',
         'not in ("scale",)',
         "test_training.py::test_decay_mask_goes_by_name",
+    ),
+    Mutant(
+        "gradients of microbatches add up",
+        ACCUMULATION,
+        "grads = jax.tree.map(jnp.add, grads, sums.grads)",
+        "grads = sums.grads",
+        "test_training.py::test_accumulated_gradient_is_that_of_the_whole_batch",
+    ),
+    Mutant(
+        "statistics in turn are synchronised",
+        ACCUMULATION,
+        "check_synchronised(new_stats, parts.names)",
+        "pass",
+        "test_training.py::test_local_statistics_that_are_not_pooled",
+    ),
+    Mutant(
+        "pickles name the package",
+        "training/__init__.py",
+        "_container.__module__ = __name__",
+        "pass",
+        "test_training.py::test_pickles_name_the_package_and_not_its_files",
+    ),
+    # The C++ kernel.
+    Mutant(
+        "disabling the kernel reaches its primitives",
+        "native/enabling.py",
+        "primitives.use({})",
+        "pass",
+        "test_native.py::test_enabling_and_disabling_reach_what_was_traced_before",
+    ),
+    Mutant(
+        "exported programs do without the kernel",
+        "native/primitives.py",
+        "and not module.lowering_parameters.for_export",
+        "",
+        "test_native.py::test_exported_programs_do_not_need_the_kernel",
     ),
     # Statistics that wait.
     Mutant(
@@ -1238,21 +1276,21 @@ MUTANTS = [
     ),
     Mutant(
         "layers' axes are the step's",
-        TRAINING,
+        STEP,
         "[name for name in shared if name in outside]",
         "[]",
         "test_other_state.py::test_layers_that_share_statistics_want_gradients_added_up",
     ),
     Mutant(
         "axes within the loss are free",
-        TRAINING,
+        STEP,
         "[name for name in shared if name in outside]",
         "list(shared)",
         "test_other_state.py::test_other_named_axes_are_free",
     ),
     Mutant(
         "a step that is known to be one is free",
-        TRAINING,
+        "training/checks.py",
         "if is_typed(name) and not _varying_leaves(new, (name,)):",
         "if False:",
         "test_other_state.py::test_a_loss_that_is_the_mean_of_devices_is_one_step",

@@ -24,7 +24,7 @@ def test_laws_have_names_of_their_own():
 
 
 def test_no_module_uses_an_undefined_name():
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         assert mutants.undefined(path.read_text()) == set(), path.name
 
 

@@ -19,6 +19,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jbn import native
+from jbn.native.compile import load
 
 HALF = ("bfloat16", "float16")
 DTYPES = ("float32", *HALF)
@@ -494,7 +495,7 @@ def test_importing_jbn_loads_nothing():
 
 
 def test_the_command(cache, monkeypatch, capsys):
-    done = run("-m", "jbn.native", JBN_CACHE=cache)
+    done = run("-W", "error::RuntimeWarning", "-m", "jbn.native", JBN_CACHE=cache)
     assert pathlib.Path(done.stdout.strip()).parent == cache
     assert done.returncode == 0
     monkeypatch.setenv("JBN_CACHE", str(cache))
@@ -595,7 +596,7 @@ def test_a_library_of_another_user(tmp_path, monkeypatch):
     else:
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(RuntimeError, match=r"belongs to another user.*JBN_CACHE="):
-        native._load(path)
+        load(path)
 
 
 @pytest.mark.parametrize(("variables", "directory"), [

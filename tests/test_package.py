@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import jbn
+import jbn.native
 import jbn.population
 import jbn.training
 
@@ -123,6 +124,7 @@ def test_types_are_shipped():
     [f"jbn.{name}" for name in jbn.__all__]
     + [f"jbn.training.{name}" for name in jbn.training.__all__]
     + [f"jbn.population.{name}" for name in jbn.population.__all__]
+    + [f"jbn.native.{name}" for name in jbn.native.__all__]
     + ["jbn.linen.BatchNorm", "jbn.nnx.BatchNorm"],
 )
 def test_public_name_is_on_the_api_page(name):

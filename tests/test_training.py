@@ -1,6 +1,8 @@
 """One training step, several executions: the parameters and statistics are those of one device."""
 
 import functools
+import pickle
+import re
 
 import chex
 import jax
@@ -413,6 +415,14 @@ def test_decay_mask_goes_by_name():
         "none": None,
     }
     assert training.decay_mask({"scale": nnx.Param(jnp.ones(3))})["scale"].get_value() is False
+
+
+def test_pickles_name_the_package_and_not_its_files():
+    state = training.LossScaleState(np.float32(2), np.int32(0), training.Mean(1.0, 2.0))
+    state = training.TrainState(np.int32(0), (), (), state)  # pyright: ignore[reportArgumentType]
+    text = pickle.dumps(state, protocol=0)
+    assert pickle.loads(text) == state
+    assert set(re.findall(rb"c(jbn[\w.]*)\n", text)) == {b"jbn.training"}
 
 
 # Errors.

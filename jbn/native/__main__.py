@@ -1,0 +1,7 @@
+"""Runs `jbn.native.main`."""
+
+import sys
+
+from jbn.native.command import main
+
+sys.exit(main())

@@ -1,0 +1,66 @@
+"""Whether jbn uses the kernel: chosen by a call, or by JBN_NATIVE in the environment."""
+
+import os
+import warnings
+
+import jax
+
+from jbn import _kernels
+from jbn.native import primitives
+from jbn.native.compile import build as build_library
+from jbn.native.compile import library, load
+
+_targets: dict[str, str] = {}  # of the library, which is loaded once
+
+
+def enable(build: bool = False) -> None:
+    """Makes jbn use the kernel on CPU, in programs that are traced from now on.
+
+    JAX's caches are cleared, so that what was traced before is traced again.
+
+    Args:
+      build: compile the kernel first if that has not been done.
+
+    Raises:
+      FileNotFoundError: it has not been built.
+      RuntimeError: it cannot be built (see `build`), or not be loaded.
+    """
+    path = library()
+    if not path.exists():
+        if not build:
+            raise FileNotFoundError(
+                f"jbn's C++ kernel is not built: expected {path}. Run `python -m jbn.native`, or "
+                "call jbn.native.enable(build=True)."
+            )
+        build_library()
+    if not _targets:
+        _targets.update(load(path))
+    if not is_enabled():
+        primitives.use(_targets)
+        _kernels.use(primitives)
+        jax.clear_caches()
+
+
+def disable() -> None:
+    """Undoes `enable`."""
+    if is_enabled():
+        primitives.use({})
+        _kernels.use(None)
+        jax.clear_caches()
+
+
+def is_enabled() -> bool:
+    """Whether `enable` was called last, and not `disable`."""
+    return primitives.in_use()
+
+
+def from_environment() -> None:
+    """Calls `enable()` if JBN_NATIVE is set to other than 0; a warning where that fails."""
+    if os.environ.get("JBN_NATIVE", "0") in ("", "0"):
+        return
+    try:
+        enable()
+    except (OSError, RuntimeError) as error:
+        warnings.warn(
+            f"JBN_NATIVE is set, but without effect. {error}", RuntimeWarning, stacklevel=2
+        )
