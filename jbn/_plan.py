@@ -1,7 +1,7 @@
 """Arguments -> (Spec, Inputs): all that a user can get wrong is said here, once, while tracing.
 
-`Spec` holds what is static, and is the key of JAX's caches; `Inputs` holds the arrays. The functions
-that come after take these two and check nothing.
+`Spec` holds what is static, and is the key of JAX's caches; `Inputs` holds the arrays. The
+functions that come after take these two and check nothing.
 """
 
 from collections.abc import Callable, Sequence
