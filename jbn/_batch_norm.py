@@ -4,7 +4,6 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
@@ -104,6 +103,7 @@ def batch_norm(
     PyTorch's `momentum` is 1 - decay, and its running variance is the unbiased one:
     `update=jbn.ema(0.9, unbiased=True)` is its default. Flax's default is `update=jbn.ema(0.99)`.
     """
+    x = _check.floating(x)
     spec, inputs = plan(
         x,
         *_check.params(params),
@@ -124,7 +124,7 @@ def batch_norm(
     y, m = train(spec, inputs, old if fixed(stats) else None)
     if not waits(stats):
         _check.as_replicated_as(old.mean, m.mean)
-    y = join(y, jnp.asarray(x), spec.axes)
+    y = join(y, x, spec.axes)
     return y, absorb(update, old, m, given=stats, over=spec.over)
 
 
@@ -170,7 +170,7 @@ def batch_norm_inference(
         changes the shape or mixes elements.
     """
     spec, inputs = plan_inference(
-        x,
+        _check.floating(x),
         *_check.params(params),
         axis=axis,
         epsilon=epsilon,

@@ -42,7 +42,7 @@ def call(
     **affine: Any,
 ) -> tuple[Array, RunningStats]:
     """`jbn.batch_norm`, or `jbn.batch_norm_inference` and `stats`, for all that Flax accepts."""
-    x = _as_float(x, dtype)
+    x = _check.floating(_as_float(x, dtype))
     if inference:
         affine |= {"axis": axis, "residual": residual, "dtype": dtype}
         return batch_norm_inference(x, params, stats, **affine), stats

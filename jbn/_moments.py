@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jbn import _bfloat16, _sharding
+from jbn import _bfloat16, _check, _sharding
 from jbn._axes import Axes
 from jbn._devices import join_instances, measure_everywhere
 from jbn._once import made_once
@@ -67,6 +67,7 @@ def moments(
       TypeError: x is not floating point, or mask is not bool.
       ValueError: axis, mask, weights or groups do not fit x's shape.
     """
+    x = _check.floating(x)
     over = scope(axis_name, axis_index_groups)
     spec, inputs = plan_moments(x, axis=axis, over=over, mask=mask, weights=weights, groups=groups)
     return restore(measure(spec, inputs.x, inputs.weights), spec.axes)

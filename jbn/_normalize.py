@@ -103,6 +103,7 @@ def normalize(
       ValueError: axis, scale, bias, mask, weights, groups or residual do not fit x's shape, epsilon
         < 0, or activation changes the shape or mixes elements.
     """
+    x = _check.floating(x)
     spec, inputs = plan(
         x,
         scale,
@@ -118,7 +119,7 @@ def normalize(
         dtype=dtype,
     )
     y, m = normalized(spec, inputs)
-    return _sharding.join(y, jnp.asarray(x), spec.axes), m
+    return _sharding.join(y, x, spec.axes), m
 
 
 def normalized(spec: Spec, inputs: Inputs, *, pooled: bool = False) -> tuple[Array, Moments]:

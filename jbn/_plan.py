@@ -1,13 +1,13 @@
 """Arguments -> (Spec, Inputs): all that a user can get wrong is said here, once, while tracing.
 
 `Spec` holds what is static, and is the key of JAX's caches; `Inputs` holds the arrays. The
-functions that come after take these two and check nothing.
+functions that come after take these two and check nothing. x is an array of floating point already,
+by `_check.floating`.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
@@ -59,7 +59,7 @@ class Inputs(NamedTuple):
 
 
 def plan_moments(
-    x: ArrayLike,
+    x: Array,
     *,
     axis: int | Sequence[int],
     over: Scope,
@@ -68,7 +68,6 @@ def plan_moments(
     groups: int | None,
 ) -> tuple[Spec, Inputs]:
     """Checks the arguments of `moments`; with groups, x and weights get an axis for them."""
-    x = _check.floating(x)
     axes = resolve(x.shape, axis)
     _check.reduction_axis(axes, over.names)
     weights = _check.participation(axes, mask, weights, accumulator(x.dtype))
@@ -83,7 +82,7 @@ def plan_moments(
 
 
 def plan(
-    x: ArrayLike,
+    x: Array,
     scale: ArrayLike | None,
     bias: ArrayLike | None,
     *,
@@ -96,11 +95,11 @@ def plan(
 ) -> tuple[Spec, Inputs]:
     """Checks the arguments of `normalize`; `affine` are those of `plan_inference`."""
     spec, inputs = plan_moments(x, axis=axis, over=over, mask=mask, weights=weights, groups=groups)
-    return _with_affine(spec, inputs, jnp.asarray(x), scale, bias, **affine)
+    return _with_affine(spec, inputs, x, scale, bias, **affine)
 
 
 def plan_inference(
-    x: ArrayLike,
+    x: Array,
     scale: ArrayLike | None,
     bias: ArrayLike | None,
     *,
@@ -108,7 +107,6 @@ def plan_inference(
     **affine: Any,
 ) -> tuple[Spec, Inputs]:
     """Checks the arguments of `batch_norm_inference`; `affine` goes to `_with_affine`."""
-    x = _check.floating(x)
     return _with_affine(Spec(resolve(x.shape, axis)), Inputs(x), x, scale, bias, **affine)
 
 
