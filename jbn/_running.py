@@ -325,7 +325,8 @@ def _keep_sound(
     spread = sound if single_values else sound & ~((moments.var == 0) & (moments.count < _FEW))
 
     def choose(where: Array, new: Array, old: Array) -> Array:
-        return lax.select(where, jnp.broadcast_to(new, old.shape), old)
+        where, new = (jnp.broadcast_to(v, old.shape) for v in (where, new))
+        return lax.select(where, new, old)
 
     return old._replace(
         mean=choose(sound, stored.mean, old.mean),
