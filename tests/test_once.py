@@ -62,7 +62,7 @@ def test_no_pass_over_x_computes_anew(dtype, one_device):
     text = jax.jit(both).lower(x, v, v, x).compile().as_text()
     computations = [c for c in text.split("\n\n") if c.lstrip().startswith("%")]
     # Not the choice of the shift, which takes a few rows out of x.
-    shift = re.compile(r"slice=\{\[4:5\], \[3:4\], \[0:32\]\}")
+    shift = re.compile(r"slice=\{\[\d+:\d+\], \[\d+:\d+\], \[0:32\]\}")
     passes = [c for c in computations if "[64,16,32]" in c and not shift.search(c)]
     assert "rsqrt(" in text
     assert len(passes) >= 3
