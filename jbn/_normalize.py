@@ -136,7 +136,10 @@ def _normalize_and_restore(spec: Spec, pooled: bool, inputs: Inputs) -> tuple[Ar
         clean = jax.checkpoint(harmless, prevent_cse=False)
         inputs = inputs._replace(residual=clean(residual, residual, weights))
     y, m = _normalize(spec, inputs)
-    return y, restore_pooled(m, spec.axes, weights is not None) if pooled else restore(m, spec.axes)
+    if not pooled:
+        return y, restore(m, spec.axes)
+    # For running statistics, which carry no gradient: none is made of it here.
+    return y, restore_pooled(jax.lax.stop_gradient(m), spec.axes, weights is not None)
 
 
 _eager = jax.jit(_normalize_and_restore, static_argnums=(0, 1))
