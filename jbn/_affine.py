@@ -34,7 +34,7 @@ class Place(NamedTuple):
 
 
 def place(m: ShiftedMoments, epsilon: float) -> Place:
-    """Where a feature of these moments lies."""
+    """The constants of the affine map of z = x - center, from the moments."""
     mean, rstd = location(m.mean, m.var, epsilon)
     center = m.shift + mean
     return Place(center, mean - (center - m.shift), rstd)
@@ -49,7 +49,7 @@ def location(mean: Array, var: Array, epsilon: float) -> tuple[Array, Array]:
     var = var + jnp.asarray(epsilon, var.dtype)
     useless = (var <= 0) | (var == jnp.inf)
     rstd = lax.rsqrt(replaced(var, useless, jnp.inf)).astype(mean.dtype)
-    return replaced(mean, useless, 0.0), rstd
+    return replaced(mean, rstd == 0, 0.0), rstd
 
 
 def expanded(
@@ -104,5 +104,5 @@ def harmless(values: Array, at: Array, weights: Array | None, otherwise: ArrayLi
 
 def where_data(count: Array, values: Array) -> Array:
     """`values`, 0 for features without data."""
-    values = values + jnp.zeros_like(count, values.dtype)  # plus zeros: of the counts' sharding
+    values = values + jnp.zeros_like(count, values.dtype)  # zeros that bring the counts' sharding
     return jnp.where(count > 0, values, jnp.zeros_like(values))

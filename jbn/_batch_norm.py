@@ -183,16 +183,17 @@ def batch_norm_inference(
     return infer(spec, inputs, stats)
 
 
-def train(spec: Spec, inputs: Inputs, fixed: RunningStats | None = None) -> tuple[Array, Moments]:
+def train(spec: Spec, inputs: Inputs, given: RunningStats | None = None) -> tuple[Array, Moments]:
     """y, of the shape of the planned x, and the moments of the batch, of all groups together.
 
-    y is normalised by them, or by the statistics `fixed`.
+    y is normalised by them, or by the statistics `given`.
     """
-    if fixed is None:
+    if given is None:
         return normalized(spec, inputs, pooled=True)
-    m = measure(spec, inputs.x, inputs.weights)
+    _check.same_field(given, inputs.x, training=False)
+    m = jax.lax.stop_gradient(measure(spec.of_moments, inputs.x, inputs.weights))
     moments = restore_pooled(m, spec.axes, counts_differ=inputs.weights is not None)
-    return infer(spec, inputs, fixed), moments
+    return infer(spec, inputs, given), moments
 
 
 def infer(spec: Spec, inputs: Inputs, stats: RunningStats) -> Array:

@@ -62,7 +62,7 @@ class _Line(NamedTuple):
     own: Array  # a dx + dresidual, of x's shape
     u: Array
     v: Array
-    constant: Array  # of a masked value that is not finite: y is the bias there
+    constant: Array  # the derivative where a masked x is not finite: y is the bias there
 
 
 def keep(spec: Spec, y: Array, residual: Array | None) -> Array | None:

@@ -30,7 +30,8 @@ def call(
     stats: RunningStats,
     *,
     inference: bool,
-    update: UpdateRule,
+    momentum: float,
+    update: UpdateRule | None,
     axis: int | Sequence[int],
     mask: ArrayLike | None,
     weights: ArrayLike | None,
@@ -41,7 +42,10 @@ def call(
     dtype: DTypeLike,
     **affine: Any,
 ) -> tuple[Array, RunningStats]:
-    """`jbn.batch_norm`, or `jbn.batch_norm_inference` and `stats`, for all that Flax accepts."""
+    """`jbn.batch_norm`, or `jbn.batch_norm_inference` and `stats`, for all that Flax accepts.
+
+    Without `update` the rule is Flax's, into which the variance of a single value enters, too.
+    """
     x = _check.floating(_as_float(x, dtype))
     if inference:
         affine |= {"axis": axis, "residual": residual, "dtype": dtype}
@@ -50,9 +54,7 @@ def call(
     if not axes.reduction and axis_name in (None, ()):  # a single example is a batch of one
         x, axes = x[None], resolve((1, *x.shape), tuple(i + 1 for i in axes.features))
         residual = None if residual is None else jnp.asarray(residual)[None]
-    old = read(stats)
-    old = old._replace(mean=old.mean.astype(mean_dtype(old.mean.dtype, x.dtype)))
-    old = _check.stats(old, axes)
+    old = _check.stats(_able_to_hold(x, read(stats)), axes)
     spec, inputs = plan(
         x,
         *params,
@@ -65,9 +67,15 @@ def call(
         dtype=dtype,
         **affine,
     )
+    rule = ema_of_flax(momentum) if update is None else update
     y, moments = train(spec, inputs, old if fixed(stats) else None)
     y = join(y, x, spec.axes).reshape(shape)
-    return y, absorb(update, old, moments, given=stats, over=spec.over)
+    return y, absorb(rule, old, moments, given=stats, over=spec.over)
+
+
+def _able_to_hold(x: Array, stats: RunningStats) -> RunningStats:
+    """`stats` with a complex mean where x is complex."""
+    return stats._replace(mean=stats.mean.astype(mean_dtype(stats.mean.dtype, x.dtype)))
 
 
 def _as_float(x: ArrayLike, dtype: DTypeLike) -> Array:
@@ -103,11 +111,6 @@ def refuse_loss(
     """Refuses a real y of complex numbers, before these are promoted to real ones."""
     if dtype is not None and not jnp.issubdtype(dtype, jnp.complexfloating):
         _check.output_dtype(dtype, jnp.asarray(x), scale=scale, bias=bias)
-
-
-def rule(momentum: float, update: UpdateRule | None) -> UpdateRule:
-    """The user's rule, or Flax's: there the variance of a single value enters, too."""
-    return ema_of_flax(momentum) if update is None else update
 
 
 def _of_rank(values: ArrayLike | None, ndim: int) -> Array | None:

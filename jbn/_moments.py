@@ -160,7 +160,8 @@ def average(
     """
     axes, over = spec.axes, spec.over
     if weights is not None:
-        # A constant, but one whose derivative, times 0, would be divided by its square.
+        # A constant, as without weights, but one whose derivative, times 0, would be divided by its
+        # square.
         count = lax.stop_gradient(count)
     if weights is not None or not isinstance(axes.size, int) or axes.size == 0:
         count = jnp.where(count > 0, count, jnp.ones_like(count))

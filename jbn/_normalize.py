@@ -124,7 +124,7 @@ def normalize(
 
 def normalized(spec: Spec, inputs: Inputs, *, pooled: bool = False) -> tuple[Array, Moments]:
     """y, of the shape of the planned x, and the moments; `pooled`: of all groups together."""
-    # Without jit around it, the whole is one program.
+    # Called eagerly, everything runs as one compiled program.
     run = _normalize_and_restore if isinstance(inputs.x, Tracer) else _eager
     return run(spec, pooled, inputs)
 
@@ -157,7 +157,7 @@ def _normalize(spec: Spec, inputs: Inputs) -> tuple[Array, ShiftedMoments]:
 def _forward(spec: Spec, inputs: Inputs) -> tuple[Array, Known]:
     x, scale, bias, weights, residual = inputs
     # The moments by themselves, so that whoever computes y again need not measure again.
-    m = named(measure(spec, x, weights))
+    m = named(measure(spec.of_moments, x, weights))
     scale, bias = expanded(scale, bias, spec.axes, accumulator(x.dtype))
     if weights is not None:
         scale = where_data(m.count, scale)  # without data y is the bias

@@ -1,4 +1,4 @@
-"""Arguments -> (Spec, Inputs): all that a user can get wrong is said here, once, while tracing.
+"""Arguments -> (Spec, Inputs): what a user can get wrong about x, y, scale, bias, mask and groups.
 
 `Spec` holds what is static, and is the key of JAX's caches; `Inputs` holds the arrays. The
 functions that come after take these two and check nothing. x is an array of floating point already,
@@ -38,6 +38,11 @@ class Spec(NamedTuple):
     epsilon: float = 0.0
     activation: Activation | None = None
     dtype: np.dtype = np.dtype(np.float32)
+
+    @property
+    def of_moments(self) -> "Spec":
+        """The part that moments depend on: layers that differ in the rest share their program."""
+        return Spec(self.axes, self.over, self.kernel)
 
 
 class Inputs(NamedTuple):

@@ -6,6 +6,7 @@ have the shape [C], or [parts, C]; K - K_i, a difference of two values of x, is 
 matters, so nothing cancels at any mean/std.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -227,11 +228,13 @@ def restore(m: ShiftedMoments, axes: Axes) -> Moments:
 
 def restore_pooled(m: ShiftedMoments, axes: Axes, counts_differ: bool) -> Moments:
     """`restore`, of all groups taken together."""
-    if axes.group is not None:
-        pooled = pool_blocks(axes.whole, jax.tree.map(axes.squeeze, m), counts_differ)
-        axes = axes.whole
-        m = jax.tree.map(axes.unsqueeze, pooled)
-    return restore(m, axes)
+    return restore(m, axes) if axes.group is None else _restore_groups(axes, counts_differ, m)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # many operations to run one by one
+def _restore_groups(axes: Axes, counts_differ: bool, m: ShiftedMoments) -> Moments:
+    pooled = pool_blocks(axes.whole, jax.tree.map(axes.squeeze, m), counts_differ)
+    return restore(jax.tree.map(axes.whole.unsqueeze, pooled), axes.whole)
 
 
 def square(x: Array) -> Array:

@@ -80,15 +80,19 @@ def _are_several(n: int) -> bool:
     return isinstance(n, int) and n >= 2 * _DRAWS
 
 
+def _is_prime(number: int) -> bool:
+    return all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
+
+
 @functools.lru_cache
 def _places(n: int) -> range:
     """The places of seven draws along an axis of size n.
 
-    The stride is a prime below a seventh of n, which no length divides: where sequences or images
-    were flattened into one axis, the draws lie at different places of them.
+    The stride is a prime below a seventh of n that does not divide n. Where sequences of one length
+    were flattened into one axis, hardly any two draws then lie at one place of them.
     """
     stride = n // _DRAWS - 1
-    while any(stride % divisor == 0 for divisor in range(2, math.isqrt(stride) + 1)):
+    while stride > 1 and (n % stride == 0 or not _is_prime(stride)):
         stride -= 1
     start = (n - (_DRAWS - 1) * stride) // 2
     return range(start, start + (_DRAWS - 1) * stride + 1, stride)
