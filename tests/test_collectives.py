@@ -258,5 +258,8 @@ def test_one_collective_each_way():
         needed = 0 if row.statistics in ("ghost", "inference") else 1
         for direction in (row.forward, row.backward):
             *layers, elsewhere = direction
-            assert [sum(layer.counts.values()) for layer in layers] == [needed] * 3, row
+            counts = [sum(layer.counts.values()) for layer in layers]
+            assert sum(counts) == 3 * needed, row
+            # XLA for TPUs may give those of several layers the name of one.
+            assert counts == [needed] * 3 or row.target != "cpu", row
             assert not elsewhere.counts
