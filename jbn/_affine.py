@@ -1,12 +1,13 @@
-"""y = scale (x - mean) / sqrt(var + epsilon) + bias as one affine map of z = x - center a feature.
+"""y = scale (x - mean) / sqrt(var + epsilon) + bias as one affine map of z = x - shift a feature.
 
-With rstd = 1 / sqrt(var + epsilon) and center the rounded mean,
+With rstd = 1 / sqrt(var + epsilon), and mean that of z,
 
-    y = a z + c,    a = scale rstd,    c = bias - a (mean - center).
+    y = a z + c,    a = scale rstd,    c = bias - a mean.
+
+z is exact where the shift is near x (see `_moments`), so this is as accurate as x - mean.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,29 +16,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn._axes import Axes
-from jbn._pool import ShiftedMoments
 from jbn._select import replaced
 from jbn._shift import active
-
-
-class Place(NamedTuple):
-    """Per-feature constants of the map, (1, ..., C): every one read in a pass over x costs time."""
-
-    center: Array  # the mean, rounded
-    rest: Array  # the mean - center
-    rstd: Array  # 1 / sqrt(var + epsilon)
-
-    def fold(self, scale: Array, bias: Array) -> tuple[Array, Array]:
-        """(a, c) of y = a z + c."""
-        a = scale.astype(self.rstd.dtype) * self.rstd
-        return a, bias.astype(self.rstd.dtype) - a * self.rest
-
-
-def place(m: ShiftedMoments, epsilon: float) -> Place:
-    """The constants of the affine map of z = x - center, from the moments."""
-    mean, rstd = location(m.mean, m.var, epsilon)
-    center = m.shift + mean
-    return Place(center, mean - (center - m.shift), rstd)
 
 
 def location(mean: Array, var: Array, epsilon: float) -> tuple[Array, Array]:
@@ -49,7 +29,13 @@ def location(mean: Array, var: Array, epsilon: float) -> tuple[Array, Array]:
     var = var + jnp.asarray(epsilon, var.dtype)
     useless = (var <= 0) | (var == jnp.inf)
     rstd = lax.rsqrt(replaced(var, useless, jnp.inf)).astype(mean.dtype)
-    return replaced(mean, rstd == 0, 0.0), rstd
+    return replaced(mean, useless, 0.0), rstd
+
+
+def fold(mean: Array, rstd: Array, scale: Array, bias: Array) -> tuple[Array, Array]:
+    """(a, c) of y = a z + c."""
+    a = scale.astype(rstd.dtype) * rstd
+    return a, bias.astype(rstd.dtype) - a * mean
 
 
 def expanded(
@@ -86,10 +72,10 @@ def _widened_jvp(dtype: np.dtype, primals, tangents):
     return widened(*primals, dtype), tangents[0].astype(dtype)
 
 
-def displaced(x: Array, center: Array, rest: Array, a: Array, weights: Array | None) -> Array:
-    """x - center at every position, masked ones included; of xhat 0 where x is not finite there."""
-    z = x.astype(center.dtype) - center
-    return z if weights is None else harmless(z, z * a, weights, otherwise=rest)
+def displaced(x: Array, shift: Array, mean: Array, a: Array, weights: Array | None) -> Array:
+    """x - shift at every position, masked ones included; of xhat 0 where x is not finite there."""
+    z = x.astype(shift.dtype) - shift
+    return z if weights is None else harmless(z, z * a, weights, otherwise=mean)
 
 
 def harmless(values: Array, at: Array, weights: Array | None, otherwise: ArrayLike = 0.0) -> Array:

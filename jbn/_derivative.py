@@ -9,9 +9,10 @@ and those of the moments are dmean = E[dx], dvar = 2 E[(x - mean) dx]. JAX trans
 map into the backward pass: the two reductions sum(ybar) and sum(xhat ybar), and one elementwise
 pass. Derivatives of any order follow, because the map is itself differentiable.
 
-In the code xhat = rstd (z - rest), z = x - center, so that dy = a dx + u + v z with
+In the code z = x - shift and mean is that of z, xhat = rstd (z - mean), so that dy = a dx + u + v z
+with
 
-    v = rstd (dscale - a E[xhat dx]),    u = dbias - a E[dx] - v rest.
+    v = rstd (dscale - a E[xhat dx]),    u = dbias - a E[dx] - v mean.
 """
 
 import functools
@@ -21,8 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jbn._affine import Place, displaced, harmless, transform, where_data
+from jbn._affine import displaced, harmless, transform, where_data
 from jbn._devices import spread
+from jbn._materialize import materialize
 from jbn._moments import derivative, only_active
 from jbn._plan import Spec
 from jbn._pool import ShiftedMoments
@@ -42,7 +44,8 @@ class Known(NamedTuple):
     """The results of the forward pass that the derivative is made of, (1, ..., C) each."""
 
     moments: ShiftedMoments
-    place: Place
+    mean: Array  # of z; 0 where rstd is 0
+    rstd: Array
     a: Array
     c: Array
 
@@ -94,8 +97,8 @@ def _differential(
     spec: Spec, saved: Saved, known: Known, tangents: Tangents
 ) -> tuple[Array, Array, Array]:
     x, weights, _ = saved
-    m, (center, rest, rstd), a, _ = known
-    tangents = jax.tree.map(lambda t: t.astype(center.dtype), tangents)
+    m, mean, rstd, a, _ = known
+    tangents = jax.tree.map(lambda t: t.astype(a.dtype), tangents)
     dx, dresidual = tangents.x, tangents.residual
     dscale, dbias = (
         jnp.zeros_like(a) if t is None else spec.axes.expand(t)
@@ -103,14 +106,15 @@ def _differential(
     )
     if weights is not None and tangents.scale is not None:
         dscale = where_data(m.count, dscale)
-    at_center = m._replace(shift=center, mean=rest)
-    mean_dx, half_dvar = derivative(spec, x, weights, at_center, only_active(dx, weights))
+    clean = m._replace(mean=mean)
+    mean_dx, half_dvar = derivative(spec, x, weights, clean, only_active(dx, weights))
     # Where rstd is 0, as y is the bias, the sums over z may be infinite.
     useless = rstd == 0
     mean_xhat_dx = replaced(rstd * half_dvar.astype(dx.dtype), useless, 0.0)
-    v = replaced(rstd * (dscale - a * mean_xhat_dx), useless, 0.0)
-    u = dbias - a * mean_dx - rest * v
-    own = a * harmless(dx, a * (x.astype(dx.dtype) - center), weights)
+    (of_scale,) = materialize(dscale - a * mean_xhat_dx)  # backwards, the gradient of scale
+    v = replaced(rstd * of_scale, useless, 0.0)
+    u = dbias - a * mean_dx - mean * v
+    own = a * harmless(dx, a * (x.astype(dx.dtype) - m.shift), weights)
     own = own if dresidual is None else own + dresidual
     dy = _through_activation(spec, saved, known, _Line(own, u, v, dbias))
     return dy.astype(spec.dtype), mean_dx, 2 * half_dvar
@@ -121,7 +125,9 @@ def _through_activation(spec: Spec, saved: Saved, known: Known, line: _Line) -> 
     is_relu = spec.activation is jax.nn.relu
     if spec.kernel is not None and (spec.activation is None or is_relu):
         return _by_kernel(spec, saved, known, line)
-    z = displaced(saved.x, known.place.center, known.place.rest, known.a, saved.weights)
+    # Else the compiler keeps the z of the forward pass: as much as x again.
+    shift = lax.optimization_barrier(known.moments.shift)
+    z = displaced(saved.x, shift, known.mean, known.a, saved.weights)
     others = _of_the_batch(spec, saved, known, line, z)
     if spec.activation is None:
         return line.own + others
@@ -138,8 +144,8 @@ def _by_kernel(spec: Spec, saved: Saved, known: Known, line: _Line) -> Array:
     """Does the same for no activation or ReLU, in one pass of the kernel."""
     row, x, kept = spec.axes.squeeze, saved.x, saved.kept
     gate = (row(known.a), row(known.c)) if spec.activation is not None and kept is None else None
-    center, u, v = map(row, (known.place.center, line.u, line.v))
-    dy = spec.kernel.spread(x, center, u, v, line.own, gate=gate, dtype=spec.dtype)
+    shift, u, v = map(row, (known.moments.shift, line.u, line.v))
+    dy = spec.kernel.spread(x, shift, u, v, line.own, gate=gate, dtype=spec.dtype)
     return dy if kept is None else _where_positive(kept, dy)
 
 
@@ -149,15 +155,12 @@ def _where_positive(kept: Array, dy: Array) -> Array:
 
 def _of_the_batch(spec: Spec, saved: Saved, known: Known, line: _Line, z: Array) -> Array:
     """Computes u + v z, the part that comes through the moments, scale and bias."""
-    # Backwards `v` gives the sum of z dy. Without the choice, XLA for CPUs takes z from memory,
-    # where it has lain since the forward pass: as much as x again. For finite z the choice is v
-    # whatever z is, so that every derivative is that of z v.
     u, v = (spread(spec.axes, saved.x, values) for values in (line.u, line.v))
-    others = z * jnp.where(jnp.isfinite(z), v, jnp.zeros_like(v)) + u
+    others = z * v + u
     if saved.weights is None:
         return others
-    center = known.place.center
-    xhat = known.a * (saved.x.astype(center.dtype) - center)
+    shift = known.moments.shift
+    xhat = known.a * (saved.x.astype(shift.dtype) - shift)
     constant = vary_as(saved.x, line.constant)
     return harmless(others, xhat, saved.weights, otherwise=constant)
 

@@ -11,11 +11,11 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check, _sharding
-from jbn._affine import Place, displaced, expanded, harmless, place, transform, where_data
+from jbn._affine import displaced, expanded, fold, harmless, location, transform, where_data
 from jbn._checkpoint import named
 from jbn._derivative import Known, Saved, Tangents, differential, keep
+from jbn._materialize import materialize
 from jbn._moments import measure
-from jbn._once import made_once
 from jbn._plan import Activation, Inputs, Spec, plan
 from jbn._pool import Moments, ShiftedMoments, restore, restore_pooled
 from jbn._shift import accumulator
@@ -161,11 +161,13 @@ def _forward(spec: Spec, inputs: Inputs) -> tuple[Array, Known]:
     scale, bias = expanded(scale, bias, spec.axes, accumulator(x.dtype))
     if weights is not None:
         scale = where_data(m.count, scale)  # without data y is the bias
-    at = place(m, spec.epsilon)
-    mean, var, *vectors, a, c = made_once(m.mean, m.var, *at, *at.fold(scale, bias))
-    at = Place(*vectors)
-    y = transform(displaced(x, at.center, at.rest, a, weights), a, c, residual)
-    known = Known(m._replace(mean=mean, var=var), at, a, c)
+    mean, rstd = location(m.mean, m.var, spec.epsilon)
+    # A shift of its own, or the compiler stores the x - shift of the sums for this pass.
+    shift, mean, rstd = materialize(m.shift, mean, rstd)
+    a, c = fold(mean, rstd, scale, bias)
+    m = m._replace(shift=shift)
+    y = transform(displaced(x, shift, mean, a, weights), a, c, residual)
+    known = Known(m, mean, rstd, a, c)
     return (y if spec.activation is None else spec.activation(y)).astype(spec.dtype), known
 
 

@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jbn._axes import Axes
-from jbn._once import made_once
+from jbn._materialize import materialize
 from jbn._select import replaced
 
 _DRAWS = 7  # of which three may be odd
@@ -49,7 +49,7 @@ def shift_for(x: Array, weights: Array | None, axes: Axes) -> Array:
     # From here on (1e31 for float32) x - K could overflow, by half an ulp of the largest x.
     info = jnp.finfo(shift.dtype)
     shift = replaced(shift, jnp.abs(shift) >= info.max * info.eps / 4, 0.0)
-    return made_once(shift, shift)[0]  # by two, because alone it would not be made once
+    return materialize(shift)[0]
 
 
 def _median(rows: list[Array]) -> Array:

@@ -12,7 +12,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
-from jbn._once import made_once
+from jbn._materialize import materialize
 from jbn.native.equations import gated, plain_pair, plain_spread, plain_sums, row, shifted
 
 Gate = tuple[Array, Array]
@@ -166,8 +166,8 @@ _spread = _primitive(
 
 def _spread_apart(x, shift, u, v, *rest: Array, dtype, added: bool) -> Array:
     """`plain_spread` by vectors that are computed once."""
-    vectors = made_once(*(vector[None] for vector in (shift, u, v, *rest[added:])))
-    shift, u, v, *gate = (vector[0] for vector in vectors)
+    vectors = materialize(shift, u, v, *rest[added:])
+    shift, u, v, *gate = vectors
     return plain_spread(x, shift, u, v, *rest[:added], *gate, dtype=dtype, added=added)
 
 
