@@ -12,13 +12,13 @@ Flax modules live in `jbn.linen` and `jbn.nnx`, which this package does not impo
 
 import os
 
-from jbn._batch_norm import batch_norm, batch_norm_inference
-from jbn._checkpoint import checkpoint_policy
-from jbn._export import serializable as _serializable
-from jbn._moments import moments
-from jbn._normalize import Params, init_params, normalize
-from jbn._pool import Moments, merge, pool
-from jbn._running import RunningStats, UpdateRule, cumulative, ema, init_stats
+from jbn._core.batch_norm import batch_norm, batch_norm_inference
+from jbn._core.export import serializable as _serializable
+from jbn._core.moments import moments
+from jbn._core.normalize import Params, init_params, normalize
+from jbn._core.pooling import Moments, merge, pool
+from jbn._core.running import RunningStats, UpdateRule, cumulative, ema, init_stats
+from jbn._xla.checkpoint import checkpoint_policy
 
 __version__ = "0.1.0"
 

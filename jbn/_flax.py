@@ -13,15 +13,15 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn import _check
-from jbn._axes import resolve
-from jbn._batch_norm import batch_norm_inference, train
-from jbn._deferred import absorb, fixed, read
-from jbn._normalize import Params
-from jbn._plan import plan
-from jbn._running import RunningStats, UpdateRule, ema_of_flax
-from jbn._sharding import join
-from jbn._sync import AxisName, Scope, scope
+from jbn._core import check
+from jbn._core.axes import resolve
+from jbn._core.batch_norm import batch_norm_inference, train
+from jbn._core.deferral import absorb, fixed, read
+from jbn._core.normalize import Params
+from jbn._core.plan import plan
+from jbn._core.running import RunningStats, UpdateRule, ema_of_flax
+from jbn._devices.named_axes import AxisName, Scope, scope
+from jbn._devices.placement import join
 
 
 def call(
@@ -46,7 +46,7 @@ def call(
 
     Without `update` the rule is Flax's, into which the variance of a single value enters, too.
     """
-    x = _check.floating(_as_float(x, dtype))
+    x = check.floating(_as_float(x, dtype))
     if inference:
         affine |= {"axis": axis, "residual": residual, "dtype": dtype}
         return batch_norm_inference(x, params, stats, **affine), stats
@@ -54,7 +54,7 @@ def call(
     if not axes.reduction and axis_name in (None, ()):  # a single example is a batch of one
         x, axes = x[None], resolve((1, *x.shape), tuple(i + 1 for i in axes.features))
         residual = None if residual is None else jnp.asarray(residual)[None]
-    old = _check.stats(_able_to_hold(x, read(stats)), axes)
+    old = check.stats(_able_to_hold(x, read(stats)), axes)
     spec, inputs = plan(
         x,
         *params,
@@ -110,7 +110,7 @@ def refuse_loss(
 ) -> None:
     """Refuses a real y of complex numbers, before these are promoted to real ones."""
     if dtype is not None and not jnp.issubdtype(dtype, jnp.complexfloating):
-        _check.output_dtype(dtype, jnp.asarray(x), scale=scale, bias=bias)
+        check.output_dtype(dtype, jnp.asarray(x), scale=scale, bias=bias)
 
 
 def _of_rank(values: ArrayLike | None, ndim: int) -> Array | None:

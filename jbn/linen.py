@@ -13,11 +13,12 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 from jax import Array
 
-from jbn import _check, _flax
-from jbn._axes import resolve
-from jbn._normalize import Params
-from jbn._plan import Activation
-from jbn._running import RunningStats, UpdateRule
+from jbn import _flax
+from jbn._core import check
+from jbn._core.affine import Activation
+from jbn._core.axes import resolve
+from jbn._core.normalize import Params
+from jbn._core.running import RunningStats, UpdateRule
 
 
 class BatchNorm(nn.BatchNorm):
@@ -92,7 +93,7 @@ class BatchNorm(nn.BatchNorm):
         inference = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        x = _check.array(x, "x")
+        x = check.array(x, "x")
         shape = resolve(x.shape, self.axis).feature_shape
         counts = self.update is not None and (self.is_initializing() or not inference)
         variables = _statistics(self, shape, x.dtype, counts)

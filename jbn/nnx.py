@@ -14,12 +14,13 @@ from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax import Array
 
-from jbn import _check, _flax
-from jbn._deferred import read
-from jbn._normalize import Params
-from jbn._plan import Activation
-from jbn._running import RunningStats, UpdateRule
-from jbn._sync import AxisName
+from jbn import _flax
+from jbn._core import check
+from jbn._core.affine import Activation
+from jbn._core.deferral import read
+from jbn._core.normalize import Params
+from jbn._core.running import RunningStats, UpdateRule
+from jbn._devices.named_axes import AxisName
 
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
@@ -157,7 +158,7 @@ class BatchNorm(nnx.BatchNorm):
             error_msg="BatchNorm needs use_running_average=True or False, in the constructor or in "
             "the call; or call model.train() or model.eval() first, or nnx.view(model, ...).",
         )
-        x = _check.array(x, "x")
+        x = check.array(x, "x")
         variables = [self.mean, self.var]
         if self.update is not None and not inference:
             variables += [self.count]
@@ -171,7 +172,7 @@ class BatchNorm(nnx.BatchNorm):
         params = Params(scale, bias)
         dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
         inference = _flax.inference_wanted(inference)
-        if not inference and mask is not None and _check.array(mask, "mask").dtype != jnp.bool_:
+        if not inference and mask is not None and check.array(mask, "mask").dtype != jnp.bool_:
             raise ValueError(f"mask must be bool; got {jnp.asarray(mask).dtype}.")
         y, stats = _flax.call(
             x,

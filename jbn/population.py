@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jbn._deferred import (
+from jbn._core.deferral import (
     MissingCounts,
     Update,
     called,
@@ -41,9 +41,9 @@ from jbn._deferred import (
     fitted,
     is_waiting,
 )
-from jbn._pool import Moments
-from jbn._running import RunningStats, unbiased_var
-from jbn._sync import AxisName
+from jbn._core.pooling import Moments
+from jbn._core.running import RunningStats, unbiased_var
+from jbn._devices.named_axes import AxisName
 
 __all__ = ["estimate"]
 

@@ -14,7 +14,7 @@ LINES, PARAMETERS = 40, 8  # at most; what is public may have more parameters
 class Function(NamedTuple):
     """A function or method, or one that is defined in another."""
 
-    name: str  # such as "_moments.moments" or "nnx.BatchNorm.__call__"
+    name: str  # such as "_core.moments.moments" or "nnx.BatchNorm.__call__"
     lines: int  # with the signature, without decorators and docstring
     parameters: int  # without self and cls
     public: bool

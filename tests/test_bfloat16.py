@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import jbn
-from jbn import _bfloat16
-from jbn._axes import resolve
+from jbn._core.axes import resolve
+from jbn._xla import bfloat16
 from tests import cases, compiled, oracle, tolerance
 
 SHAPE = (32, 14, 14, 8)
@@ -34,9 +34,9 @@ def error_of_var(x, var):
 def in_blocks(x):
     """(mean, var) as other platforms than CPUs compute them."""
     axes = resolve(x.shape, -1)
-    inner = _bfloat16.block(axes)
+    inner = bfloat16.block(axes)
     assert inner
-    m = _bfloat16.moments_by_blocks(x, axes, inner)
+    m = bfloat16.moments_by_blocks(x, axes, inner)
     return axes.squeeze(m.shift + m.mean), axes.squeeze(m.var)
 
 
@@ -139,7 +139,7 @@ def test_running_statistics_elsewhere(elsewhere):
     ],
 )
 def test_blocks(shape, axis, expected):
-    inner = _bfloat16.block(resolve(shape, axis))
+    inner = bfloat16.block(resolve(shape, axis))
     size = lambda axes: int(np.prod([shape[i] for i in axes]))  # noqa: E731
     assert size(inner) == size(expected)
     assert set(inner) <= set(resolve(shape, axis).reduction)

@@ -17,7 +17,7 @@ import jbn
 import jbn.linen
 import jbn.nnx
 from jbn import training
-from jbn._deferred import defer, settle
+from jbn._core.deferral import defer, settle
 from tests import nets
 from tests.executions import AXIS, cut, mesh
 from tests.tolerance import eps

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jbn._elementwise import mixes
+from jbn._core.elementwise import mixes
 
 SHAPE = (4, 6)
 TABLE = jnp.arange(10.0) ** 2

@@ -9,14 +9,14 @@ from tests import functions, hops
 # Functions that are larger than `functions` says, and how large they are at most. The lists may
 # only shrink: a test fails where one is not needed any more.
 LONG = {
-    "_elementwise._one": 52,
+    "_core.elementwise._one": 52,
     "_flax.call": 43,
     "linen.BatchNorm.__call__": 43,
     "nnx.BatchNorm.__call__": 53,
     "nnx.BatchNorm.__init__": 51,
     "population.estimate": 46,
 }
-WIDE = {"_flax.call": 15, "_plan._with_affine": 9, "_plan.plan": 9}
+WIDE = {"_flax.call": 15, "_core.plan._with_affine": 9, "_core.plan.plan": 9}
 # What one call goes through at most, in all versions of Python and JAX.
 CEILING = hops.Hops(calls=214, functions=114, files=18, depth=12)
 
@@ -86,13 +86,13 @@ def test_sizes_are_those_of_the_source(tmp_path, monkeypatch):
 
 
 def test_public_is_what_users_call():
-    public = ("_batch_norm.batch_norm", "_moments.moments", "linen.BatchNorm.__call__")
+    public = ("_core.batch_norm.batch_norm", "_core.moments.moments", "linen.BatchNorm.__call__")
     assert all(map(functions.is_public, public))
     private = (
-        "_normalize.normalized",
+        "_core.normalize.normalized",
         "_flax.call",
         "training._step",
-        "_pool._Way.merge",
+        "_core.pooling._Way.merge",
     )
     assert not any(map(functions.is_public, private))
 

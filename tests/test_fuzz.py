@@ -37,17 +37,17 @@ def test_the_library_passes(line):
 
 
 def _wrong_variance(x, *args, **kwargs):
-    y, m = jbn._normalize.normalize(x, *args, **kwargs)
+    y, m = jbn._core.normalize.normalize(x, *args, **kwargs)
     return y, m._replace(var=m.var * 1.0001)
 
 
 def _wrong_gradient(x, scale, bias, **kwargs):
-    y, m = jbn._normalize.normalize(x, scale, bias, **kwargs)
+    y, m = jbn._core.normalize.normalize(x, scale, bias, **kwargs)
     return y, m._replace(var=jax.lax.stop_gradient(m.var))
 
 
 def _no_variance_between(a, b):
-    m = jbn._pool.merge(a, b)
+    m = jbn._core.pooling.merge(a, b)
     return m._replace(var=(a.count * a.var + b.count * b.var) / (a.count + b.count))
 
 

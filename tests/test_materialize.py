@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jbn
-from jbn._materialize import materialize
+from jbn._xla.materialize import materialize
 
 ODD = jnp.array([1.5, -0.0, jnp.inf, -jnp.inf, jnp.nan])
 

@@ -152,7 +152,7 @@ def test_traced_decays_carry_no_gradient():
 
 @pytest.mark.parametrize("options", [{}, {"debias": True}])
 def test_a_schedule_of_the_decay_is_one_program(options):
-    from jbn._running import _absorb_once_a_shape
+    from jbn._core.running import _absorb_once_a_shape
 
     x, params, stats = jnp.asarray(X), *ONE
     sizes, means = [], []

@@ -50,7 +50,7 @@ def imports(path: pathlib.Path):
 
 
 def own(module: str) -> str:
-    """The file of jbn that defines "jbn", "jbn.ema", "jbn._moments" or "jbn._moments.moments"."""
+    """The file of jbn that defines a module or a name, such as "jbn.ema" or "jbn._core.moments"."""
     parts = module.split(".")[1:]
     for n in range(len(parts), 0, -1):
         name = "/".join(parts[:n])

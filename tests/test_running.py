@@ -11,7 +11,8 @@ import optax
 import pytest
 
 import jbn
-from jbn import _running, training
+from jbn import training
+from jbn._core import running
 from tests import compiled, oracle, tolerance
 
 STEPS, ROWS, CHANNELS = 6, 9, 4
@@ -321,7 +322,7 @@ def test_no_batch_makes_statistics_in_half_precision_infinite(dtype):
     old = halved(jbn.init_stats(4), dtype)
     mean, var = jnp.array([0.0, 0.0, above, -above]), jnp.array([below, above, 1.0, 1.0])
     for rule in (jbn.ema(0.0), jbn.cumulative(), the_batch):
-        new = _running.absorb(rule, old, jbn.Moments(jnp.float32(4), mean, var))
+        new = running.absorb(rule, old, jbn.Moments(jnp.float32(4), mean, var))
         chex.assert_trees_all_equal_shapes_and_dtypes(new, old)
         np.testing.assert_array_equal(new.count, [1, 0, 0, 0])
         chex.assert_trees_all_equal(*(jax.tree.map(lambda v: v[1:], s) for s in (new, old)))

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import jbn
 import jbn.linen
 import jbn.nnx
-from jbn._running import ema_of_flax
+from jbn._core.running import ema_of_flax
 from tests import executions, oracle, tolerance
 
 X = np.random.default_rng(0).normal(2.0, 3.0, (4, 6, 3)).astype(np.float32)  # 4 instances

@@ -5,7 +5,8 @@ import warnings
 
 import jax
 
-from jbn import _kernels
+from jbn._sums.choose import register, unregister
+from jbn._sums.kernel import KernelSums
 from jbn.native import primitives
 from jbn.native.compile import build as build_library
 from jbn.native.compile import library, load
@@ -37,7 +38,7 @@ def enable(build: bool = False) -> None:
         _targets.update(load(path))
     if not is_enabled():
         primitives.use(_targets)
-        _kernels.use(primitives)
+        register(KernelSums(primitives))
         jax.clear_caches()
 
 
@@ -45,7 +46,7 @@ def disable() -> None:
     """Undoes `enable`."""
     if is_enabled():
         primitives.use({})
-        _kernels.use(None)
+        unregister(KernelSums(primitives))
         jax.clear_caches()
 
 

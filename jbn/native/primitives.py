@@ -12,7 +12,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
-from jbn._materialize import materialize
+from jbn._xla.materialize import materialize
 from jbn.native.equations import gated, plain_pair, plain_spread, plain_sums, row, shifted
 
 Gate = tuple[Array, Array]

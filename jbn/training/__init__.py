@@ -8,12 +8,12 @@ the gradient of the total; division comes last. So a step is right by constructi
     gradient / weight  ->  Optax  ->  params
 
 The moments of the Batch Normalization layers are pooled in the same manner before they enter the
-running statistics (see `jbn._deferred`), so these move once a step, by the whole batch.
+running statistics (see `jbn._core.deferral`), so these move once a step, by the whole batch.
 
 A model is any function of (params, stats, batch): Flax linen, Flax nnx, or the core alone.
 """
 
-from jbn._export import serializable as _serializable
+from jbn._core.export import serializable as _serializable
 from jbn.training.evaluation import evaluate
 from jbn.training.loss_scale import LossScaleState, dynamic_loss_scale
 from jbn.training.mean import Mean

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jbn._deferred import chosen, defer, is_waiting, settle, vary
-from jbn._shift import accumulator
+from jbn._core.deferral import chosen, defer, is_waiting, settle, vary
+from jbn._core.shift import accumulator
 from jbn.training.checks import check_synchronised
 from jbn.training.microbatches import Microbatches, Sums, summed, writable
 from jbn.training.types import Tree

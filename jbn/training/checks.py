@@ -6,9 +6,9 @@ from typing import Any
 import jax
 from jax import lax
 
-from jbn._axes import integer
-from jbn._deferred import is_typed
-from jbn._sync import varying
+from jbn._core.axes import integer
+from jbn._core.deferral import is_typed
+from jbn._devices.named_axes import varying
 from jbn.training.mean import Mean, as_mean
 from jbn.training.types import Tree
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jbn._shift import accumulator
+from jbn._core.shift import accumulator
 
 
 class Mean(NamedTuple):

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jbn._deferred import called, fitted, vary
-from jbn._shift import accumulator
+from jbn._core.deferral import called, fitted, vary
+from jbn._core.shift import accumulator
 from jbn.training.checks import check_output
 from jbn.training.mean import Mean
 from jbn.training.types import LossFn, Tree

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import optax
 from jax import Array
 
-from jbn._deferred import MissingCounts, vary
-from jbn._sync import AxisName, bound_axes, recorded, scope
+from jbn._core.deferral import MissingCounts, vary
+from jbn._devices.named_axes import AxisName, bound_axes, recorded, scope
 from jbn.training.accumulation import in_turn, pooled
 from jbn.training.checks import (
     check_axes,

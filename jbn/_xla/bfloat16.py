@@ -15,16 +15,18 @@ import math
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
-from jbn._axes import Axes
-from jbn._pool import ShiftedMoments
+from jbn._core.axes import Axes
+from jbn._core.pooling import ShiftedMoments
 
 LIMIT = 128  # squares of 16 bits whose sum has 23
 
 
-def block(axes: Axes) -> tuple[int, ...]:
+def block(axes: Axes, dtype: DTypeLike) -> tuple[int, ...]:
     """The axes whose product is the size of a block; none if they make no useful block."""
-    if not all(isinstance(axes.shape[i], int) for i in axes.reduction):  # of jax.export
+    known = all(isinstance(axes.shape[i], int) for i in axes.reduction)  # else of jax.export
+    if dtype != jnp.bfloat16 or not known:
         return ()
     choices = itertools.chain.from_iterable(
         itertools.combinations(axes.reduction, n) for n in range(1, len(axes.reduction) + 1)

@@ -2,22 +2,25 @@
 
 `Spec` holds what is static, and is the key of JAX's caches; `Inputs` holds the arrays. The
 functions that come after take these two and check nothing. x is an array of floating point already,
-by `_check.floating`.
+by `check.floating`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn import _check, _kernels, _sharding
-from jbn._axes import Axes, resolve
-from jbn._shift import accumulator
-from jbn._sync import Scope
-
-Activation = Callable[[Array], Array]
+from jbn._core import check
+from jbn._core.affine import Activation
+from jbn._core.axes import Axes, resolve
+from jbn._core.shift import accumulator
+from jbn._devices import placement
+from jbn._devices.named_axes import Scope
+from jbn._sums.choose import choose
+from jbn._sums.protocol import Batch, Sums
+from jbn._sums.xla import XlaSums
 
 
 class Spec(NamedTuple):
@@ -26,7 +29,7 @@ class Spec(NamedTuple):
     Attributes:
       axes: of x, with an axis for the groups where there are any.
       over: the program instances that share statistics.
-      kernel: takes the sums over the batch; None for XLA's own.
+      sums: takes the sums over the batch.
       epsilon: is added to the variance.
       activation: of y; None for none.
       dtype: of y.
@@ -34,7 +37,7 @@ class Spec(NamedTuple):
 
     axes: Axes
     over: Scope = Scope()
-    kernel: Any = None
+    sums: Sums = XlaSums()
     epsilon: float = 0.0
     activation: Activation | None = None
     dtype: np.dtype = np.dtype(np.float32)
@@ -42,7 +45,7 @@ class Spec(NamedTuple):
     @property
     def of_moments(self) -> "Spec":
         """The part that moments depend on: layers that differ in the rest share their program."""
-        return Spec(self.axes, self.over, self.kernel)
+        return Spec(self.axes, self.over, self.sums)
 
 
 class Inputs(NamedTuple):
@@ -74,15 +77,14 @@ def plan_moments(
 ) -> tuple[Spec, Inputs]:
     """Checks the arguments of `moments`; with groups, x and weights get an axis for them."""
     axes = resolve(x.shape, axis)
-    _check.reduction_axis(axes, over.names)
-    weights = _check.participation(axes, mask, weights, accumulator(x.dtype))
-    weights = None if weights is None else _sharding.alongside(weights, x)
+    check.reduction_axis(axes, over.names)
+    weights = check.participation(axes, mask, weights, accumulator(x.dtype))
+    weights = None if weights is None else placement.alongside(weights, x)
     if groups is None:
-        kernel = _kernels.suited(axes, x, weights, over.names)
-        return Spec(axes, over, kernel), Inputs(x, weights=weights)
-    split = axes.split(_check.groups(groups, axes))
-    x = _sharding.divide(x, split)
-    weights = None if weights is None else _sharding.divide(weights, split)
+        return Spec(axes, over, choose(Batch(axes, x, weights), over)), Inputs(x, weights=weights)
+    split = axes.split(check.groups(groups, axes))
+    x = placement.divide(x, split)
+    weights = None if weights is None else placement.divide(weights, split)
     return Spec(split, over), Inputs(x, weights=weights)
 
 
@@ -128,12 +130,12 @@ def _with_affine(
     dtype: DTypeLike | None,
 ) -> tuple[Spec, Inputs]:
     axes = spec.axes
-    activation = _check.activation(activation, inputs.x.shape, accumulator(x.dtype))
-    residual = _check.residual(residual, x)
-    scale = None if scale is None else _check.features("scale", scale, axes)
-    bias = None if bias is None else _check.features("bias", bias, axes)
-    dtype = _check.output_dtype(dtype, x, scale=scale, bias=bias, residual=residual)
+    activation = check.activation(activation, inputs.x.shape, accumulator(x.dtype))
+    residual = check.residual(residual, x)
+    scale = None if scale is None else check.features("scale", scale, axes)
+    bias = None if bias is None else check.features("bias", bias, axes)
+    dtype = check.output_dtype(dtype, x, scale=scale, bias=bias, residual=residual)
     if residual is not None:
-        residual = _sharding.divide(residual, axes)
-    spec = spec._replace(epsilon=_check.epsilon(epsilon), activation=activation, dtype=dtype)
+        residual = placement.divide(residual, axes)
+    spec = spec._replace(epsilon=check.epsilon(epsilon), activation=activation, dtype=dtype)
     return spec, inputs._replace(scale=scale, bias=bias, residual=residual)

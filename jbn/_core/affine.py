@@ -8,6 +8,8 @@ z is exact where the shift is near x (see `_moments`), so this is as accurate as
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +17,21 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn._axes import Axes
-from jbn._select import replaced
-from jbn._shift import active
+from jbn._core.axes import Axes
+from jbn._core.shift import active
+from jbn._xla.select import replaced
+
+Activation = Callable[[Array], Array]
+
+
+class Affine(NamedTuple):
+    """The map, by vectors (1, ..., C)."""
+
+    shift: Array
+    mean: Array  # of x - shift; 0 where rstd is 0
+    rstd: Array
+    a: Array
+    c: Array
 
 
 def location(mean: Array, var: Array, epsilon: float) -> tuple[Array, Array]:
@@ -32,10 +46,10 @@ def location(mean: Array, var: Array, epsilon: float) -> tuple[Array, Array]:
     return replaced(mean, useless, 0.0), rstd
 
 
-def fold(mean: Array, rstd: Array, scale: Array, bias: Array) -> tuple[Array, Array]:
-    """(a, c) of y = a z + c."""
+def affine(shift: Array, mean: Array, rstd: Array, scale: Array, bias: Array) -> Affine:
+    """The map, with a and c made of the others."""
     a = scale.astype(rstd.dtype) * rstd
-    return a, bias.astype(rstd.dtype) - a * mean
+    return Affine(shift, mean, rstd, a, bias.astype(rstd.dtype) - a * mean)
 
 
 def expanded(
@@ -48,7 +62,7 @@ def expanded(
     return axes.expand(scale), axes.expand(bias)
 
 
-def transform(z: Array, a: Array, c: Array, residual: Array | None) -> Array:
+def transform(z: Array, a: Array, c: Array, residual: Array | None = None) -> Array:
     """a z + c + residual, in z's dtype (Alg. 1, lines 3 and 4)."""
     y = z * a + c
     return y if residual is None else y + widened(residual, z.dtype)
@@ -72,10 +86,10 @@ def _widened_jvp(dtype: np.dtype, primals, tangents):
     return widened(*primals, dtype), tangents[0].astype(dtype)
 
 
-def displaced(x: Array, shift: Array, mean: Array, a: Array, weights: Array | None) -> Array:
+def displaced(x: Array, weights: Array | None, at: Affine) -> Array:
     """x - shift at every position, masked ones included; of xhat 0 where x is not finite there."""
-    z = x.astype(shift.dtype) - shift
-    return z if weights is None else harmless(z, z * a, weights, otherwise=mean)
+    z = x.astype(at.shift.dtype) - at.shift
+    return z if weights is None else harmless(z, z * at.a, weights, otherwise=at.mean)
 
 
 def harmless(values: Array, at: Array, weights: Array | None, otherwise: ArrayLike = 0.0) -> Array:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jbn._axes import integer
+from jbn._core.axes import integer
 
 T = TypeVar("T")
 

@@ -11,9 +11,9 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn._axes import Axes, integer
-from jbn._elementwise import mixes
-from jbn._sync import bound_axes, varying
+from jbn._core.axes import Axes, integer
+from jbn._core.elementwise import mixes
+from jbn._devices.named_axes import bound_axes, varying
 
 
 def floating(x: ArrayLike, name: str = "x") -> Array:

@@ -37,10 +37,10 @@ from jax.experimental.custom_partitioning import (
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 
-from jbn import _sharding
-from jbn._axes import Axes
-from jbn._pool import ShiftedMoments, pool_blocks, pool_instances
-from jbn._sync import Scope, vary_as
+from jbn._core.axes import Axes
+from jbn._core.pooling import ShiftedMoments, pool_blocks, pool_instances
+from jbn._devices import placement
+from jbn._devices.named_axes import Scope, vary_as
 
 # (axes, x, weights) -> the moments of arrays that lie on one device.
 Local = Callable[[Axes, Array, Array | None], ShiftedMoments]
@@ -48,7 +48,7 @@ Local = Callable[[Axes, Array, Array | None], ShiftedMoments]
 
 def measure_everywhere(local: Local, axes: Axes, x: Array, weights: Array | None) -> ShiftedMoments:
     """`local` of the whole of x, wherever it lies; the results broadcast against x, (1, ..., C)."""
-    if _sharding.is_explicitly_sharded(x):
+    if placement.is_explicitly_sharded(x):
         return _measure_over_explicit_axes(local, axes, x, weights)
     devices = _automatic_devices(axes)
     if devices == 1:
@@ -76,7 +76,7 @@ def spread(axes: Axes, x: Array, values: Array) -> Array:
     values = vary_as(x, values)
     if len(axes.reduction) < 2:
         return values
-    if _sharding.is_explicitly_sharded(x):
+    if placement.is_explicitly_sharded(x):
         where = _Explicit.of(x, axes)
         if sum(map(bool, where.reduced)) < 2:
             return values
@@ -101,11 +101,11 @@ class _Explicit(NamedTuple):
 
     @classmethod
     def of(cls, x: Array, axes: Axes) -> "_Explicit":
-        spec = _sharding.full_spec(x) or [None] * x.ndim
+        spec = placement.full_spec(x) or [None] * x.ndim
         return cls(
             jax.typeof(x).sharding.mesh,
             tuple(spec),
-            tuple(_sharding.names(spec[i]) for i in axes.reduction),
+            tuple(placement.names(spec[i]) for i in axes.reduction),
         )
 
     def place(self, shape: Sequence[int]) -> PartitionSpec:
@@ -118,7 +118,7 @@ class _Explicit(NamedTuple):
 
     def map(self, f: Callable[..., Any], into: Any, out: Any) -> Callable[..., Any]:
         # Not checked, as it cannot know that one count for all features is the same everywhere.
-        every = {name for s in self.spec for name in _sharding.names(s)}
+        every = {name for s in self.spec for name in placement.names(s)}
         return jax.shard_map(
             f, mesh=self.mesh, in_specs=into, out_specs=out, axis_names=every, check_vma=False
         )
@@ -139,7 +139,7 @@ def _measure_over_explicit_axes(
     count = PartitionSpec()
     if weights is not None:
         into.append(where.place(weights.shape))
-        args.append(_sharding.alongside(weights, x))
+        args.append(placement.alongside(weights, x))
         count = where.reduce(into[1], axes)
     statistics = where.reduce(into[0], axes)
     moments: Any = ShiftedMoments
@@ -343,7 +343,7 @@ def _name_by_content(ctx, result: Any, content: Any) -> None:
 
 @functools.cache
 def _sources() -> str:
-    files = sorted(pathlib.Path(__file__).parent.glob("_*.py"))
+    files = sorted(pathlib.Path(__file__).parent.parent.glob("_*/*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
@@ -427,7 +427,7 @@ def _in_blocks(
     if blocks == 1:
         return local(axes, x, weights)
     view = axes.split(blocks)
-    weights = None if weights is None else _sharding.divide(weights, view)
-    m = local(view, _sharding.divide(x, view), weights)
+    weights = None if weights is None else placement.divide(weights, view)
+    m = local(view, placement.divide(x, view), weights)
     pooled = pool_blocks(axes, jax.tree.map(view.squeeze, m), weights is not None)
     return jax.tree.map(axes.unsqueeze, pooled)

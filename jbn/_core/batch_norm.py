@@ -7,17 +7,17 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn import _check
-from jbn._affine import expanded, location, transform
-from jbn._deferred import absorb, fixed, read, waits
-from jbn._moments import measure
-from jbn._normalize import Params, normalized
-from jbn._plan import Activation, Inputs, Spec, plan, plan_inference
-from jbn._pool import Moments, restore_pooled
-from jbn._running import RunningStats, UpdateRule, ema
-from jbn._sharding import join
-from jbn._shift import accumulator
-from jbn._sync import AxisName, scope
+from jbn._core import check
+from jbn._core.affine import Activation, expanded, location, transform
+from jbn._core.deferral import absorb, fixed, read, waits
+from jbn._core.moments import measure
+from jbn._core.normalize import Params, normalized
+from jbn._core.plan import Inputs, Spec, plan, plan_inference
+from jbn._core.pooling import Moments, restore_pooled
+from jbn._core.running import RunningStats, UpdateRule, ema
+from jbn._core.shift import accumulator
+from jbn._devices.named_axes import AxisName, scope
+from jbn._devices.placement import join
 
 
 def batch_norm(
@@ -103,10 +103,10 @@ def batch_norm(
     PyTorch's `momentum` is 1 - decay, and its running variance is the unbiased one:
     `update=jbn.ema(0.9, unbiased=True)` is its default. Flax's default is `update=jbn.ema(0.99)`.
     """
-    x = _check.floating(x)
+    x = check.floating(x)
     spec, inputs = plan(
         x,
-        *_check.params(params),
+        *check.params(params),
         axis=axis,
         epsilon=epsilon,
         mask=mask,
@@ -117,13 +117,13 @@ def batch_norm(
         residual=residual,
         dtype=dtype,
     )
-    old = _check.stats(read(stats), spec.axes, training=True)
-    _check.same_field(old, inputs.x, training=True)
+    old = check.stats(read(stats), spec.axes, training=True)
+    check.same_field(old, inputs.x, training=True)
     if not spec.over.names and not fixed(stats):
-        _check.several_values(spec.axes)
+        check.several_values(spec.axes)
     y, m = train(spec, inputs, old if fixed(stats) else None)
     if not waits(stats):
-        _check.as_replicated_as(old.mean, m.mean)
+        check.as_replicated_as(old.mean, m.mean)
     y = join(y, x, spec.axes)
     return y, absorb(update, old, m, given=stats, over=spec.over)
 
@@ -170,16 +170,16 @@ def batch_norm_inference(
         changes the shape or mixes elements.
     """
     spec, inputs = plan_inference(
-        _check.floating(x),
-        *_check.params(params),
+        check.floating(x),
+        *check.params(params),
         axis=axis,
         epsilon=epsilon,
         activation=activation,
         residual=residual,
         dtype=dtype,
     )
-    stats = _check.stats(read(stats), spec.axes)
-    _check.same_field(stats, inputs.x, training=False)
+    stats = check.stats(read(stats), spec.axes)
+    check.same_field(stats, inputs.x, training=False)
     return infer(spec, inputs, stats)
 
 
@@ -190,7 +190,7 @@ def train(spec: Spec, inputs: Inputs, given: RunningStats | None = None) -> tupl
     """
     if given is None:
         return normalized(spec, inputs, pooled=True)
-    _check.same_field(given, inputs.x, training=False)
+    check.same_field(given, inputs.x, training=False)
     m = jax.lax.stop_gradient(measure(spec.of_moments, inputs.x, inputs.weights))
     moments = restore_pooled(m, spec.axes, counts_differ=inputs.weights is not None)
     return infer(spec, inputs, given), moments

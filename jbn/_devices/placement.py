@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
-from jbn._axes import Axes
+from jbn._core.axes import Axes
 
 
 def alongside(values: Array, x: Array) -> Array:

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jbn._axes import Axes
-from jbn._materialize import materialize
-from jbn._select import replaced
+from jbn._core.axes import Axes
+from jbn._xla.materialize import materialize
+from jbn._xla.select import replaced
 
 _DRAWS = 7  # of which three may be odd
 # Pairs to put in order, one after the other, and what of each is needed: the median of seven is in

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jbn._axes import Axes
-from jbn._sharding import collect, together
-from jbn._sync import Scope
+from jbn._core.axes import Axes
+from jbn._devices.named_axes import Scope
+from jbn._devices.placement import collect, together
 
 
 class Moments(NamedTuple):

@@ -36,10 +36,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Var, jaxpr_as_fun
 
-from jbn import _running
-from jbn._pool import Moments, pool, square
-from jbn._running import RunningStats, UpdateRule
-from jbn._sync import AxisName, Scope, varying
+from jbn._core import running
+from jbn._core.pooling import Moments, pool, square
+from jbn._core.running import RunningStats, UpdateRule
+from jbn._devices.named_axes import AxisName, Scope, varying
 
 T = TypeVar("T")
 
@@ -109,7 +109,7 @@ class Rule:
     def __call__(self, stats: RunningStats, moments: Moments) -> RunningStats:
         """Applies the rule, layer by layer where there are several."""
         if not self.values:
-            return _running.absorb(self.function, stats, moments)
+            return running.absorb(self.function, stats, moments)
         function = self.function
         for _ in range(stats.mean.ndim - self.ndim):
             function = jax.vmap(function)
@@ -183,11 +183,11 @@ jax.tree_util.register_dataclass(
 def _portable(rule: UpdateRule, stats: RunningStats, moments: Moments) -> Rule:
     """The rule without what is bound to this trace; `stats` and `moments` show it its arguments."""
     ndim = stats.mean.ndim
-    function, numbers = _running.split(rule)
+    function, numbers = running.split(rule)
     if function is not rule:  # an average: its decay is a number, or traced
         traced = any(isinstance(number, Array) for number in numbers)
         return Rule(numbers, function, ndim) if traced else Rule((), rule, ndim)
-    program = jax.make_jaxpr(lambda *args: tuple(_running.absorb(rule, *args)))(stats, moments)
+    program = jax.make_jaxpr(lambda *args: tuple(running.absorb(rule, *args)))(stats, moments)
     if _is_hashable(rule) and not any(isinstance(v, Tracer) for v in program.consts):
         return Rule((), rule, ndim)
     values = tuple(lax.stop_gradient(jnp.asarray(v)) for v in program.consts)
@@ -354,16 +354,16 @@ def absorb(
     given: RunningStats,
     over: Scope,
 ) -> RunningStats:
-    """`_running.absorb`; if the statistics `given` to the layer wait, what it will have to do.
+    """`running.absorb`; if the statistics `given` to the layer wait, what it will have to do.
 
     Args:
-      rule: as for `_running.absorb`.
+      rule: as for `running.absorb`.
       stats: `read(given)`.
       moments: of the batch that this call saw.
       given: arrays, Deferred, or the Updates of an earlier call in the same step.
       over: the program instances whose moments these are.
     """
-    new = _running.absorb(rule, stats, moments)  # checks rule and result, now
+    new = running.absorb(rule, stats, moments)  # checks rule and result, now
     if not waits(given):
         return _marked(new)
     moments = lax.stop_gradient(moments)
@@ -564,7 +564,7 @@ def called(function: Callable[..., T], *args: Any) -> T:
     try:
         return function(*args)
     except TypeError as error:
-        if "jbn._deferred" not in str(error) or "structure" not in str(error):
+        if "jbn._core.deferral" not in str(error) or "structure" not in str(error):
             raise
         raise TypeError(
             "a branch of lax.cond or lax.switch updates statistics that another leaves as they "

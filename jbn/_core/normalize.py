@@ -10,16 +10,26 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn import _check, _sharding
-from jbn._affine import displaced, expanded, fold, harmless, location, transform, where_data
-from jbn._checkpoint import named
-from jbn._derivative import Known, Saved, Tangents, differential, keep
-from jbn._materialize import materialize
-from jbn._moments import measure
-from jbn._plan import Activation, Inputs, Spec, plan
-from jbn._pool import Moments, ShiftedMoments, restore, restore_pooled
-from jbn._shift import accumulator
-from jbn._sync import AxisName, scope
+from jbn._core import check
+from jbn._core.affine import (
+    Activation,
+    affine,
+    displaced,
+    expanded,
+    harmless,
+    location,
+    transform,
+    where_data,
+)
+from jbn._core.derivative import Known, Saved, Tangents, differential, keep
+from jbn._core.moments import measure
+from jbn._core.plan import Inputs, Spec, plan
+from jbn._core.pooling import Moments, ShiftedMoments, restore, restore_pooled
+from jbn._core.shift import accumulator
+from jbn._devices import placement
+from jbn._devices.named_axes import AxisName, scope
+from jbn._xla.checkpoint import named
+from jbn._xla.materialize import materialize
 
 
 class Params(NamedTuple):
@@ -41,7 +51,7 @@ def init_params(features: int | Sequence[int], dtype: DTypeLike = jnp.float32) -
     >>> jbn.init_params(2)
     Params(scale=Array([1., 1.], dtype=float32), bias=Array([0., 0.], dtype=float32))
     """
-    dtype, features = _check.params_dtype(dtype), _check.number_of_features(features)
+    dtype, features = check.params_dtype(dtype), check.number_of_features(features)
     return Params(jnp.ones(features, dtype), jnp.zeros(features, dtype))
 
 
@@ -103,7 +113,7 @@ def normalize(
       ValueError: axis, scale, bias, mask, weights, groups or residual do not fit x's shape, epsilon
         < 0, or activation changes the shape or mixes elements.
     """
-    x = _check.floating(x)
+    x = check.floating(x)
     spec, inputs = plan(
         x,
         scale,
@@ -119,7 +129,7 @@ def normalize(
         dtype=dtype,
     )
     y, m = normalized(spec, inputs)
-    return _sharding.join(y, x, spec.axes), m
+    return placement.join(y, x, spec.axes), m
 
 
 def normalized(spec: Spec, inputs: Inputs, *, pooled: bool = False) -> tuple[Array, Moments]:
@@ -164,11 +174,9 @@ def _forward(spec: Spec, inputs: Inputs) -> tuple[Array, Known]:
     mean, rstd = location(m.mean, m.var, spec.epsilon)
     # A shift of its own, or the compiler stores the x - shift of the sums for this pass.
     shift, mean, rstd = materialize(m.shift, mean, rstd)
-    a, c = fold(mean, rstd, scale, bias)
-    m = m._replace(shift=shift)
-    y = transform(displaced(x, shift, mean, a, weights), a, c, residual)
-    known = Known(m, mean, rstd, a, c)
-    return (y if spec.activation is None else spec.activation(y)).astype(spec.dtype), known
+    at = affine(shift, mean, rstd, scale, bias)
+    y = transform(displaced(x, weights, at), at.a, at.c, residual)
+    return (y if spec.activation is None else spec.activation(y)).astype(spec.dtype), Known(m, at)
 
 
 @_normalize.defjvp
@@ -176,7 +184,7 @@ def _normalize_jvp(spec: Spec, primals, tangents):
     (inputs,), (along,) = primals, tangents
     y, known = _forward(spec, inputs)
     saved = Saved(inputs.x, inputs.weights, keep(spec, y, inputs.residual))
-    dx = _sharding.alongside(along.x, inputs.x)  # weights are constants, and so is the shift
+    dx = placement.alongside(along.x, inputs.x)  # weights are constants, and so is the shift
     direction = Tangents(dx, along.scale, along.bias, along.residual)
     dy, dmean, dvar = differential(spec, saved, known, direction)
     m = known.moments

@@ -27,10 +27,10 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from jbn import _check
-from jbn._pool import Moments
-from jbn._sharding import is_explicitly_sharded
-from jbn._shift import accumulator
+from jbn._core import check
+from jbn._core.pooling import Moments
+from jbn._core.shift import accumulator
+from jbn._devices.placement import is_explicitly_sharded
 
 
 class RunningStats(NamedTuple):
@@ -68,7 +68,7 @@ def init_stats(features: int | Sequence[int], dtype: DTypeLike = jnp.float32) ->
     Raises:
       TypeError: dtype is not floating point, or narrower than float32.
     """
-    dtype, features = _check.stats_dtype(dtype), _check.number_of_features(features)
+    dtype, features = check.stats_dtype(dtype), check.number_of_features(features)
     real = jnp.finfo(dtype).dtype
     return RunningStats(
         jnp.zeros(features, dtype), jnp.ones(features, real), jnp.zeros(features, real)
@@ -103,7 +103,7 @@ def ema(decay: float = 0.99, *, debias: bool = False, unbiased: bool = False) ->
     Raises:
       ValueError: decay is not in [0, 1], or is 1 with debias.
     """
-    return _Ema(_check.decay(decay, debias), bool(debias), bool(unbiased))
+    return _Ema(check.decay(decay, debias), bool(debias), bool(unbiased))
 
 
 def cumulative(*, unbiased: bool = False) -> UpdateRule:
@@ -177,7 +177,7 @@ class _EmaForm:
 
 def ema_of_flax(decay: float) -> UpdateRule:
     """`ema(decay)`, into which the variance of a single value enters, too."""
-    return _Ema(_check.decay(decay, False), debias=False, unbiased=False, single_values=True)
+    return _Ema(check.decay(decay, False), debias=False, unbiased=False, single_values=True)
 
 
 def _log(decay: float | Array) -> float | Array:

@@ -1,0 +1,60 @@
+"""The sums by a kernel for x of [..., C] on one device, such as the C++ kernel of `jbn.native`."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from jbn._core.affine import Activation, Affine
+from jbn._devices.named_axes import Scope
+from jbn._sums.protocol import Batch, Line
+from jbn._sums.xla import XlaSums
+
+
+class KernelSums(NamedTuple):
+    """`Sums` by a kernel, and for what it does not compute by XLA.
+
+    Attributes:
+      maps: has `usable`, `sums`, `pair` and `spread`, as `jbn.native` documents them.
+      in_blocks: see `Sums`.
+    """
+
+    maps: Any
+    in_blocks: bool = False
+
+    def fits(self, batch: Batch, over: Scope) -> bool:
+        """Whether these are sums over all axes but the last, of every value, on one device."""
+        axes, x, weights = batch
+        plain = axes.features == (len(axes.shape) - 1,) and axes.group is None and weights is None
+        return plain and not over.names and 0 not in x.shape and self.maps.usable(x)
+
+    def sums(self, batch: Batch, shift: Array, count: Array) -> tuple[Array, Array]:
+        """See `Sums`."""
+        axes = batch.axes
+        first, second = self.maps.sums(batch.x, axes.squeeze(shift))
+        return axes.expand(first) / count, axes.expand(second) / count
+
+    def pair(
+        self, batch: Batch, over: Scope, shift: Array, count: Array, dx: Array
+    ) -> tuple[Array, Array]:
+        """See `Sums`."""
+        axes = batch.axes
+        first, second = self.maps.pair(batch.x, axes.squeeze(shift), dx)
+        return axes.expand(first) / count, axes.expand(second) / count
+
+    def spread(
+        self,
+        batch: Batch,
+        at: Affine,
+        line: Line,
+        activation: Activation | None,
+        dtype: np.dtype,
+    ) -> Array:
+        """See `Sums`. In one pass without an activation, and with ReLU."""
+        if activation not in (None, jax.nn.relu):
+            return XlaSums().spread(batch, at, line, activation, dtype)
+        row = batch.axes.squeeze
+        gate = None if activation is None else (row(at.a), row(at.c))
+        shift, u, v = map(row, (at.shift, line.u, line.v))
+        return self.maps.spread(batch.x, shift, u, v, line.own, gate=gate, dtype=dtype)

@@ -1,0 +1,126 @@
+"""The sums by operations of JAX, for every x, mask, scope and device."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jbn._core.affine import Activation, Affine, displaced, harmless, transform
+from jbn._core.axes import Axes
+from jbn._core.pooling import dot, square
+from jbn._core.shift import active
+from jbn._devices.named_axes import Scope, vary_as
+from jbn._devices.sharded_arrays import spread
+from jbn._sums.protocol import Batch, Line
+
+
+class XlaSums(NamedTuple):
+    """`Sums`, as XLA compiles them."""
+
+    in_blocks: bool = True
+
+    def sums(self, batch: Batch, shift: Array, count: Array) -> tuple[Array, Array]:
+        """See `Sums`."""
+        axes, x, weights = batch
+        z = shifted(x, shift, weights)
+        # Each sum from an x - shift of its own: a compiler that takes the sums one by one would
+        # store one that they share.
+        apart = shifted(x, lax.optimization_barrier(shift), weights)
+        return _average((z, square(apart)), count, weights, axes, Scope())
+
+    def pair(
+        self, batch: Batch, over: Scope, shift: Array, count: Array, dx: Array
+    ) -> tuple[Array, Array]:
+        """See `Sums`."""
+        axes, x, weights = batch
+        dx = only_active(dx, weights)
+        z = shifted(x, shift, weights)
+        return _average((dx, dot(z, dx)), count, weights, axes, over)
+
+    def spread(
+        self,
+        batch: Batch,
+        at: Affine,
+        line: Line,
+        activation: Activation | None,
+        dtype: np.dtype,
+    ) -> Array:
+        """See `Sums`."""
+        # Else the compiler keeps the z of the forward pass: as much as x again.
+        again = at._replace(shift=lax.optimization_barrier(at.shift))
+        z = displaced(batch.x, batch.weights, again)
+        others = _of_the_batch(batch, at, line, z)
+        if activation is None:
+            return (line.own + others).astype(dtype)
+        return _activated(activation, at, z, line.own, others).astype(dtype)
+
+
+def _of_the_batch(batch: Batch, at: Affine, line: Line, z: Array) -> Array:
+    """Computes u + v z, the part that comes through the moments, scale and bias."""
+    u, v = (spread(batch.axes, batch.x, values) for values in (line.u, line.v))
+    others = z * v + u
+    if batch.weights is None:
+        return others
+    xhat = at.a * (batch.x.astype(at.shift.dtype) - at.shift)
+    return harmless(others, xhat, batch.weights, otherwise=vary_as(batch.x, line.constant))
+
+
+def _activated(activation: Activation, at: Affine, z: Array, own: Array, others: Array) -> Array:
+    """The derivative of the activation along own + others, each by itself.
+
+    Backwards, `others` gives the sums over the batch, and `own` the pass over x that follows. The
+    input of the activation is computed in each by itself: to the compiler the barrier makes them
+    two. Else it keeps the mask, or the masked cotangent, for the second, which is more traffic.
+    """
+    first = transform(z, at.a, at.c, None)
+    a, c = lax.optimization_barrier((at.a, at.c))
+    second = transform(z, a, c, None)
+    of_own = jax.jvp(activation, (first,), (own,))[1]
+    return of_own + jax.jvp(activation, (second,), (others,))[1]
+
+
+def only_active(values: Array, weights: Array | None) -> Array:
+    """`values`, 0 where masked."""
+    if weights is None:
+        return values
+    return jnp.where(active(weights), values, jnp.zeros_like(values))
+
+
+def shifted(x: Array, shift: Array, weights: Array | None) -> Array:
+    """x - shift in the accumulator's dtype; 0 where masked, whatever x holds there."""
+    return only_active(x.astype(shift.dtype) - shift, weights)
+
+
+def _average(
+    values: tuple[Array, ...], count: Array, weights: Array | None, axes: Axes, over: Scope
+) -> tuple[Array, Array]:
+    """The weighted mean of each of `values` over the reduction axes and the scope.
+
+    `values` are 0 where masked. One collective carries both. Division comes last, by the whole
+    count, so uneven instances are averaged exactly and not as a mean of means.
+    """
+    if weights is not None:
+        # A constant, as without weights, but one whose derivative, times 0, would be divided by its
+        # square.
+        count = lax.stop_gradient(count)
+    if weights is not None or not isinstance(axes.size, int) or axes.size == 0:
+        count = jnp.where(count > 0, count, jnp.ones_like(count))
+    if weights is not None and weights.dtype != jnp.bool_:
+        inverse = _inverse(count)
+        weights, count = weights * inverse, count * inverse
+        values = tuple(v * weights.astype(v.dtype) for v in values)
+    first, second = over.sum(tuple(jnp.sum(v, axes.reduction, keepdims=True) for v in values))
+    return first / count.astype(first.dtype), second / count.astype(second.dtype)
+
+
+def _inverse(count: Array) -> Array:
+    """1 / count, rounded to a power of two, by which weights are multiplied without an error.
+
+    So weights of any common factor, such as 1e30, neither overflow nor vanish in w (x - K)^2. Not
+    a division by a power of two: XLA turns a / (b / c) into a c / b, which may overflow.
+    """
+    numbers = jnp.finfo(count.dtype)
+    inverse = lax.reduce_precision(1 / count, exponent_bits=numbers.nexp, mantissa_bits=0)
+    return jnp.maximum(inverse, numbers.tiny)
