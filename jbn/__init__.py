@@ -16,8 +16,9 @@ from jbn._core.batch_norm import batch_norm, batch_norm_inference
 from jbn._core.export import serializable as _serializable
 from jbn._core.moments import moments
 from jbn._core.normalize import Params, init_params, normalize
-from jbn._core.pooling import Moments, merge, pool
+from jbn._core.pooling import merge, pool
 from jbn._core.running import RunningStats, UpdateRule, cumulative, ema, init_stats
+from jbn._core.types import Moments
 from jbn._xla.checkpoint import checkpoint_policy
 
 __version__ = "0.1.0"

@@ -4,14 +4,10 @@ Running averages remember parameters that have moved since, and weigh the last b
 parameters stand still, and every batch says what it is:
 
     layers, given statistics that wait  ->  Moments of one batch            compiled, on devices
-    sum n,  sum n (mean - K),  sum n var,  sum n |mean - K|^2               over batches, in float64
+    sum n,  sum n (mean - shift),  sum n var,  sum n |mean - shift|^2       over batches, in float64
     mean, var                                                               division last
 
-K is the first batch's mean, near the others, so that nothing cancels: the sums add a relative error
-of at most about (number of batches) * 2^-52 to that of the batches themselves. They are NumPy's, on
-the host, one batch behind the devices. In float32 single values are lost from a count of 2^24 on,
-which are five batches of 256 images of 112 x 112; and of 5,000 batches, merged one by one, the
-variance would be off by some 1e-5, and at mean/std = 1e4 the mean by 0.01 std.
+The sums are `HostSums` in `_core/pooling`, on the host, one batch behind the devices.
 
 A model is any function of (params, stats, batch): Flax linen, Flax nnx, or the core alone.
 """
@@ -41,7 +37,7 @@ from jbn._core.deferral import (
     fitted,
     is_waiting,
 )
-from jbn._core.pooling import Moments
+from jbn._core.pooling import HostSums
 from jbn._core.running import RunningStats, unbiased_var
 from jbn._devices.named_axes import AxisName
 
@@ -177,17 +173,6 @@ class _Way(NamedTuple):
     axis_name: AxisName | None
 
 
-class _Sums(NamedTuple):
-    """Of one layer, over batches; float64 (complex128 for complex means), [C] each."""
-
-    shift: np.ndarray  # K: the first mean that there is
-    batches: np.ndarray  # how many
-    weight: np.ndarray  # sum w: w is the count, or 1
-    offset: np.ndarray  # sum w (mean - K)
-    within: np.ndarray  # sum w var
-    between: np.ndarray  # sum w |mean - K|^2
-
-
 class _Found(NamedTuple):
     """RunningStats in NumPy: float64, complex128."""
 
@@ -242,7 +227,7 @@ def _measure(
                 result = _step(apply_fn, way, params, given, batch)
             yield result
 
-    sums: dict[int, _Sums] = {}
+    sums: dict[int, HostSums] = {}
     last: dict[int, Update] = {}
     others: dict[int, Array] = {}
     n = 0
@@ -250,7 +235,8 @@ def _measure(
         moments = _on_host({at: update.moments for at, update in updates.items()})
         for at, calls in moments.items():
             for m in calls:
-                sums[at] = _add(sums.get(at), m, weighted=not way.paper)
+                total = sums.get(at, HostSums.of_none(m))
+                sums[at] = total.add(m, weighted=not way.paper)
         last |= updates
         others = returned
         n += 1
@@ -318,33 +304,9 @@ def _on_host(tree: T) -> T:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def _add(sums: _Sums | None, m: Moments, *, weighted: bool) -> _Sums:
-    """The sums with one more batch, feature by feature where it has data and is finite."""
-    count, var = np.asarray(m.count, np.float64), np.asarray(m.var, np.float64)
-    mean = np.asarray(m.mean, np.promote_types(m.mean.dtype, np.float64))
-    sound = (count > 0) & np.isfinite(count) & np.isfinite(mean) & np.isfinite(var)
-    if sums is None:
-        sums = _Sums(*(np.zeros_like(values) for values in (mean, var, var, mean, var, var)))
-    weight = np.where(sound, count if weighted else 1.0, 0.0)
-    shift = np.where((sums.batches == 0) & sound, mean, sums.shift)
-    offset = np.where(sound, mean, shift) - shift
-    return _Sums(
-        shift,
-        sums.batches + sound,
-        sums.weight + weight,
-        sums.offset + weight * offset,
-        sums.within + weight * np.where(sound, var, 0.0),
-        sums.between + weight * abs(offset) ** 2,
-    )
-
-
-def _divide(old: RunningStats, sums: _Sums, *, pooled: bool) -> _Found:
+def _divide(old: RunningStats, sums: HostSums, *, pooled: bool) -> _Found:
     """The statistics of all batches; `old` where none has entered, or these cannot be stored."""
-    some = np.where(sums.weight > 0, sums.weight, 1.0)
-    offset, var = sums.offset / some, sums.within / some
-    if pooled:
-        var = var + np.maximum(sums.between / some - abs(offset) ** 2, 0.0)
-    new = sums.shift + offset, var, sums.batches
+    new = *sums.divide(pooled=pooled), sums.batches
     old = _on_host(old)
     sound = sums.batches > 0
     for n, o in zip(new, old, strict=True):

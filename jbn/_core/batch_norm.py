@@ -13,9 +13,10 @@ from jbn._core.deferral import absorb, fixed, read, waits
 from jbn._core.moments import measure
 from jbn._core.normalize import Params, normalized
 from jbn._core.plan import Inputs, Spec, plan, plan_inference
-from jbn._core.pooling import Moments, restore_pooled
+from jbn._core.pooling import restore_pooled
 from jbn._core.running import RunningStats, UpdateRule, ema
 from jbn._core.shift import accumulator
+from jbn._core.types import Moments
 from jbn._devices.named_axes import AxisName, scope
 from jbn._devices.placement import join
 

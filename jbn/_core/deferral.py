@@ -37,9 +37,10 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Var, jaxpr_as_fun
 
 from jbn._core import running
-from jbn._core.pooling import Moments, pool, square
+from jbn._core.pooling import pool, pool_by_sums
 from jbn._core.running import RunningStats, UpdateRule
-from jbn._devices.named_axes import AxisName, Scope, varying
+from jbn._core.types import Moments
+from jbn._devices.named_axes import AxisName, Scope, is_typed, vary, varying
 
 T = TypeVar("T")
 
@@ -620,7 +621,7 @@ def _pool_instances(cells: Sequence[Any], axis_names: tuple[Any, ...]) -> list[A
     for names in dict.fromkeys(scopes):
         chosen = [i for i, scope in enumerate(scopes) if scope == names]
         alike = [_share(*own[i], names) for i in chosen]
-        pooled.update(zip(chosen, _pool_over(alike, names) if names else alike, strict=True))
+        pooled.update(zip(chosen, pool_by_sums(alike, names) if names else alike, strict=True))
     moments = iter([pooled[i] for i in range(len(own))])
     return [
         dataclasses.replace(cell, moments=tuple(next(moments) for _ in cell.moments))
@@ -642,36 +643,3 @@ def _share(m: Moments, over: Scope, names: tuple[Any, ...]) -> Moments:
     sizes = {len(group) for group in over.groups}
     size = over.sum(jnp.ones_like(m.count)) if len(sizes) > 1 else sizes.pop()
     return m._replace(count=m.count / size)
-
-
-def _pool_over(moments: list[Moments], names: tuple[Any, ...]) -> list[Moments]:
-    """The moments of all instances together: the mean first, so that nothing cancels in var."""
-    sums = [(m.count, m.count.astype(m.mean.dtype) * m.mean) for m in moments]
-    totals = lax.psum(vary(sums, names), names)
-    counts = [jnp.where(n > 0, n, jnp.ones_like(n)) for n, _ in totals]
-    means = [s / n.astype(s.dtype) for (_, s), n in zip(totals, counts, strict=True)]
-    parts = [
-        m.count / n * (m.var + square(m.mean - mean))
-        for m, n, mean in zip(moments, counts, means, strict=True)
-    ]
-    variances = lax.psum(vary(parts, names), names)
-    return [Moments(n, *mv) for (n, _), *mv in zip(totals, means, variances, strict=True)]
-
-
-# Under shard_map(check_vma=True) JAX knows of every array over which axes it varies.
-
-
-def is_typed(name: Any) -> bool:
-    """Whether arrays are typed by how they vary over an axis: not in pmap, nor in vmap."""
-    return name in varying(lax.axis_index(name))
-
-
-def vary(tree: T, names: Sequence[Any]) -> T:
-    """The same values, typed as varying over the axes, where there are such types."""
-    typed = [n for n in names if is_typed(n)]
-
-    def mark(x: Any) -> Any:
-        missing = tuple(n for n in typed if n not in varying(x))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(mark, tree)

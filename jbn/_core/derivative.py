@@ -25,7 +25,7 @@ from jax import Array
 from jbn._core.affine import Affine, displaced, harmless, transform, where_data
 from jbn._core.moments import derivative
 from jbn._core.plan import Spec
-from jbn._core.pooling import ShiftedMoments
+from jbn._core.types import ShiftedMoments
 from jbn._sums.protocol import Batch, Line
 from jbn._xla.materialize import materialize
 from jbn._xla.select import replaced

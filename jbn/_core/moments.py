@@ -24,8 +24,9 @@ from jax.typing import ArrayLike, DTypeLike
 from jbn._core import check
 from jbn._core.axes import Axes
 from jbn._core.plan import Spec, plan_moments
-from jbn._core.pooling import Moments, ShiftedMoments, dot, restore, square
+from jbn._core.pooling import restore
 from jbn._core.shift import shift_for
+from jbn._core.types import Moments, ShiftedMoments, dot, square
 from jbn._devices import placement
 from jbn._devices.named_axes import AxisName, scope
 from jbn._devices.sharded_arrays import join_instances, measure_everywhere

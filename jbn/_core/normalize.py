@@ -24,8 +24,9 @@ from jbn._core.affine import (
 from jbn._core.derivative import Known, Saved, Tangents, differential, keep
 from jbn._core.moments import measure
 from jbn._core.plan import Inputs, Spec, plan
-from jbn._core.pooling import Moments, ShiftedMoments, restore, restore_pooled
+from jbn._core.pooling import restore, restore_pooled
 from jbn._core.shift import accumulator
+from jbn._core.types import Moments, ShiftedMoments
 from jbn._devices import placement
 from jbn._devices.named_axes import AxisName, scope
 from jbn._xla.checkpoint import named

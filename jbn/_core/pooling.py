@@ -1,56 +1,36 @@
-"""Moments of parts of a batch -> Moments of the whole: of blocks, devices, instances, groups.
+"""Moments of parts of a batch -> moments of the whole, in three ways.
 
-Every part has a K of its own, near its own data, so that choosing it needs no communication. What
-is sent is (K, E[x - K], var), and the count where counts differ, in one collective. Here statistics
-have the shape [C], or [parts, C]; K - K_i, a difference of two values of x, is exact where it
-matters, so nothing cancels at any mean/std.
+**Gathered once** (`pool_blocks`, `pool_instances`): the parts of a layer while it runs, which are
+blocks, groups, devices or program instances. Each has a shift of its own, near its own data, so
+that choosing it needs no communication. What is sent is (shift, E[x - shift], var), and the count
+where counts differ, in one collective. The difference of two shifts is exact where it matters, so
+nothing cancels at any mean/std. Here statistics have the shape [C], or [parts, C].
+
+**Summed twice** (`pool_by_sums`): the moments of all layers after a step, which wait for the other
+devices. Two collectives for all of them together, of the size of one device's: gathering would send
+as many copies as there are devices.
+
+**On the host, in float64** (`HostSums`): the batches of a whole data set, which come one by one. In
+float32 single values are lost from a count of 2^24 on, which are five batches of 256 images of
+112 x 112; and of 5,000 batches, merged one by one, the variance would be off by some 1e-5, and at
+mean/std = 1e4 the mean by 0.01 std. The shift is the first batch's mean, near the others: the sums
+add a relative error of at most about (number of batches) * 2^-52.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jbn._core.axes import Axes
-from jbn._devices.named_axes import Scope
+from jbn._core.types import Moments, ShiftedMoments, square
+from jbn._devices.named_axes import Scope, vary
 from jbn._devices.placement import collect, together
-
-
-class Moments(NamedTuple):
-    """What a batch says about each feature.
-
-    Attributes:
-      count: the number of values behind each mean, or the sum of their weights. []; or [C] (for
-        several feature axes, a shape that broadcasts to theirs) where these differ by feature.
-      mean: [C], float32 or float64 (complex for complex x). 0 where the count is 0.
-      var: [C], float32 or float64: the biased variance, E[|x - mean|^2]. 0 where the count is 0.
-
-    With `groups=g`, mean and var are [g, C], and count broadcasts to that.
-    """
-
-    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (of tuple.count)
-    mean: Array
-    var: Array
-
-
-class ShiftedMoments(NamedTuple):
-    """The moments of x - shift. Fields broadcast against x, (1, ..., C), or are [C] or [parts, C].
-
-    Attributes:
-      shift: K, a number near the mean that is the same for all values of a feature.
-      count: as in `Moments`.
-      mean: E[x - shift], small beside the standard deviation.
-      var: the variance, of x as of x - shift.
-    """
-
-    shift: Array
-    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (of tuple.count)
-    mean: Array
-    var: Array
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -219,6 +199,66 @@ def _pool(m: ShiftedMoments) -> ShiftedMoments:
     return ShiftedMoments(shift[0], count[0], mean[0], var[0])
 
 
+def pool_by_sums(moments: list[Moments], names: tuple[Any, ...]) -> list[Moments]:
+    """The moments of all instances together, of many layers at once.
+
+    The mean comes first, so that nothing cancels in the variance.
+    """
+    sums = [(m.count, m.count.astype(m.mean.dtype) * m.mean) for m in moments]
+    totals = lax.psum(vary(sums, names), names)
+    counts = [jnp.where(n > 0, n, jnp.ones_like(n)) for n, _ in totals]
+    means = [s / n.astype(s.dtype) for (_, s), n in zip(totals, counts, strict=True)]
+    parts = [
+        m.count / n * (m.var + square(m.mean - mean))
+        for m, n, mean in zip(moments, counts, means, strict=True)
+    ]
+    variances = lax.psum(vary(parts, names), names)
+    return [Moments(n, *mv) for (n, _), *mv in zip(totals, means, variances, strict=True)]
+
+
+class HostSums(NamedTuple):
+    """Sums over batches on the host, float64 (complex128 for complex means), [C] each."""
+
+    shift: np.ndarray  # the first mean that there is
+    batches: np.ndarray  # how many
+    weight: np.ndarray  # sum w: w is the count, or 1
+    offset: np.ndarray  # sum w (mean - shift)
+    within: np.ndarray  # sum w var
+    between: np.ndarray  # sum w |mean - shift|^2
+
+    @classmethod
+    def of_none(cls, m: Moments) -> "HostSums":
+        """Makes the sums over no batch, of the shapes of `m`."""
+        mean = np.zeros(m.mean.shape, np.promote_types(m.mean.dtype, np.float64))
+        var = np.zeros(m.var.shape)
+        return cls(mean, var, var, mean, var, var)
+
+    def add(self, m: Moments, *, weighted: bool) -> "HostSums":
+        """The sums with one more batch, feature by feature where it has data and is finite."""
+        count, var = np.asarray(m.count, np.float64), np.asarray(m.var, np.float64)
+        mean = np.asarray(m.mean, np.promote_types(m.mean.dtype, np.float64))
+        sound = (count > 0) & np.isfinite(count) & np.isfinite(mean) & np.isfinite(var)
+        weight = np.where(sound, count if weighted else 1.0, 0.0)
+        shift = np.where((self.batches == 0) & sound, mean, self.shift)
+        offset = np.where(sound, mean, shift) - shift
+        return HostSums(
+            shift,
+            self.batches + sound,
+            self.weight + weight,
+            self.offset + weight * offset,
+            self.within + weight * np.where(sound, var, 0.0),
+            self.between + weight * abs(offset) ** 2,
+        )
+
+    def divide(self, *, pooled: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(mean, var) of all batches; `pooled` with the variance between them."""
+        some = np.where(self.weight > 0, self.weight, 1.0)
+        offset, var = self.offset / some, self.within / some
+        if pooled:
+            var = var + np.maximum(self.between / some - abs(offset) ** 2, 0.0)
+        return self.shift + offset, var
+
+
 def restore(m: ShiftedMoments, axes: Axes) -> Moments:
     """Moments of x - shift, of x's rank -> moments of x, of feature shape."""
     varies = any(m.count.shape[i] != 1 for i in range(len(axes.shape)))
@@ -235,13 +275,3 @@ def restore_pooled(m: ShiftedMoments, axes: Axes, counts_differ: bool) -> Moment
 def _restore_groups(axes: Axes, counts_differ: bool, m: ShiftedMoments) -> Moments:
     pooled = pool_blocks(axes.whole, jax.tree.map(axes.squeeze, m), counts_differ)
     return restore(jax.tree.map(axes.whole.unsqueeze, pooled), axes.whole)
-
-
-def square(x: Array) -> Array:
-    """|x|^2, real."""
-    return dot(x, x)
-
-
-def dot(x: Array, y: Array) -> Array:
-    """x y, elementwise; for complex numbers Re(conj(x) y)."""
-    return lax.real(lax.conj(x) * y) if jnp.iscomplexobj(x) else x * y

@@ -28,8 +28,8 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jbn._core import check
-from jbn._core.pooling import Moments
 from jbn._core.shift import accumulator
+from jbn._core.types import Moments
 from jbn._devices.placement import is_explicitly_sharded
 
 

@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Hashable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.extend.core
@@ -185,6 +185,22 @@ def vary_as(x: Array, values: Array) -> Array:
     """`values`, typed as varying over the axes over which x is known to vary."""
     missing = tuple(sorted(varying(x) - varying(values), key=str))
     return lax.pcast(values, missing, to="varying") if missing else values
+
+
+def is_typed(name: Any) -> bool:
+    """Whether arrays are typed by how they vary over an axis: not in pmap, nor in vmap."""
+    return name in varying(lax.axis_index(name))
+
+
+def vary(tree: T, names: Sequence[Any]) -> T:
+    """The same values, typed as varying over the axes, where there are such types."""
+    typed = [n for n in names if is_typed(n)]
+
+    def mark(x: Any) -> Any:
+        missing = tuple(n for n in typed if n not in varying(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(mark, tree)
 
 
 def _mesh_axes() -> tuple[Hashable, ...]:

@@ -38,7 +38,8 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 
 from jbn._core.axes import Axes
-from jbn._core.pooling import ShiftedMoments, pool_blocks, pool_instances
+from jbn._core.pooling import pool_blocks, pool_instances
+from jbn._core.types import ShiftedMoments
 from jbn._devices import placement
 from jbn._devices.named_axes import Scope, vary_as
 

@@ -9,8 +9,8 @@ from jax import Array, lax
 
 from jbn._core.affine import Activation, Affine, displaced, harmless, transform
 from jbn._core.axes import Axes
-from jbn._core.pooling import dot, square
 from jbn._core.shift import active
+from jbn._core.types import dot, square
 from jbn._devices.named_axes import Scope, vary_as
 from jbn._devices.sharded_arrays import spread
 from jbn._sums.protocol import Batch, Line

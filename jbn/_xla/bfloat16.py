@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jbn._core.axes import Axes
-from jbn._core.pooling import ShiftedMoments
+from jbn._core.types import ShiftedMoments
 
 LIMIT = 128  # squares of 16 bits whose sum has 23
 

@@ -1,0 +1,49 @@
+"""Moments of a batch, and of x - shift; the squares that they are made of."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+class Moments(NamedTuple):
+    """What a batch says about each feature.
+
+    Attributes:
+      count: the number of values behind each mean, or the sum of their weights. []; or [C] (for
+        several feature axes, a shape that broadcasts to theirs) where these differ by feature.
+      mean: [C], float32 or float64 (complex for complex x). 0 where the count is 0.
+      var: [C], float32 or float64: the biased variance, E[|x - mean|^2]. 0 where the count is 0.
+
+    With `groups=g`, mean and var are [g, C], and count broadcasts to that.
+    """
+
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (of tuple.count)
+    mean: Array
+    var: Array
+
+
+class ShiftedMoments(NamedTuple):
+    """The moments of x - shift. Fields broadcast against x, (1, ..., C), or are [C] or [parts, C].
+
+    Attributes:
+      shift: K, a number near the mean that is the same for all values of a feature.
+      count: as in `Moments`.
+      mean: E[x - shift], small beside the standard deviation.
+      var: the variance, of x as of x - shift.
+    """
+
+    shift: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (of tuple.count)
+    mean: Array
+    var: Array
+
+
+def square(x: Array) -> Array:
+    """|x|^2, real."""
+    return dot(x, x)
+
+
+def dot(x: Array, y: Array) -> Array:
+    """x y, elementwise; for complex numbers Re(conj(x) y)."""
+    return lax.real(lax.conj(x) * y) if jnp.iscomplexobj(x) else x * y
