@@ -1389,15 +1389,15 @@ MUTANTS = [
     Mutant(
         "a single value enters the population where nothing is normalised by it",
         "_core/batch_norm.py",
-        "if not spec.over.names and not fixed(stats):",
+        "if given is None and not spec.over.names:",
         "if not spec.over.names:",
         "test_population.py::test_a_last_batch_of_one_example",
     ),
     Mutant(
         "nothing is normalised by a single value",
         "_core/batch_norm.py",
-        "if not spec.over.names and not fixed(stats):",
-        "if not spec.over.names and not waits(stats):",
+        "if given is None and not spec.over.names:",
+        "if not waits(stats) and not spec.over.names:",
         "test_population.py::test_one_example_normalises_nothing",
     ),
     Mutant(

@@ -120,9 +120,10 @@ def batch_norm(
     )
     old = check.stats(read(stats), spec.axes, training=True)
     check.same_field(old, inputs.x, training=True)
-    if not spec.over.names and not fixed(stats):
+    given = old if fixed(stats) else None
+    if given is None and not spec.over.names:
         check.several_values(spec.axes)
-    y, m = train(spec, inputs, old if fixed(stats) else None)
+    y, m = train(spec, inputs, given)
     if not waits(stats):
         check.as_replicated_as(old.mean, m.mean)
     y = join(y, x, spec.axes)

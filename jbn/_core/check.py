@@ -255,9 +255,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
-def features(name: str, values: ArrayLike, axes: Axes) -> Array:
-    """`values` as an array, of exactly the feature shape."""
-    values = array(values, name)
+def features(name: str, values: Array, axes: Axes) -> Array:
+    """`values`, of exactly the feature shape."""
     if values.shape != axes.feature_shape:
         axes = axes.whole
         raise ValueError(

@@ -53,6 +53,7 @@ class _Waiting:
     """What only a layer of jbn can read: everything else is told which statistics these are."""
 
     path: str
+    fixed: bool
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise NotOurs(_not_ours(self.path))
@@ -591,12 +592,12 @@ def is_waiting(value: Any) -> bool:
 
 def waits(stats: Any) -> bool:
     """Whether any field of these statistics is a Deferred or an Update."""
-    return isinstance(stats, tuple) and any(map(is_waiting, stats))
+    return isinstance(stats, tuple) and any(isinstance(value, _Waiting) for value in stats)
 
 
 def fixed(stats: Any) -> bool:
     """Whether a layer is to normalise by these statistics in training, too."""
-    return waits(stats) and any(is_waiting(value) and value.fixed for value in stats)
+    return waits(stats) and any(isinstance(v, _Waiting) and v.fixed for v in stats)
 
 
 def _unstack(cell: Any) -> Any:

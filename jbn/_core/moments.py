@@ -78,10 +78,15 @@ def moments(
 # The parts. Per-feature values keep x's rank here, (1, ..., C), so that they broadcast against x.
 
 
+# Jitted, so that without jit around it is one program, and layers of one shape are traced once.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def measure(spec: Spec, x: Array, weights: Array | None) -> ShiftedMoments:
     """The moments of x over the batch and the scope, differentiable in x to any order."""
-    return _measure(spec, x, weights)
+    blocks = spec.sums.in_blocks and x.dtype == jnp.bfloat16 and weights is None
+    local = functools.partial(_moments_by_blocks if blocks else _moments_by_shift, spec.sums)
+    m = measure_everywhere(local, spec.axes, x, weights)
+    return join_instances(spec.over, spec.axes, m, weights is not None) if spec.over.names else m
 
 
 @measure.defjvp
@@ -105,25 +110,16 @@ def derivative(
     return mean_dx, mean_z_dx - dot(m.mean, mean_dx)
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _measure(spec: Spec, x: Array, weights: Array | None) -> ShiftedMoments:
-    """`measure`, without a derivative.
-
-    Jitted, so that without jit around it is one program, and layers of one shape are traced once.
-    """
-    local = functools.partial(_measure_locally, spec.sums)
-    m = measure_everywhere(local, spec.axes, x, weights)
-    return join_instances(spec.over, spec.axes, m, weights is not None) if spec.over.names else m
-
-
-def _measure_locally(sums: Sums, axes: Axes, x: Array, weights: Array | None) -> ShiftedMoments:
-    """The moments of what one device has."""
+def _moments_by_blocks(
+    sums: Sums, axes: Axes, x: Array, weights: Array | None = None
+) -> ShiftedMoments:
+    """The moments of bfloat16 that one device has, by exact sums of blocks where these fit."""
     by_shift = functools.partial(_moments_by_shift, sums, axes)
-    if sums.in_blocks and weights is None and (inner := bfloat16.block(axes, x.dtype)):
-        by_blocks = functools.partial(bfloat16.moments_by_blocks, axes=axes, inner=inner)
-        # On CPUs reductions over some axes are slow.
-        return lax.platform_dependent(x, cpu=by_shift, default=by_blocks)
-    return by_shift(x, weights)
+    if not (inner := bfloat16.block(axes)):
+        return by_shift(x, weights)
+    by_blocks = functools.partial(bfloat16.moments_by_blocks, axes=axes, inner=inner)
+    # On CPUs reductions over some axes are slow.
+    return lax.platform_dependent(x, cpu=by_shift, default=by_blocks)
 
 
 def _moments_by_shift(

@@ -135,12 +135,8 @@ def normalize(
 
 def normalized(spec: Spec, inputs: Inputs, *, pooled: bool = False) -> tuple[Array, Moments]:
     """y, of the shape of the planned x, and the moments; `pooled`: of all groups together."""
-    # Called eagerly, everything runs as one compiled program.
-    run = _normalize_and_restore if isinstance(inputs.x, Tracer) else _eager
-    return run(spec, pooled, inputs)
-
-
-def _normalize_and_restore(spec: Spec, pooled: bool, inputs: Inputs) -> tuple[Array, Moments]:
+    if not isinstance(inputs.x, Tracer):
+        return _as_one_program(spec, pooled, inputs)
     residual, weights = inputs.residual, inputs.weights
     if residual is not None and weights is not None:
         # The backward pass keeps the residual, which others may keep as well, and no mask.
@@ -153,7 +149,10 @@ def _normalize_and_restore(spec: Spec, pooled: bool, inputs: Inputs) -> tuple[Ar
     return y, restore_pooled(jax.lax.stop_gradient(m), spec.axes, weights is not None)
 
 
-_eager = jax.jit(_normalize_and_restore, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _as_one_program(spec: Spec, pooled: bool, inputs: Inputs) -> tuple[Array, Moments]:
+    """`normalized`, where it is called eagerly."""
+    return normalized(spec, inputs, pooled=pooled)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

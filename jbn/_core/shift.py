@@ -45,7 +45,8 @@ def shift_for(x: Array, weights: Array | None, axes: Axes) -> Array:
     if axes.size == 0:
         return jnp.zeros(axes.per_feature, accumulator(x.dtype))
     drawn = _rows(x, axes) if weights is None else _weighted_rows(x, weights, axes)
-    shift = _median([row.astype(accumulator(x.dtype)) for row in drawn])
+    dtype = accumulator(x.dtype)
+    shift = _median([row.astype(dtype) for row in drawn])
     # From here on (1e31 for float32) x - K could overflow, by half an ulp of the largest x.
     info = jnp.finfo(shift.dtype)
     shift = replaced(shift, jnp.abs(shift) >= info.max * info.eps / 4, 0.0)

@@ -15,7 +15,6 @@ import math
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import DTypeLike
 
 from jbn._core.axes import Axes
 from jbn._core.types import ShiftedMoments
@@ -23,10 +22,9 @@ from jbn._core.types import ShiftedMoments
 LIMIT = 128  # squares of 16 bits whose sum has 23
 
 
-def block(axes: Axes, dtype: DTypeLike) -> tuple[int, ...]:
+def block(axes: Axes) -> tuple[int, ...]:
     """The axes whose product is the size of a block; none if they make no useful block."""
-    known = all(isinstance(axes.shape[i], int) for i in axes.reduction)  # else of jax.export
-    if dtype != jnp.bfloat16 or not known:
+    if not all(isinstance(axes.shape[i], int) for i in axes.reduction):  # of jax.export
         return ()
     choices = itertools.chain.from_iterable(
         itertools.combinations(axes.reduction, n) for n in range(1, len(axes.reduction) + 1)
