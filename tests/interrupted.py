@@ -14,7 +14,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import checkpoints
+from experiments.common import checkpoints
 from jbn import training
 from tests import nets
 from tests.executions import AXIS, mesh

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import checkpoints
+from experiments.common import checkpoints
 from jbn import training
 from tests import interrupted, nets
 from tests.tolerance import eps

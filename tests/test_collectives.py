@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 pytest.importorskip("tqdm")
 
 import jbn
-from experiments import collectives, hlo
-from experiments.hlo import Collective, Traffic
+from experiments.collectives import __main__ as collectives
+from experiments.common import hlo
+from experiments.common.hlo import Collective, Traffic
 from tests import executions
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"

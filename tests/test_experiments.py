@@ -16,8 +16,10 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from experiments import digits, mnist, training
-from experiments.mlp import NETS, SIZES, init_mlp
+from experiments.images import digits
+from experiments.mnist import __main__ as mnist
+from experiments.mnist import training
+from experiments.mnist.mlp import NETS, SIZES, init_mlp
 
 NAMES = tuple(digits.MNIST_SHA256)
 
@@ -281,7 +283,7 @@ def test_bad_arguments_end_with_a_message(folder, tmp_path, capsys):
 
 def test_a_diverged_network_counts_as_chance(tmp_path):
     """An infinite learning rate makes the loss NaN; the accuracy of such a cell is 1/10."""
-    from experiments import mnist_sweep
+    from experiments.mnist import sweep as mnist_sweep
 
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 10, 90, np.int32)

@@ -10,7 +10,7 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
-from experiments import augment
+from experiments.images import augment
 
 
 def rngs(n, seed=0):

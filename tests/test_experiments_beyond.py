@@ -15,21 +15,18 @@ pytest.importorskip("orbax.checkpoint")
 
 from PIL import Image
 
-from experiments import (
-    augment,
-    data,
-    inception,
-    inception_beyond,
-    inception_depth,
-    inception_ensemble,
-    inception_identity,
-    inception_train,
-    models,
-)
-from experiments.inception_depth import quickly
-from experiments.inception_ensemble import Score
-from experiments.inception_recipes import SCALES, TABLE, network
-from experiments.inception_train import Sets
+from experiments.images import augment, data
+from experiments.inception import __main__ as inception
+from experiments.inception import training as inception_train
+from experiments.inception.recipes import SCALES, TABLE, network
+from experiments.inception.training import Sets
+from experiments.inception_beyond import __main__ as inception_beyond
+from experiments.inception_beyond import depth as inception_depth
+from experiments.inception_beyond import ensemble as inception_ensemble
+from experiments.inception_beyond import identity as inception_identity
+from experiments.inception_beyond.depth import quickly
+from experiments.inception_beyond.ensemble import Score
+from experiments.nets import models
 from tests.tolerance import eps
 
 SMOKE = SCALES["smoke"]

@@ -16,7 +16,7 @@ pytest.importorskip("tqdm")
 
 from PIL import Image
 
-from experiments import augment, data, imagesets, photos, shuffling
+from experiments.images import augment, data, imagesets, photos, shuffling
 
 CLASSES = ("ant", "bee", "cow")
 SIZES = (40, 30), (30, 40), (64, 48), (33, 33)

@@ -22,8 +22,12 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
-from experiments import checkpoints, inception, inception_figures, inception_report, inception_train
-from experiments.inception_recipes import (
+from experiments.common import checkpoints
+from experiments.inception import __main__ as inception
+from experiments.inception import figures as inception_figures
+from experiments.inception import report as inception_report
+from experiments.inception import training as inception_train
+from experiments.inception.recipes import (
     ENSEMBLE,
     FINAL_SHARE,
     INITS,
@@ -36,7 +40,7 @@ from experiments.inception_recipes import (
     network,
     optimizer,
 )
-from experiments.inception_train import Options, Run
+from experiments.inception.training import Options, Run
 
 ROOT = Path(__file__).parent.parent
 SMOKE = SCALES["smoke"]

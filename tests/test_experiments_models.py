@@ -12,7 +12,7 @@ import pytest
 from flax import linen as nn
 
 import jbn.linen
-from experiments import models
+from experiments.nets import models
 from tests.tolerance import assert_close, tol
 
 FULL = (2, 224, 224, 3)

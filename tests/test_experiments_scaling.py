@@ -20,8 +20,9 @@ from tests.tolerance import assert_close
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from experiments import photos, scaling
-from experiments.models import ResidualBlock, ResNet, matmul_conv
+from experiments.images import photos
+from experiments.nets.models import ResidualBlock, ResNet, matmul_conv
+from experiments.scaling import __main__ as scaling
 
 ROW = 1 + 3 * 32 * 32
 

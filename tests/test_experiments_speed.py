@@ -18,9 +18,13 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("tqdm")
 
-from experiments import models, peers, speed, speed_report, timing
-from experiments.peers import BASELINE, Case
-from experiments.speed_report import Row
+from experiments.common import timing
+from experiments.nets import models
+from experiments.speed import __main__ as speed
+from experiments.speed import peers
+from experiments.speed import report as speed_report
+from experiments.speed.peers import BASELINE, Case
+from experiments.speed.report import Row
 
 # --- Timing --------------------------------------------------------------------------------------
 

@@ -13,8 +13,10 @@ from flax import linen as nn
 pytest.importorskip("tqdm")
 
 import jbn.linen
-from experiments import hlo, models, targets
-from experiments.hlo import Kernel
+from experiments.common import hlo
+from experiments.common.hlo import Kernel
+from experiments.nets import models
+from experiments.targets import __main__ as targets
 
 # --- ResNet-18 and ResNet-50 ---------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from experiments import multihost
+from experiments.multihost import __main__ as multihost
 from tests.tolerance import eps
 
 STEPS = 6
