@@ -42,7 +42,7 @@ from experiments.inception.recipes import (
 )
 from experiments.inception.training import Options, Run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMOKE = SCALES["smoke"]
 
 
@@ -555,7 +555,7 @@ def test_the_report_can_be_made_of_the_one_file(finished_runs, tmp_path_factory)
 
 
 def test_the_documentation_shows_what_was_measured(tmp_path):
-    shown = Path(__file__).parents[1] / "docs/experiments/inception"
+    shown = Path(__file__).parents[2] / "docs/experiments/inception"
     shutil.copy(shown / inception_report.NUMBERS, tmp_path)
     page = (shown / "inception-table.md").read_text(encoding="utf-8")
     assert inception_report.report(tmp_path) == page

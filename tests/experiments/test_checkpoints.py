@@ -17,7 +17,8 @@ import pytest
 
 from experiments.common import checkpoints
 from jbn import training
-from tests import interrupted, nets
+from tests import nets
+from tests.experiments import interrupted
 from tests.tolerance import eps
 
 STEPS, KILL_AT = 8, 5
@@ -29,8 +30,8 @@ def killed(folder):
     """A run on four devices that is killed in the middle, by SIGKILL."""
     arguments = [str(folder), "core", "4", str(STEPS), str(KILL_AT)]
     process = subprocess.run(
-        [sys.executable, "-m", "tests.interrupted", *arguments],
-        cwd=pathlib.Path(__file__).parent.parent,
+        [sys.executable, "-m", "tests.experiments.interrupted", *arguments],
+        cwd=pathlib.Path(__file__).parents[2],
         env=os.environ,  # with as many devices as here
         capture_output=True,
         text=True,

@@ -1,6 +1,6 @@
-"""A training run that can be killed: the program behind tests/test_checkpoint.py.
+"""A training run that can be killed: the program behind tests/experiments/test_checkpoints.py.
 
-python -m tests.interrupted FOLDER NET DEVICES STEPS KILL_AT
+python -m tests.experiments.interrupted FOLDER NET DEVICES STEPS KILL_AT
 """
 
 import os

@@ -17,7 +17,7 @@ from experiments.common import hlo
 from experiments.common.hlo import Collective, Traffic
 from tests import executions
 
-DOCS = pathlib.Path(__file__).parent.parent / "docs"
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 # Shortened from what XLA prints: for TPUs, with the names of the operands only ...
 TPU = """\
