@@ -33,7 +33,7 @@ import jbn.linen
 import jbn.nnx
 import tests.conftest  # noqa: F401  eight devices, strict dtypes and ranks
 from experiments.common import hlo
-from experiments.nets.models import BottleneckBlock
+from experiments.nets.resnet import BottleneckBlock
 from tests import executions
 
 PATH = pathlib.Path(__file__).with_suffix(".json")

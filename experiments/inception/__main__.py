@@ -69,9 +69,9 @@ from experiments.inception.recipes import (
     TABLE,
 )
 from experiments.inception.training import STATISTICS, Options, Run, Sets
-from experiments.nets import models
+from experiments.nets import bn_inception
 
-ROWS = tuple(row.name for row in models.BN_INCEPTION)
+ROWS = tuple(row.name for row in bn_inception.BN_INCEPTION)
 SEARCH = (0.003, 0.01, 0.03, 0.1)  # first learning rates of the baseline
 GROUPS = {
     "table": TABLE, "remarks": REMARKS, "init": INITS, "ensemble": ENSEMBLE, "band": RATES

@@ -19,7 +19,7 @@ import optax
 
 import jbn.linen
 import jbn.training
-from experiments.nets import models
+from experiments.nets import bn_inception
 
 MOMENTUM = 0.9
 # The learning rate falls to this share during the steps of the baseline: by 4 % every 8 epochs, as
@@ -116,7 +116,7 @@ class Scale(NamedTuple):
     """A data set, and the network and the training that suit it."""
 
     name: str
-    net: Callable[..., models.Inception]
+    net: Callable[..., bn_inception.Inception]
     width: float  # share of the channels of the paper's table
     size: int  # pixels
     crop: str  # of training images
@@ -149,37 +149,38 @@ def _he(std: float) -> Callable[..., jax.Array]:
 
 SCALES = {
     "cifar10": Scale(
-        "cifar10", models.small_inception, width=1 / 8, size=32, crop="shift", rate=0.03,
+        "cifar10", bn_inception.small_inception, width=1 / 8, size=32, crop="shift", rate=0.03,
         steps=20_000, weight_decay=2e-4, shards=200, evaluations=40,
     ),
     # The paper's own: 31 million steps of 32 images are 775 epochs.
     "imagenet": Scale(
-        "imagenet", models.wide_inception, width=1, size=224, crop="resized", rate=0.0015,
+        "imagenet", bn_inception.wide_inception, width=1, size=224, crop="resized", rate=0.0015,
         steps=31_000_000, weight_decay=4e-5, shards=1024, evaluations=200, eval_batch=64,
         population=100_000,
     ),
     # Seconds on made-up images: does everything run?
     "smoke": Scale(
-        "smoke", models.small_inception, width=1 / 32, size=32, crop="shift", rate=0.01, steps=40,
-        weight_decay=2e-4, shards=4, batch=16, modules=("3c",), evaluations=4, eval_batch=32,
-        population=64,
+        "smoke", bn_inception.small_inception, width=1 / 32, size=32, crop="shift", rate=0.01,
+        steps=40, weight_decay=2e-4, shards=4, batch=16, modules=("3c",), evaluations=4,
+        eval_batch=32, population=64,
     ),
 }  # fmt: skip
 
 
-def network(recipe: Recipe, scale: Scale, **slots: Any) -> models.Inception:
-    """The recipe's network at this scale; `slots` as for `models.Inception`, but for the norm.
+def network(recipe: Recipe, scale: Scale, **slots: Any) -> bn_inception.Inception:
+    """The recipe's network at this scale.
 
     Args:
       recipe: which layers it has.
       scale: how large it is.
-      **slots: `groups` goes to the Batch Normalization layers, all else to the network.
+      **slots: as for `bn_inception.Inception`, but for the norm. `groups` goes to the Batch
+        Normalization layers, all else to the network.
     """
     groups = slots.pop("groups", None)
     norm = functools.partial(jbn.linen.BatchNorm, update=jbn.ema(0.99, debias=True), groups=groups)
     return scale.net(
         width=scale.width,
-        rows=models.rows(*scale.modules, width=scale.width, repeat=scale.repeat),
+        rows=bn_inception.rows(*scale.modules, width=scale.width, repeat=scale.repeat),
         norm=norm if recipe.batch_norm else None,
         fused=recipe.batch_norm,
         activation=nn.sigmoid if recipe.sigmoid else nn.relu,

@@ -43,7 +43,7 @@ from experiments.inception.recipes import (
     network,
     optimizer,
 )
-from experiments.nets import models
+from experiments.nets import bn_inception, convolution
 
 try:
     import fcntl
@@ -124,7 +124,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
-def make_loss(net: models.Inception) -> Callable[..., Any]:
+def make_loss(net: bn_inception.Inception) -> Callable[..., Any]:
     """The mean cross-entropy of a batch; that of auxiliary heads is added."""
 
     def loss_fn(params: Any, stats: Any, batch: Any, key: Array) -> Any:
@@ -140,7 +140,7 @@ def make_loss(net: models.Inception) -> Callable[..., Any]:
     return loss_fn
 
 
-def make_judge(net: models.Inception) -> Callable[..., Any]:
+def make_judge(net: bn_inception.Inception) -> Callable[..., Any]:
     """Loss and accuracies over the images that a batch's mask lets pass."""
 
     def judge(params: Any, stats: Any, batch: Any) -> Any:
@@ -218,12 +218,12 @@ def network_slots(scale: Scale, n_classes: int, options: Options) -> dict[str, A
     """What a network has besides its recipe."""
     slots: dict[str, Any] = {"n_classes": n_classes}
     if options.auxiliary:
-        names = [row.name for row in models.rows(*scale.modules, repeat=scale.repeat)]
+        names = [row.name for row in bn_inception.rows(*scale.modules, repeat=scale.repeat)]
         slots["auxiliary"] = tuple({"4a", "4d"} & {*names}) or (names[-1],)
     if options.bfloat16:
         slots["dtype"] = jnp.bfloat16
     if jax.default_backend() == "cpu" and scale.size < 64:
-        slots["conv"] = models.CPU_CONV
+        slots["conv"] = convolution.CPU_CONV
     return slots
 
 

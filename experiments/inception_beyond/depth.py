@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from experiments.inception import training as inception_train
 from experiments.inception.recipes import TABLE, Scale, network
-from experiments.nets import models
+from experiments.nets import bn_inception
 
 NETS = {"without BN": TABLE["Inception"], "with BN": TABLE["BN-Baseline"]}
 ACTIVATIONS = ("relu", "sigmoid")
@@ -58,7 +58,7 @@ class Profile(NamedTuple):
         return float(self.kernel_gradient.max() / self.kernel_gradient.min())
 
 
-def longest_path(net: models.Inception) -> list[tuple[str, ...]]:
+def longest_path(net: bn_inception.Inception) -> list[tuple[str, ...]]:
     """The units that follow on each other, three in every module (1x1, 3x3, 3x3), as in `params`.
 
     A unit is numbered when it is made; of the two around the first 3x3 the outer one is first.
@@ -71,7 +71,9 @@ def longest_path(net: models.Inception) -> list[tuple[str, ...]]:
     return stem + inside
 
 
-def probe(net: models.Inception, params: Any, stats: Any, batch: Any) -> dict[str, list[jax.Array]]:
+def probe(
+    net: bn_inception.Inception, params: Any, stats: Any, batch: Any
+) -> dict[str, list[jax.Array]]:
     """Outputs and gradients of the units of the longest path, as in a step of training."""
     path = longest_path(net)
 

@@ -23,7 +23,7 @@ import numpy as np
 from flax import linen as nn
 
 import jbn
-from experiments.nets import models
+from experiments.nets import bn_inception
 
 EPSILON = 1e-5
 
@@ -49,7 +49,7 @@ class Learned(NamedTuple):
 
 
 def activations(
-    net: models.Inception, variables: Any, images: jax.Array, path: tuple[str, ...]
+    net: bn_inception.Inception, variables: Any, images: jax.Array, path: tuple[str, ...]
 ) -> jax.Array:
     """What the convolution of a unit puts out, before normalisation and nonlinearity."""
 

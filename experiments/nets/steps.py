@@ -1,4 +1,4 @@
-"""What the benchmarks train: networks of `experiments.models` with the libraries' layers."""
+"""What the benchmarks train: networks with the libraries' layers of Batch Normalization."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import optax
 from flax import linen
 
 import jbn.linen
-from experiments.nets import models
+from experiments.nets import convolution, resnet
 from experiments.speed import peers
 from experiments.speed.peers import BASELINE
 
 
 class Slot(NamedTuple):
-    """What goes into the slots of the networks in `experiments.models`."""
+    """What goes into the slots of a network (see `nets.slots`)."""
 
     norm: Any
     fused: bool  # whether the norm does the ReLU and the addition, too
@@ -49,7 +49,7 @@ class TrainingStep(NamedTuple):
 
 
 def training_step(net: linen.Module, images: tuple[int, ...]) -> TrainingStep:
-    """Softmax cross-entropy of a network from `experiments.models`, on images [N, H, W, C]."""
+    """Softmax cross-entropy of a network from `experiments.nets`, on images [N, H, W, C]."""
     optimizer = optax.sgd(0.1, momentum=0.9)
     x = jax.ShapeDtypeStruct(images, jnp.float32)
     labels = jax.ShapeDtypeStruct(images[:1], jnp.int32)
@@ -75,7 +75,7 @@ def training_step(net: linen.Module, images: tuple[int, ...]) -> TrainingStep:
 
 
 class Network(NamedTuple):
-    """A network from `experiments.models`, and what it is trained with."""
+    """A network from `experiments.nets`, and what it is trained with."""
 
     name: str
     make: Callable[..., linen.Module]  # takes norm, fused, dtype
@@ -97,10 +97,10 @@ class Network(NamedTuple):
 def small_resnet(**slots: Any) -> linen.Module:
     """On a CPU with convolutions that XLA does fast there, or they would hide all else."""
     if jax.default_backend() == "cpu":
-        slots["conv"] = functools.partial(linen.Conv, conv_general_dilated=models.matmul_conv)
-    return models.ResNet(**slots)
+        slots["conv"] = functools.partial(linen.Conv, conv_general_dilated=convolution.matmul_conv)
+    return resnet.ResNet(**slots)
 
 
 def tiny_resnet(**slots: Any) -> linen.Module:
     """For a quick run: compiles in a second."""
-    return models.ResNet(widths=(4,), blocks=(1,), **slots)
+    return resnet.ResNet(widths=(4,), blocks=(1,), **slots)

@@ -65,7 +65,8 @@ from experiments.images.photos import (
     painted_stripes,
     read_cifar10,
 )
-from experiments.nets.models import ResNet, matmul_conv
+from experiments.nets.convolution import matmul_conv
+from experiments.nets.resnet import ResNet
 
 # In this order the first of several that are the same on so many devices is the one that runs.
 STATISTICS = ("local", "synchronised", "ghost")

@@ -38,6 +38,7 @@ from __future__ import annotations
 import sys
 
 from experiments.common import timing
+from experiments.nets import resnet
 
 if __name__ == "__main__":
     timing.restart_with_environment("experiments.speed", sys.argv[1:])
@@ -60,7 +61,6 @@ from rich.console import Console
 from tqdm import tqdm
 
 from experiments.common.records import Records
-from experiments.nets import models
 from experiments.nets.steps import SLOTS, Network, TrainingStep, small_resnet, tiny_resnet
 from experiments.speed import peers
 from experiments.speed import report as speed_report
@@ -200,7 +200,7 @@ def step(config: Config) -> Iterator[Row]:
         if dtype == "float32" or not on_cpu:  # on CPUs convolutions in bfloat16 are emulated
             small = Network("small ResNet", small_resnet, 32, config.batch, dtype)
             yield from time_steps(small, config)
-        resnet50 = Network("ResNet-50", models.ResNet50, 224, config.batch, dtype)
+        resnet50 = Network("ResNet-50", resnet.ResNet50, 224, config.batch, dtype)
         yield from time_steps(resnet50, config, run=config.run or not on_cpu)
 
 
@@ -263,7 +263,7 @@ def dispatch(config: Config) -> Iterator[Row]:
 
 def net_dispatch(config: Config) -> Iterator[Row]:
     """Tracing and compiling the training step of a whole network."""
-    network = Network("ResNet-50", models.ResNet50, 224, config.batch)
+    network = Network("ResNet-50", resnet.ResNet50, 224, config.batch)
     if config.quick:
         network = Network("tiny ResNet", tiny_resnet, 32, config.batch)
     stages = {name: functools.partial(net_stages, name, network) for name in slots_of(config)}

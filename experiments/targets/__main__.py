@@ -219,7 +219,7 @@ def layer(library: str, case: Any) -> tuple[Callable[..., Any], tuple[Any, ...],
 
 def step(batch: int, dtypes: Sequence[str], quick: bool = False) -> Iterator[Program]:
     """The training step of ResNet-50, in several forms; quick: of one block of it."""
-    from experiments.nets.models import BottleneckBlock, ResNet, ResNet50
+    from experiments.nets.resnet import BottleneckBlock, ResNet, ResNet50
 
     one_block = functools.partial(ResNet, (4,), (1,), block=BottleneckBlock)
     network, size = (one_block, 8) if quick else (ResNet50, 224)
@@ -234,7 +234,7 @@ def networks(
     network: Callable[..., linen.Module],
 ) -> dict[str, tuple[str, Callable[..., linen.Module]]]:
     """Name of a row -> (what goes into the network's slots, the network)."""
-    from experiments.nets.models import BottleneckBlock
+    from experiments.nets.resnet import BottleneckBlock
 
     def checkpointed(network: Callable[..., linen.Module], **slots: Any) -> linen.Module:
         return Checkpointed(functools.partial(network, **slots))

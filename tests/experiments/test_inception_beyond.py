@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from experiments.nets import bn_inception
+
 pytest.importorskip("grain")
 pytest.importorskip("matplotlib")
 pytest.importorskip("orbax.checkpoint")
@@ -26,7 +28,6 @@ from experiments.inception_beyond import ensemble as inception_ensemble
 from experiments.inception_beyond import identity as inception_identity
 from experiments.inception_beyond.depth import quickly
 from experiments.inception_beyond.ensemble import Score
-from experiments.nets import models
 from tests.tolerance import eps
 
 SMOKE = SCALES["smoke"]
@@ -100,7 +101,7 @@ def test_the_figure_and_the_header(results):
 
 def test_the_longest_path_follows_the_signal():
     """Each convolution has as many channels to read as the one before writes."""
-    net = models.small_inception(1 / 2)
+    net = bn_inception.small_inception(1 / 2)
     image = jnp.zeros((1, 32, 32, 3))
     init = functools.partial(net.init, train=False)
     params = jax.eval_shape(init, jax.random.key(0), image)["params"]
@@ -232,7 +233,7 @@ def test_the_command_finds_the_identity(results):
 
 @pytest.mark.parametrize("separable", [None, 2])
 def test_activations_are_those_before_the_norm(one_device, separable):
-    net = models.Inception((), ((4, 3, 2),), 5, separable=separable)
+    net = bn_inception.Inception((), ((4, 3, 2),), 5, separable=separable)
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
     variables = quickly(functools.partial(net.init, train=False))(jax.random.key(1), x)
     got = inception_identity.activations(net, variables, x, ("ConvUnit_0",))

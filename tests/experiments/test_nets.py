@@ -12,12 +12,12 @@ import pytest
 from flax import linen as nn
 
 import jbn.linen
-from experiments.nets import models
+from experiments.nets import bn_inception, convolution
 from tests.tolerance import assert_close, tol
 
 FULL = (2, 224, 224, 3)
 TINY = {  # a convolution and a module
-    "rows": models.rows("3c", width=1 / 32),
+    "rows": bn_inception.rows("3c", width=1 / 32),
     "stem": ((6, 3, 2),),
     "n_classes": 5,
     "separable": None,
@@ -110,7 +110,7 @@ def assert_same(got, want):
 
 @pytest.fixture(scope="module")
 def tower():
-    return shapes_of(models.BNInception(), FULL)
+    return shapes_of(bn_inception.BNInception(), FULL)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_every_convolution_of_a_row(tower, name):
 
 def test_the_channels_of_a_row_are_the_sum_of_its_branches():
     channels = 192
-    for row in models.BN_INCEPTION:
+    for row in bn_inception.BN_INCEPTION:
         branches = [row.conv_1x1, row.conv_3x3, row.double_3x3, row.proj or channels]
         channels = sum(branches)
         assert row.width(sum(branches[3:]) if not row.proj else 0) == channels
@@ -188,9 +188,9 @@ def test_the_channels_of_a_row_are_the_sum_of_its_branches():
 @pytest.mark.parametrize(("separable", "count"), [(None, 11_285_224), (8, 11_278_528)])
 def test_as_many_parameters_as_the_printed_tower_has(separable, count):
     """11.29 million, where the text says 13.6 million (of which no variant of the table tells)."""
-    variables, outputs = shapes_of(models.BNInception(separable=separable), FULL)
+    variables, outputs = shapes_of(bn_inception.BNInception(separable=separable), FULL)
     assert n_parameters(variables) == count
-    units = [module for module, _ in outputs.values() if isinstance(module, models.ConvUnit)]
+    units = [module for module, _ in outputs.values() if isinstance(module, bn_inception.ConvUnit)]
     convs = [module for module, _ in outputs.values() if isinstance(module, nn.Conv)]
     assert len(units) == 3 + 8 * 7 + 2 * 5
     assert len(convs) == len(units) + (separable is not None)
@@ -200,7 +200,7 @@ def test_as_many_parameters_as_the_printed_tower_has(separable, count):
 
 def test_the_longest_path_has_34_convolutions():
     """The separable one counts twice; then 1x1 and 3x3, and three in each of the ten modules."""
-    net = models.BNInception()
+    net = bn_inception.BNInception()
     variables, _ = shapes_of(net, FULL)
     jaxpr = jax.make_jaxpr(functools.partial(net.apply, train=False))(variables, jnp.zeros(FULL))
     depth = {}
@@ -223,18 +223,18 @@ def test_the_first_layer_is_separable(tower):
 
 def test_the_plain_network_of_the_comparison():
     """No normalisation but the local one, Dropout of 40 %, and a bias in every convolution."""
-    net = models.PlainInception()
+    net = bn_inception.PlainInception()
     variables, outputs = shapes_of(net, FULL)
     assert set(variables) == {"params"}
     assert (net.lrn, net.dropout) == (True, 0.4)
-    units = [module for module, _ in outputs.values() if isinstance(module, models.ConvUnit)]
+    units = [module for module, _ in outputs.values() if isinstance(module, bn_inception.ConvUnit)]
     features = sum(unit.features for unit in units)
     assert n_parameters(variables) == 11_278_528 - features  # a bias, no scale
 
 
 def test_a_convolution_has_a_bias_only_where_no_norm_has_one():
     for norm, names in [(None, {"kernel", "bias"}), (jbn.linen.BatchNorm, {"kernel"})]:
-        variables, _ = shapes_of(models.Inception(norm=norm), FULL)
+        variables, _ = shapes_of(bn_inception.Inception(norm=norm), FULL)
         found = {path: set(layer) for path, layer in kernels(variables["params"])}
         assert found.pop("ConvUnit_0/Conv_0") == {"kernel"}  # the separable one's filters
         assert found.pop("readout") == {"kernel", "bias"}
@@ -256,7 +256,7 @@ def kernels(tree, path=""):
 @functools.cache
 def reference(activation):
     """(variables, results) of the network with slots as they are by default."""
-    net = models.Inception(**TINY, activation=activation)
+    net = bn_inception.Inception(**TINY, activation=activation)
     variables = init(net, images(), train=False)
     return variables, value_and_gradient(net, variables, images())
 
@@ -264,15 +264,15 @@ def reference(activation):
 @pytest.mark.parametrize("activation", [nn.relu, nn.sigmoid])
 def test_fused_is_the_same_network(activation):
     variables, want = reference(activation)
-    net = models.Inception(**TINY, activation=activation, fused=True)
+    net = bn_inception.Inception(**TINY, activation=activation, fused=True)
     assert_same(value_and_gradient(net, variables, images()), want)
 
 
-@pytest.mark.parametrize("slots", [{"norm": nn.BatchNorm}, {"conv": models.CPU_CONV}])
+@pytest.mark.parametrize("slots", [{"norm": nn.BatchNorm}, {"conv": convolution.CPU_CONV}])
 def test_other_layers_fit_the_slots(slots):
     """Flax's normalisation, and convolutions as matrix products: the same variables and numbers."""
     variables, want = reference(nn.relu)
-    net = models.Inception(**TINY, **slots)
+    net = bn_inception.Inception(**TINY, **slots)
     like = jax.eval_shape(functools.partial(net.init, train=False), jax.random.key(0), images())
     assert jax.tree.map(jnp.shape, like) == jax.tree.map(jnp.shape, variables)
     assert_same(value_and_gradient(net, variables, images()), want)
@@ -281,7 +281,7 @@ def test_other_layers_fit_the_slots(slots):
 def test_flax_batch_norm_infers_the_same():
     variables, _ = reference(nn.relu)
     got, want = (
-        jit(functools.partial(models.Inception(**TINY, norm=n).apply, train=False))(
+        jit(functools.partial(bn_inception.Inception(**TINY, norm=n).apply, train=False))(
             variables, images()
         )
         for n in (nn.BatchNorm, jbn.linen.BatchNorm)
@@ -291,15 +291,15 @@ def test_flax_batch_norm_infers_the_same():
 
 @pytest.mark.parametrize("slots", [{"norm": None}, {"fused": False}, {"fused": True}])
 def test_the_activation_is_in_every_unit_and_last(slots):
-    net = models.Inception(
-        models.rows("3a", "3c", width=1 / 32), auxiliary=("3a",),
+    net = bn_inception.Inception(
+        bn_inception.rows("3a", "3c", width=1 / 32), auxiliary=("3a",),
         activation=lambda x: jnp.full_like(x, 7), **slots,
     )  # fmt: skip
     x = images(2, 32)
     variables = init(net, x, train=False)
 
     def units(variables, x):
-        only = lambda module, _: isinstance(module, models.ConvUnit)  # noqa: E731
+        only = lambda module, _: isinstance(module, bn_inception.ConvUnit)  # noqa: E731
         return net.apply(variables, x, train=False, capture_intermediates=only)[1]
 
     values = jax.tree.leaves(jit(units)(variables, x))
@@ -309,11 +309,11 @@ def test_the_activation_is_in_every_unit_and_last(slots):
 
 def test_half_precision_is_for_the_layers_only():
     for slots in ({"lrn": True, "norm": None}, {"fused": True, "auxiliary": ("4a",)}):
-        net = models.Inception(dtype=jnp.bfloat16, dropout=0.4, **slots)
+        net = bn_inception.Inception(dtype=jnp.bfloat16, dropout=0.4, **slots)
         variables, outputs = shapes_of(net, FULL, train=True)
         assert {v.dtype for v in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
         assert len(jax.tree.leaves(outputs[""][1])) == 1 + len(net.auxiliary)
-        of_units = {y.dtype for m, y in outputs.values() if isinstance(m, models.ConvUnit)}
+        of_units = {y.dtype for m, y in outputs.values() if isinstance(m, bn_inception.ConvUnit)}
         assert of_units == {jnp.dtype("bfloat16")}
         convs = [y.dtype for m, y in outputs.values() if isinstance(m, nn.Conv)]
         assert set(convs) == {jnp.dtype("bfloat16")}
@@ -322,21 +322,21 @@ def test_half_precision_is_for_the_layers_only():
 
 
 def test_rows_by_name():
-    assert [row.name for row in models.rows("3c", "3a")] == ["3a", "3c"]
+    assert [row.name for row in bn_inception.rows("3c", "3a")] == ["3a", "3c"]
     with pytest.raises(ValueError, match=r"no row '3z'\. Expected 3a, 3b, 3c, 4a"):
-        models.rows("3a", "3z")
+        bn_inception.rows("3a", "3z")
 
 
 def test_modules_that_keep_the_resolution_are_repeated():
-    deeper = models.rows("3a", "3c", "5b", width=1 / 32, repeat=3)
+    deeper = bn_inception.rows("3a", "3c", "5b", width=1 / 32, repeat=3)
     names = ["3a", "3a_2", "3a_3", "3c", "5b", "5b_2", "5b_3"]
     assert [row.name for row in deeper] == names
-    first, *_ = models.rows("3a", width=1 / 32)
+    first, *_ = bn_inception.rows("3a", width=1 / 32)
     assert deeper[2] == first._replace(name="3a_3")
 
 
 def test_a_narrow_row_keeps_its_branches():
-    for row, narrow in zip(models.rows(), models.rows(width=1 / 1000), strict=True):
+    for row, narrow in zip(bn_inception.rows(), bn_inception.rows(width=1 / 1000), strict=True):
         assert [n > 0 for n in narrow[1:6]] == [n > 0 for n in row[1:6]]
         assert (narrow.proj > 0, narrow.pool, narrow.stride) == (row.proj > 0, row.pool, row.stride)
 
@@ -346,12 +346,12 @@ def test_a_narrow_row_keeps_its_branches():
 
 @pytest.mark.parametrize("name", ["3a", "3c", "5b"])  # mean and 1x1, max, max and 1x1
 def test_a_module_is_its_branches_side_by_side(name):
-    [row] = models.rows(name, width=1 / 32)
-    module, x = models.InceptionModule(row), images(2, 6)
+    [row] = bn_inception.rows(name, width=1 / 32)
+    module, x = bn_inception.InceptionModule(row), images(2, 6)
     params = init(module, x)["params"]
 
     def unit(i, features, size, x, stride=1):
-        layer = models.ConvUnit(features, size, stride)
+        layer = bn_inception.ConvUnit(features, size, stride)
         return layer.apply({"params": params[f"ConvUnit_{i}"]}, x)
 
     def by_hand(x):
@@ -382,7 +382,7 @@ def test_a_module_is_its_branches_side_by_side(name):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_separable_is_depthwise_then_pointwise(stride):
     """Filter j of colour c makes channel 8 c + j; the 1x1 mixes all of them."""
-    unit = models.ConvUnit(4, 3, stride, depth_multiplier=8, activation=lambda x: x)
+    unit = bn_inception.ConvUnit(4, 3, stride, depth_multiplier=8, activation=lambda x: x)
     x = images(2, 6)
     params = init(unit, x)["params"]
     filters, mix, bias = (
@@ -419,7 +419,7 @@ def test_local_response_norm(channels, dtype):
     x = x.astype(dtype)
     want = local_response_oracle(np.asarray(x, np.float64))
     assert abs(want).max() < 0.9 * abs(np.asarray(x, np.float64)).max()  # there is something to see
-    got = models.local_response_norm(x)
+    got = bn_inception.local_response_norm(x)
     assert got.dtype == x.dtype
     np.testing.assert_allclose(
         np.asarray(got, np.float64), want, **tol(x.dtype, 5) | {"atol": 1e-5 * abs(want).max()}
@@ -429,16 +429,16 @@ def test_local_response_norm(channels, dtype):
 def test_local_response_norm_has_its_options():
     x = np.random.default_rng(0).standard_normal((2, 7))
     options = {"size": 3, "alpha": 2.0, "beta": 0.5}
-    got = models.local_response_norm(jnp.float32(x), **options)
+    got = bn_inception.local_response_norm(jnp.float32(x), **options)
     assert_close(got, local_response_oracle(x, **options), jnp.float32, 3)
 
 
 def test_mean_pool_counts_the_zeros_around_an_image():
     x = jnp.ones((1, 4, 4, 1))
-    got = models.mean_pool(x, (3, 3), (1, 1), "SAME")[0, :, :, 0]
+    got = bn_inception.mean_pool(x, (3, 3), (1, 1), "SAME")[0, :, :, 0]
     np.testing.assert_allclose(got[0], np.array([4, 6, 6, 4]) / 9, rtol=1e-6)
     np.testing.assert_allclose(got[1:3, 1:3], 1, rtol=1e-6)
-    y = models.mean_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), (2, 2), (2, 2), "VALID")
+    y = bn_inception.mean_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), (2, 2), (2, 2), "VALID")
     assert y[0, :, :, 0].tolist() == [[2.5, 4.5], [10.5, 12.5]]
 
 
@@ -446,14 +446,14 @@ def test_mean_pool_counts_the_zeros_around_an_image():
 def test_local_response_norm_is_in_the_stem_if_wanted(lrn):
     stem = ((6, 3, 2), "lrn", "pool", (4, 1, 1))
     slots = {"n_classes": 5, "separable": None, "norm": None}
-    net, x = models.Inception((), stem, **slots, lrn=lrn), 1000 * images()
+    net, x = bn_inception.Inception((), stem, **slots, lrn=lrn), 1000 * images()
     params = init(net, x, train=False)["params"]
 
     def by_hand(params, x):
-        y = models.ConvUnit(6, 3, 2).apply({"params": params["ConvUnit_0"]}, x)
-        y = models.local_response_norm(y) if lrn else y
+        y = bn_inception.ConvUnit(6, 3, 2).apply({"params": params["ConvUnit_0"]}, x)
+        y = bn_inception.local_response_norm(y) if lrn else y
         y = nn.max_pool(y, (3, 3), (2, 2), "SAME")
-        y = models.ConvUnit(4, 1).apply({"params": params["ConvUnit_1"]}, y)
+        y = bn_inception.ConvUnit(4, 1).apply({"params": params["ConvUnit_1"]}, y)
         return y.mean((1, 2)) @ params["readout"]["kernel"] + params["readout"]["bias"][None]
 
     got = jit(functools.partial(net.apply, train=False))({"params": params}, x)
@@ -467,7 +467,7 @@ def test_local_response_norm_is_in_the_stem_if_wanted(lrn):
 @pytest.mark.parametrize("rate", [0.4, 0.05])
 def test_dropout_hides_its_share_of_the_features_in_training_only(rate):
     """Of as many as a draw of 64 images x 30 features tells; the others are scaled up."""
-    net = models.Inception((), ((30, 3, 2),), 5, separable=None, norm=None,
+    net = bn_inception.Inception((), ((30, 3, 2),), 5, separable=None, norm=None,
                            activation=nn.sigmoid, dropout=rate)  # fmt: skip
     x = images(64, 4)
     variables = init(net, x, train=False)
@@ -497,7 +497,9 @@ def test_dropout_hides_its_share_of_the_features_in_training_only(rate):
 
 
 def test_auxiliary_heads_are_googlenets(tower):
-    variables, outputs = shapes_of(models.BNInception(auxiliary=("4a", "4d")), FULL, train=True)
+    variables, outputs = shapes_of(
+        bn_inception.BNInception(auxiliary=("4a", "4d")), FULL, train=True
+    )
     logits, heads = outputs[""][1]
     assert [v.shape for v in (logits, *heads)] == [(2, 1000)] * 3
     head = variables["params"]["AuxiliaryHead_0"]
@@ -512,8 +514,8 @@ def test_auxiliary_heads_are_googlenets(tower):
 
 
 def test_auxiliary_heads_speak_in_training_only():
-    first, second = (models.rows("3c", width=1 / 32)[0]._replace(name=n) for n in "ab")
-    net = models.Inception(**TINY | {"rows": (first, second)}, auxiliary=("a",))
+    first, second = (bn_inception.rows("3c", width=1 / 32)[0]._replace(name=n) for n in "ab")
+    net = bn_inception.Inception(**TINY | {"rows": (first, second)}, auxiliary=("a",))
     x = images()
     variables = init(net, x, train=False)
     logits = jax.eval_shape(functools.partial(net.apply, train=False), variables, x)
@@ -558,14 +560,14 @@ def test_small_inception_is_the_same_modules_narrow(small, name, shape):
 
 @pytest.fixture(scope="module")
 def small():
-    return shapes_of(models.small_inception(), (2, 32, 32, 3))
+    return shapes_of(bn_inception.small_inception(), (2, 32, 32, 3))
 
 
 def test_small_inception_has_all_modules(small, tower):
     assert {k for k in small[0]["params"] if k.startswith("inception")} == {
         k for k in tower[0]["params"] if k.startswith("inception")
     }
-    for row in models.BN_INCEPTION:
+    for row in bn_inception.BN_INCEPTION:
         convs = [
             module.features
             for path, (module, _) in small[1].items()
@@ -576,8 +578,8 @@ def test_small_inception_has_all_modules(small, tower):
 
 def test_small_inception_learns_everywhere():
     """From 32 x 32 pixels down to 2 x 2: every parameter has a gradient, finite and not zero."""
-    some = models.rows("3a", "3c", "4e", "5b", width=1 / 32)
-    net = models.small_inception(1 / 32, rows=some, fused=True, activation=nn.sigmoid)
+    some = bn_inception.rows("3a", "3c", "4e", "5b", width=1 / 32)
+    net = bn_inception.small_inception(1 / 32, rows=some, fused=True, activation=nn.sigmoid)
     variables = init(net, images(4, 32), train=False)
     logits, _, gradient = value_and_gradient(net, variables, images(4, 32))
     assert logits.shape == (4, 10)
@@ -587,9 +589,9 @@ def test_small_inception_learns_everywhere():
 
 
 def test_wide_inception_is_the_tower_with_a_share_of_its_channels(tower):
-    variables, _ = shapes_of(models.wide_inception(), FULL)
+    variables, _ = shapes_of(bn_inception.wide_inception(), FULL)
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, tower[0])
-    _, outputs = shapes_of(models.wide_inception(1 / 8), FULL)
+    _, outputs = shapes_of(bn_inception.wide_inception(1 / 8), FULL)
     convs = [module.features for module, _ in outputs.values() if isinstance(module, nn.Conv)]
     assert convs[:4] == [24, 8, 8, 24]  # the filters of the first layer are eight a colour
     assert convs[4:] == [n // 8 for row in PRINTED.values() for n in row]

@@ -21,7 +21,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 from experiments.images import photos
-from experiments.nets.models import ResidualBlock, ResNet, matmul_conv
+from experiments.nets.convolution import matmul_conv
+from experiments.nets.resnet import ResidualBlock, ResNet
 from experiments.scaling import __main__ as scaling
 
 ROW = 1 + 3 * 32 * 32

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from flax import linen
 
+from experiments.nets import resnet
+
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("tqdm")
 
 from experiments.common import timing
-from experiments.nets import models
 from experiments.speed import __main__ as speed
 from experiments.speed import peers
 from experiments.speed import report as speed_report
@@ -250,7 +251,7 @@ def test_the_shapes_are_those_of_resnet50():
         return call(*args, **kwargs)
 
     with linen.intercept_methods(record):
-        speed.Network("ResNet-50", models.ResNet50, 224, 2).training(speed.SLOTS[BASELINE])
+        speed.Network("ResNet-50", resnet.ResNet50, 224, 2).training(speed.SLOTS[BASELINE])
     assert found == {(2, *shape) for shape in speed.RESNET50_SHAPES}
 
 

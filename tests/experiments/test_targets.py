@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from experiments.nets import resnet
+
 pytest.importorskip("tqdm")
 
 import jbn.linen
 from experiments.common import hlo
 from experiments.common.hlo import Kernel
-from experiments.nets import models
 from experiments.targets import __main__ as targets
 
 # --- ResNet-18 and ResNet-50 ---------------------------------------------------------------------
@@ -31,7 +32,7 @@ def shapes(make, **slots):
 
 @pytest.mark.parametrize(
     ("make", "parameters", "features"),
-    [(models.ResNet18, 11_689_512, 4_800), (models.ResNet50, 25_557_032, 26_560)],
+    [(resnet.ResNet18, 11_689_512, 4_800), (resnet.ResNet50, 25_557_032, 26_560)],
 )
 def test_as_many_parameters_as_everyone_counts(make, parameters, features):
     variables, logits = shapes(make)
@@ -42,13 +43,13 @@ def test_as_many_parameters_as_everyone_counts(make, parameters, features):
 
 
 def test_half_precision_is_for_the_layers_only():
-    variables, logits = shapes(models.ResNet50, dtype=jnp.bfloat16)
+    variables, logits = shapes(resnet.ResNet50, dtype=jnp.bfloat16)
     assert {v.dtype for v in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     assert logits.dtype == jnp.float32
 
 
 def test_the_stride_is_in_the_3x3():
-    block = models.BottleneckBlock(4, stride=2)
+    block = resnet.BottleneckBlock(4, stride=2)
     x = jnp.zeros((2, 8, 8, 3))
     outputs = []
 
@@ -70,7 +71,7 @@ def test_the_stride_is_in_the_3x3():
 
 def test_fused_is_the_same_network():
     """Same variables, same output, same gradient; of a block with a projection and one without."""
-    net = functools.partial(models.ResNet, (4,), (2,), block=models.BottleneckBlock)
+    net = functools.partial(resnet.ResNet, (4,), (2,), block=resnet.BottleneckBlock)
     x, dy = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(8, 8, 8, 3), (8, 10)]))
     variables = jax.jit(functools.partial(net().init, train=True))(jax.random.key(2), x)
     # A zero scale would hide the inner half of every block.
