@@ -27,110 +27,18 @@ its own part (``spread``).
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
-import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType
 
-import jbn
 from experiments.common import cluster
-from experiments.images.digits import bundled_digits
-from jbn import training
-
-AXIS = "batch"
-BATCH = 240  # images a step, over all devices
-SIZES = (784, 64, 32, 10)
-MODES = ("jit", "shard_map")  # two ways to spread a step over devices
-TIMEOUT = 300  # seconds, for a process started here
-
-
-def init(key: jax.Array) -> tuple[Any, Any]:
-    """Parameters and running statistics."""
-    keys = jax.random.split(key, len(SIZES) - 1)
-    pairs = zip(keys, SIZES[:-1], SIZES[1:], strict=True)
-    kernels = [jax.random.normal(k, (n, m)) / n**0.5 for k, n, m in pairs]
-    hidden = SIZES[1:-1]
-    params = {"kernels": kernels, "norms": [jbn.init_params(n) for n in hidden]}
-    return params, [jbn.init_stats(n) for n in hidden]
-
-
-def make_loss(axis_name: str | None) -> training.LossFn:
-    """Cross-entropy of a network of dense layers; `axis_name` under shard_map."""
-
-    def loss_fn(params: Any, stats: Any, batch: Any) -> tuple[Any, Any, Any]:
-        x, new = batch["images"].astype(jnp.float32), []
-        for kernel, norm, old in zip(params["kernels"], params["norms"], stats, strict=False):
-            x, updated = jbn.batch_norm(x @ kernel, norm, old, axis_name=axis_name)
-            x = jax.nn.relu(x)
-            new.append(updated)
-        logits = x @ params["kernels"][-1]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
-        accuracy = (logits.argmax(-1) == batch["labels"]).mean(dtype=jnp.float32)
-        return losses.mean(), new, {"accuracy": accuracy}
-
-    return loss_fn
-
-
-def spread(batch: Any, mesh: Mesh) -> Any:
-    """Global arrays over the mesh; every process provides the rows of its own devices."""
-    sharding = NamedSharding(mesh, P(AXIS))
-
-    def place(values: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
-
-    return jax.tree.map(place, batch)
-
-
-def train(mesh: Mesh, mode: str, steps: int, *, quiet: bool = True) -> training.TrainState:
-    """The state after `steps` steps on all devices of the mesh."""
-    optimizer = optax.sgd(0.1, momentum=0.9)
-    axis_name = AXIS if mode == "shard_map" else None
-    step = training.make_train_step(
-        make_loss(axis_name), optimizer, axis_name=axis_name, microbatches=2
-    )
-    if mode == "shard_map":
-        step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P())
-    step = jax.jit(step, donate_argnums=0)
-    everywhere = NamedSharding(mesh, P())
-
-    def start() -> training.TrainState:
-        return training.init(*init(jax.random.key(0)), optimizer)
-
-    state = jax.jit(start, out_shardings=everywhere)()
-    digits = bundled_digits()
-    rng = np.random.default_rng(0)  # the same order in every process
-    with jax.set_mesh(mesh):
-        for i in range(steps):
-            rows = rng.choice(len(digits.train_labels), BATCH, replace=False)
-            batch = {"images": digits.train_images[rows], "labels": digits.train_labels[rows]}
-            state, metrics = step(state, spread(batch, mesh))
-            if not quiet and (i + 1) % 10 == 0:
-                print(
-                    f"{mode:9} step {i + 1:3}: loss {metrics['loss']:.4f}, "
-                    f"accuracy {metrics['accuracy']:.3f}",
-                    flush=True,
-                )
-    return state
-
-
-def fingerprint(state: training.TrainState) -> str:
-    """A hash of all numbers: equal if and only if they are, bit for bit."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(state):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
+from experiments.multihost.processes import largest_difference, launch, read
+from experiments.multihost.training import AXIS, BATCH, MODES, fingerprint, train
 
 
 def work(args: argparse.Namespace) -> None:
@@ -147,57 +55,6 @@ def work(args: argparse.Namespace) -> None:
         if args.out is not None:
             leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
             np.savez(args.out / f"{mode}-{i}.npz", *leaves)
-
-
-def launch(processes: int, devices: int, steps: int, out: Path) -> list[str]:
-    """Starts `processes` processes on this machine, with virtual devices; returns their output.
-
-    Raises:
-      RuntimeError: one of them failed, or hung for `TIMEOUT` seconds; with what all of them said.
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "-m", "experiments.multihost", "--steps", str(steps)]
-    command += ["--out", str(out), "--coordinator", f"localhost:{port}"]
-    started = [
-        subprocess.Popen(
-            [*command, "--num-processes", str(processes), "--process-id", str(i)],
-            cwd=Path(__file__).parents[2],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(processes)
-    ]
-    said, failed = [], True
-    try:
-        said = [process.communicate(timeout=TIMEOUT)[0] for process in started]
-        failed = any(process.returncode for process in started)
-    except subprocess.TimeoutExpired:
-        pass
-    if failed:  # one that died leaves the others waiting for it
-        for process in started:
-            process.kill()
-        said = [process.communicate()[0] or "" for process in started]
-        everything = "\n".join(f"--- process {i}\n{text}" for i, text in enumerate(said))
-        raise RuntimeError(f"the {processes} processes did not all succeed:\n{everything}")
-    return said
-
-
-def read(out: Path, mode: str, process: int) -> list[np.ndarray]:
-    """The leaves of the TrainState that a process ended with."""
-    with np.load(out / f"{mode}-{process}.npz") as saved:
-        return list(saved.values())
-
-
-def largest_difference(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
-    """Of any two numbers, relative to the largest of their array."""
-    pairs = zip(a, b, strict=True)
-    return max(float(np.max(np.abs(x - y)) / (np.max(np.abs(y)) or 1)) for x, y in pairs)
 
 
 def compare(args: argparse.Namespace) -> int:

@@ -12,9 +12,8 @@ import optax
 from flax import linen
 
 import jbn.linen
-from experiments.nets import convolution, resnet
-from experiments.speed import peers
-from experiments.speed.peers import BASELINE
+from experiments.nets import convolution, layers, resnet
+from experiments.nets.layers import BASELINE
 
 
 class Slot(NamedTuple):
@@ -84,7 +83,7 @@ class Network(NamedTuple):
     dtype: str = "float32"  # that the layers compute in
 
     def training(self, slot: Slot) -> TrainingStep:
-        norm = functools.partial(slot.norm, momentum=peers.DECAY)
+        norm = functools.partial(slot.norm, momentum=layers.DECAY)
         dtype = None if self.dtype == "float32" else jnp.dtype(self.dtype)
         net = self.make(norm=norm, fused=slot.fused, dtype=dtype)
         return training_step(net, (self.batch, self.size, self.size, 3))

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from experiments.common import timing
-from experiments.speed.peers import BASELINE
+from experiments.nets.layers import BASELINE
 
 
 class Row(NamedTuple):

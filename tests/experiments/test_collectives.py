@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from experiments.collectives import programs, reading, table
+
 pytest.importorskip("tqdm")
 
 import jbn
@@ -171,7 +173,7 @@ def test_each_mode_compiles_for_the_cpu(tmp_path, capsys):
     header, *rows = map(json.loads, out.read_text().splitlines())
     assert header["widths"] == [64, 128, 256]
     assert [row["mode"] for row in rows] == [
-        mode.name for mode in collectives.MODES if collectives.applies(mode, "inference", "cpu")
+        mode.name for mode in programs.MODES if programs.applies(mode, "inference", "cpu")
     ]
     for row in rows:
         assert row["devices"] == 8
@@ -179,34 +181,34 @@ def test_each_mode_compiles_for_the_cpu(tmp_path, capsys):
     assert "| inference" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("mode", collectives.MODES[:5], ids=lambda mode: mode.name)
+@pytest.mark.parametrize("mode", programs.MODES[:5], ids=lambda mode: mode.name)
 def test_ghost_batches_need_no_collective(mode):
-    text = collectives.compiled("backward", mode, "ghost", jax.devices())
+    text = programs.compiled("backward", mode, "ghost", jax.devices())
     assert hlo.collectives(text) == []
 
 
 @pytest.mark.parametrize("statistics", ["plain", "masked"])
-@pytest.mark.parametrize("mode", collectives.MODES, ids=lambda mode: mode.name)
+@pytest.mark.parametrize("mode", programs.MODES, ids=lambda mode: mode.name)
 def test_a_layer_needs_one_collective_each_way(mode, statistics):
-    text = collectives.compiled("backward", mode, statistics, jax.devices())
-    *layers, elsewhere = collectives.by_layer(hlo.collectives(text))
+    text = programs.compiled("backward", mode, statistics, jax.devices())
+    *layers, elsewhere = reading.by_layer(hlo.collectives(text))
     assert [sum(layer.counts.values()) for layer in layers] == [2, 2, 2]
     assert not elsewhere.counts
     # (shift, mean, var) and the count forward, two sums backward: no data.
     numbers = 5 if statistics == "plain" else 6
-    assert [layer.sent for layer in layers] == [4 * numbers * c for c in collectives.WIDTHS]
+    assert [layer.sent for layer in layers] == [4 * numbers * c for c in programs.WIDTHS]
 
 
-@pytest.mark.parametrize("mode", collectives.MODES, ids=lambda mode: mode.name)
+@pytest.mark.parametrize("mode", programs.MODES, ids=lambda mode: mode.name)
 def test_a_mask_adds_a_sum_a_channel_to_the_gradients_of_parameters(mode):
     # The bias has a cotangent of its own where a masked value is not finite.
     plain, masked = (
-        hlo.traffic(hlo.collectives(collectives.compiled("parameters", mode, s, jax.devices())))
+        hlo.traffic(hlo.collectives(programs.compiled("parameters", mode, s, jax.devices())))
         for s in ("plain", "masked")
     )
     assert masked.counts == plain.counts
-    counts = 4 * sum(collectives.WIDTHS)  # which the forward pass gathers
-    assert masked.sent - plain.sent <= counts + 2 * 4 * sum(collectives.WIDTHS)
+    counts = 4 * sum(programs.WIDTHS)  # which the forward pass gathers
+    assert masked.sent - plain.sent <= counts + 2 * 4 * sum(programs.WIDTHS)
 
 
 def test_under_pmap_too():
@@ -222,9 +224,9 @@ def test_a_pod_that_is_not_here():
     pytest.importorskip("libtpu")
     collectives.prepare()
     devices = collectives.target_devices("v5e:2x2")
-    text = collectives.compiled("forward", collectives.MODES[3], "plain", devices)
+    text = programs.compiled("forward", programs.MODES[3], "plain", devices)
     sizes = [(c.kind, c.sent, c.received) for c in hlo.collectives(text)]
-    assert sizes == [("all-gather", 12 * c, 48 * c) for c in collectives.WIDTHS]
+    assert sizes == [("all-gather", 12 * c, 48 * c) for c in programs.WIDTHS]
 
 
 def test_a_target_that_the_compiler_does_not_know():
@@ -244,12 +246,12 @@ def test_a_target_without_a_compiler(monkeypatch):
 
 def recorded():
     lines = (DOCS / "collectives.jsonl").read_text().splitlines()
-    return [collectives.from_json(json.loads(line)) for line in lines[1:]]
+    return [reading.from_json(json.loads(line)) for line in lines[1:]]
 
 
 def test_the_table_is_that_of_the_numbers():
     page = (DOCS / "collectives-table.md").read_text()
-    assert page.endswith("\n\n" + collectives.table(recorded()))
+    assert page.endswith("\n\n" + table.table(recorded()))
 
 
 def test_one_collective_each_way():

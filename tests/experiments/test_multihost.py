@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import AxisType
 
 from experiments.multihost import __main__ as multihost
+from experiments.multihost import processes, training
 from tests.tolerance import eps
 
 STEPS = 6
@@ -17,12 +18,12 @@ CLOSE = {"rtol": 1e3 * eps("float32"), "atol": 1e3 * eps("float32")}
 def two_processes(tmp_path_factory):
     """mode -> what each of the processes ended with."""
     out = tmp_path_factory.mktemp("multihost")
-    said = multihost.launch(2, 2, STEPS, out)
+    said = processes.launch(2, 2, STEPS, out)
     assert "process 1 of 2: 2 of 4 devices" in said[1]
-    return {mode: [multihost.read(out, mode, i) for i in range(2)] for mode in multihost.MODES}
+    return {mode: [processes.read(out, mode, i) for i in range(2)] for mode in training.MODES}
 
 
-@pytest.mark.parametrize("mode", multihost.MODES)
+@pytest.mark.parametrize("mode", training.MODES)
 def test_processes_agree_bit_for_bit(two_processes, mode):
     for ours, theirs in zip(*two_processes[mode], strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -31,16 +32,16 @@ def test_processes_agree_bit_for_bit(two_processes, mode):
 @pytest.mark.parametrize(("mode", "devices"), [("shard_map", 4), ("jit", 1)], ids=str)
 def test_as_one_process(two_processes, mode, devices):
     mesh = jax.make_mesh(
-        (devices,), (multihost.AXIS,), (AxisType.Auto,), devices=jax.devices()[:devices]
+        (devices,), (training.AXIS,), (AxisType.Auto,), devices=jax.devices()[:devices]
     )
-    state = multihost.train(mesh, mode, STEPS)
+    state = training.train(mesh, mode, STEPS)
     for ours, one in zip(two_processes[mode][0], jax.tree.leaves(state), strict=True):
         np.testing.assert_allclose(ours, one, **CLOSE)
 
 
 def test_a_failing_process_is_shown(tmp_path):
     with pytest.raises(RuntimeError, match=r"--- process 0\n[\s\S]*missing is no folder"):
-        multihost.launch(1, 1, 0, tmp_path / "missing")
+        processes.launch(1, 1, 0, tmp_path / "missing")
 
 
 @pytest.mark.parametrize(

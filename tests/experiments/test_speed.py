@@ -14,17 +14,19 @@ import numpy as np
 import pytest
 from flax import linen
 
-from experiments.nets import resnet
+from experiments.nets import layers, resnet
+from experiments.speed import cases, dispatch, single_layer
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("tqdm")
 
 from experiments.common import timing
+from experiments.nets.layers import BASELINE, Case
+from experiments.nets.steps import SLOTS, Network
 from experiments.speed import __main__ as speed
 from experiments.speed import peers
 from experiments.speed import report as speed_report
-from experiments.speed.peers import BASELINE, Case
 from experiments.speed.report import Row
 
 # --- Timing --------------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ def lenient():
         yield
 
 
-@pytest.mark.parametrize("form", peers.FORMS)
+@pytest.mark.parametrize("form", layers.FORMS)
 @pytest.mark.filterwarnings("default")  # of other libraries
 def test_libraries_compute_the_same(form, lenient):
     """y, and the gradient of x: the two results that have a place in all libraries alike."""
@@ -137,7 +139,7 @@ def test_half_precision_comes_out_as_it_went_in(lenient):
 
 def test_the_floor_moves_every_element():
     case = Case((16, 8))
-    np.testing.assert_array_equal(peers.copy_program(case).run(), -peers.data(case).x)
+    np.testing.assert_array_equal(peers.copy_program(case).run(), -layers.data(case).x)
 
 
 # --- Rows, tables, regressions -------------------------------------------------------------------
@@ -218,8 +220,8 @@ def test_a_row_says_how_much_of_the_copy_it_reaches():
     """A layer that takes four times as long as the copy, and moves four times as much."""
     case = Case((64, 8))
     slow = peers.Program(lambda: time.sleep(4e-3)), peers.Program(lambda: time.sleep(1e-3))
-    programs = dict(zip((BASELINE, speed.COPY), slow, strict=True))
-    found = speed.time_programs("op", case, programs, speed.Config(rounds=5))
+    programs = dict(zip((BASELINE, cases.COPY), slow, strict=True))
+    found = single_layer.time_programs("op", case, programs, cases.Config(rounds=5))
     assert found[0].of_copy == pytest.approx(1, rel=0.3)  # sleeping is not exact
     assert found[1].of_copy == pytest.approx(1)
     assert found[1].ratio == pytest.approx(0.25, rel=0.3)
@@ -230,16 +232,16 @@ def test_a_row_says_how_much_of_the_copy_it_reaches():
 
 
 def test_shapes():
-    shapes = speed.shapes_of(["resnet50"], batch=4)
+    shapes = cases.shapes_of(["resnet50"], batch=4)
     assert (4, 112, 112, 64) in shapes
-    assert speed.MLP_SHAPE in shapes
+    assert cases.MLP_SHAPE in shapes
     assert len(shapes) == len(set(shapes)) == 13
-    assert speed.shapes_of(["some", "3x5"], 4) == [*speed.SOME_SHAPES, (3, 5)]
+    assert cases.shapes_of(["some", "3x5"], 4) == [*cases.SOME_SHAPES, (3, 5)]
     for name in ("big", "3", "3x0x2", "3xx2", "-3x2"):
         with pytest.raises(ValueError, match=rf"--shapes {name} is not a shape.*32x56x56x64"):
-            speed.shapes_of([name], 4)
+            cases.shapes_of([name], 4)
     with pytest.raises(ValueError, match="one value a channel"):
-        speed.shapes_of(["1x5"], 4)
+        cases.shapes_of(["1x5"], 4)
 
 
 def test_the_shapes_are_those_of_resnet50():
@@ -251,8 +253,8 @@ def test_the_shapes_are_those_of_resnet50():
         return call(*args, **kwargs)
 
     with linen.intercept_methods(record):
-        speed.Network("ResNet-50", resnet.ResNet50, 224, 2).training(speed.SLOTS[BASELINE])
-    assert found == {(2, *shape) for shape in speed.RESNET50_SHAPES}
+        Network("ResNet-50", resnet.ResNet50, 224, 2).training(SLOTS[BASELINE])
+    assert found == {(2, *shape) for shape in cases.RESNET50_SHAPES}
 
 
 def test_mistakes_are_explained(tmp_path):
@@ -289,9 +291,9 @@ def test_a_run_writes_numbers_tables_and_a_figure(quick):
     assert header["command"].startswith("python -m experiments.speed --quick")
     assert header["versions"]["jax"] == jax.__version__
     assert {r["part"] for r in rows} == {"op", "inference", "step"}
-    libraries = {BASELINE, "jbn", "jbn drop-in", speed.COPY, speed.FOLDED}
+    libraries = {BASELINE, "jbn", "jbn drop-in", cases.COPY, cases.FOLDED}
     assert {r["library"] for r in rows} == libraries
-    assert {r["quantity"] for r in rows} >= {*peers.PASSES, "inference", "step"}
+    assert {r["quantity"] for r in rows} >= {*layers.PASSES, "inference", "step"}
     assert all(r["low"] <= r["ratio"] <= r["high"] for r in rows)
     assert all(r["seconds"] > 0 for r in rows if r["quantity"] != "temporaries")
     assert all(r["ratio"] == 1 for r in rows if r["library"] == BASELINE)
@@ -332,9 +334,9 @@ def test_the_exit_status_says_whether_it_got_slower(tmp_path, monkeypatch, capsy
 def test_dispatch_of_layers():
     case = Case((8, 4), form="bn_relu")
     names = BASELINE, "jbn"
-    stages = {name: functools.partial(speed.layer_stages, name, case) for name in names}
-    rows = list(speed.time_stages(("8x4", "float32", "bn_relu"), stages, rounds=1, compiled=1))
-    assert [r.quantity for r in rows] == [q for q in speed.STAGES for _ in names]
+    stages = {name: functools.partial(dispatch.layer_stages, name, case) for name in names}
+    rows = list(dispatch.time_stages(("8x4", "float32", "bn_relu"), stages, rounds=1, compiled=1))
+    assert [r.quantity for r in rows] == [q for q in dispatch.STAGES for _ in names]
     found = {(r.quantity, r.library): r.seconds for r in rows}
     for name in names:
         parts = [found[q, name] for q in ("trace+lower", "compile")]
@@ -348,12 +350,12 @@ def test_networks_are_compiled_in_the_last_rounds(compiled):
 
     def stage(seconds, compile):
         asked.append(compile)
-        return speed.Stages(seconds, 10 * seconds if compile else None)
+        return dispatch.Stages(seconds, 10 * seconds if compile else None)
 
     stages = {BASELINE: functools.partial(stage, 2.0), "jbn": functools.partial(stage, 1.0)}
-    rows = list(speed.time_stages(("net", "float32", "-"), stages, rounds=2, compiled=compiled))
+    rows = list(dispatch.time_stages(("net", "float32", "-"), stages, rounds=2, compiled=compiled))
     assert asked == [False] * 4 + [bool(compiled)] * 2
-    quantities = list(speed.STAGES) if compiled else ["trace+lower"]
+    quantities = list(dispatch.STAGES) if compiled else ["trace+lower"]
     assert [(r.quantity, r.library, r.ratio) for r in rows] == [
         (quantity, *result) for quantity in quantities for result in ((BASELINE, 1.0), ("jbn", 0.5))
     ]

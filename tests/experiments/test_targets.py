@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from experiments.common import compilers
 from experiments.nets import resnet
+from experiments.targets import programs, reading, table
 
 pytest.importorskip("tqdm")
 
 import jbn.linen
 from experiments.common import hlo
 from experiments.common.hlo import Kernel
-from experiments.targets import __main__ as targets
+from experiments.targets import command as targets
 
 # --- ResNet-18 and ResNet-50 ---------------------------------------------------------------------
 
@@ -191,12 +193,12 @@ def test_every_row_compiles_for_the_cpu(tmp_path, capsys):
 
 def row(library, moved, temporaries, elements):
     about = "h100", "op", "2x3", "float32", "bn_relu"
-    return targets.Row(*about, library, 7, moved, temporaries, 1.5, elements)
+    return reading.Row(*about, library, 7, moved, temporaries, 1.5, elements)
 
 
 def test_ratios_are_over_flax():
     rows = [row("flax.linen", 2000, 1000, 100), row("jbn", 1500, 400, 100)]
-    *_, line = targets.table(rows).splitlines()
+    *_, line = table.table(rows).splitlines()
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == ["2x3, BN+relu", "float32", "jbn", "7", "15.00 B/element", "0.750",
                      "4.00 B/element", "0.400", "1.5 s"]  # fmt: skip
@@ -204,7 +206,7 @@ def test_ratios_are_over_flax():
 
 def test_a_few_vectors_have_no_ratio():
     rows = [row("flax.linen", 2000, 3, 100), row("jbn", 1500, 9, 100)]
-    assert targets.table(rows).splitlines()[-1].count(" - |") == 1
+    assert table.table(rows).splitlines()[-1].count(" - |") == 1
 
 
 @pytest.mark.parametrize(("name", "command"), [("h100", r"jax\[cuda12\]"), ("v5e", "libtpu")])
@@ -219,10 +221,10 @@ def test_a_target_without_a_compiler(name, command, monkeypatch):
 def test_a_device_that_is_not_here(name):
     """The layer and its ReLU move no more than Flax's, and need no temporaries of x's size."""
     pytest.importorskip("libtpu" if name == "v5e" else "jax_plugins.xla_cuda12")
-    targets.prepare()
-    on = targets.device(name)
+    compilers.prepare()
+    on = compilers.device(name)
     shape = (28, 28, 512)
-    found = [p for p in targets.op(128, [shape], ["bfloat16"]) if p.form == "bn_relu"]
-    flax, own = (targets.measure(name, on, program) for program in found)
+    found = [p for p in programs.op(128, [shape], ["bfloat16"]) if p.form == "bn_relu"]
+    flax, own = (reading.measure(name, on, program) for program in found)
     assert own.moved <= 1.02 * flax.moved  # sums of blocks are 1 %
     assert own.temporaries < own.elements
