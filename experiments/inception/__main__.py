@@ -44,31 +44,19 @@ not measured with this program.
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 from experiments.common import cluster
-from experiments.common.command import NO_IMAGES
-from experiments.images import data
+from experiments.common.command import NO_IMAGES, as_typed
 from experiments.inception import report as inception_report
 from experiments.inception import training as inception_train
-from experiments.inception.recipes import (
-    ENSEMBLE,
-    INITS,
-    RATES,
-    RECIPES,
-    REMARKS,
-    SCALES,
-    TABLE,
-)
-from experiments.inception.training import STATISTICS, Options, Run, Sets
+from experiments.inception.jobs import deal, spawn
+from experiments.inception.recipes import ENSEMBLE, INITS, RATES, RECIPES, REMARKS, SCALES, TABLE
+from experiments.inception.runs import STATISTICS, Options, Run, load, results_of
 from experiments.nets import bn_inception
 
 ROWS = tuple(row.name for row in bn_inception.BN_INCEPTION)
@@ -100,42 +88,6 @@ def runs(args: argparse.Namespace) -> list[Run]:
         chosen += [Run(name, recipe, scale, rate, seed)
                    for seed in seeds for name, recipe, rate in some]  # fmt: skip
     return sorted(dict.fromkeys(chosen), key=lambda run: run.seed)
-
-
-def deal(chosen: list[Run], jobs: int) -> list[list[Run]]:
-    """The runs, each to the job that has the fewest steps so far."""
-    hands: list[list[Run]] = [[] for _ in range(jobs)]
-    for run in chosen:
-        min(hands, key=lambda hand: sum(r.steps for r in hand)).append(run)
-    return hands
-
-
-def spawn(argv: Sequence[str], jobs: int, out: Path) -> None:
-    """Starts the jobs on this machine, each with one thread, and waits for all.
-
-    Two jobs of one thread do almost twice as much as one job of two: the layers are small.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-    environment = os.environ | {"XLA_FLAGS": flags, "OMP_NUM_THREADS": "1"}
-    started = []
-    for job in range(jobs):
-        log = out / f"job-{job}.log"
-        command = [sys.executable, "-m", "experiments.inception", *argv]
-        command += ["--job-of-several", str(job)]
-        with log.open("w") as file:
-            started.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
-        print(f"job {job} writes to {log}")
-    try:
-        while any(p.poll() is None for p in started) and not any(p.poll() for p in started):
-            time.sleep(1)
-        failed = [job for job, process in enumerate(started) if process.poll()]
-    finally:  # after a failure or an interrupt; the others go on from their checkpoints, next time
-        for process in started:
-            process.terminate()
-            process.wait()
-    if failed:
-        sys.exit(f"error: job {failed[0]} failed; {out / f'job-{failed[0]}.log'} says why.")
 
 
 # --- Command line -------------------------------------------------------------------------------
@@ -286,13 +238,6 @@ def check_devices(chosen: list[Run], devices: int) -> None:
                 )
 
 
-def load(args: argparse.Namespace) -> Sets:
-    """The images asked for."""
-    if args.dataset == "smoke":
-        return Sets(*data.stripes(320, 80))
-    return Sets(*data.open_dataset(args.data_dir, args.dataset))
-
-
 def train(chosen: list[Run], argv: Sequence[str], args: argparse.Namespace) -> None:
     """Trains one after the other, and says where the measurements are."""
     cluster.join(args)
@@ -301,15 +246,10 @@ def train(chosen: list[Run], argv: Sequence[str], args: argparse.Namespace) -> N
     # Another process need not compile the same program again.
     jax.config.update("jax_compilation_cache_dir", str((args.out / "compiled").resolve()))
     check_devices(chosen, args.devices or jax.device_count())
-    sets = load(args)
+    sets = load(args.dataset, args.data_dir)
+    about = {"command": as_typed("inception", argv, args.data_dir)}
     for run in chosen:
-        print(inception_train.train(run, sets, args.out, about(argv, args), options_of(args)))
-
-
-def about(argv: Sequence[str], args: argparse.Namespace, name: str = "inception") -> dict[str, str]:
-    """The command, but for where the images lay."""
-    shown = ["DIR" if arg == args.data_dir else arg for arg in argv]
-    return {"command": shlex.join(["python", "-m", f"experiments.{name}", *shown])}
+        print(inception_train.train(run, sets, args.out, about, options_of(args)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -329,11 +269,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(inception_report.report(args.out))
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
-
-
-def results_of(dataset: str) -> Path:
-    """Where results go if nothing is said: every data set has a folder of its own."""
-    return Path("results/inception", dataset)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from experiments.common.figures import new_figure, save
 
 if TYPE_CHECKING:
-    from experiments.inception.report import Curve
+    from experiments.inception.curves import Curve
 
 # Colour and dashes of a curve: apart for colour-blind readers, and in print.
 LOOKS = {

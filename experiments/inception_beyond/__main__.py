@@ -55,20 +55,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from experiments.common.command import NO_IMAGES, at_least_one
+from experiments.common.command import NO_IMAGES, as_typed, at_least_one
 from experiments.common.records import Records, aligned
-from experiments.images import data
-from experiments.inception import __main__ as inception
-from experiments.inception import training as inception_train
-from experiments.inception.recipes import SCALES, TABLE, Scale, network
-from experiments.inception.training import Options, Sets
+from experiments.inception import runs
+from experiments.inception.recipes import SCALES
+from experiments.inception.runs import Sets
 from experiments.inception_beyond import depth as inception_depth
 from experiments.inception_beyond import ensemble as inception_ensemble
 from experiments.inception_beyond import figures as inception_beyond_figures
 from experiments.inception_beyond import identity as inception_identity
+from experiments.inception_beyond.ensemble import ensemble_table
+from experiments.inception_beyond.identity import identity_table, write_identity
+from experiments.inception_beyond.inputs import chosen_network, middle, some_images
+from experiments.nets.inputs import as_input
 
 BATCHES = 32  # images, as in training; beside that all of them at once
 
@@ -95,9 +95,7 @@ def identity(args: argparse.Namespace, sets: Sets, about: dict[str, Any]) -> Non
     net, variables = chosen_network(args, sets)
     path = tuple(args.layer.split("/")) if args.layer else middle(net)
     batch = some_images(sets.train, SCALES[args.dataset], args.images or 2000)
-    x = inception_identity.activations(
-        net, variables, inception_train.as_input(batch["image"]), path
-    )
+    x = inception_identity.activations(net, variables, as_input(batch["image"]), path)
     found, n = {}, len(x)
     header = about | {"layer": "/".join(path), "images": n, "rate": args.rate}
     with Records(args.out / "identity.jsonl", **header, run=args.run) as records:
@@ -108,31 +106,6 @@ def identity(args: argparse.Namespace, sets: Sets, about: dict[str, Any]) -> Non
     print(f"{'/'.join(path)}: {n} images, {x.shape[-1]} features")
     print(aligned(identity_table(found)))
     inception_beyond_figures.identity(args.out / "identity.png", found)
-
-
-def write_identity(records: Records, batch: int, found: inception_identity.Learned) -> None:
-    """How far off the features are, at steps 0, 1, 2, 4, 8, ...; and each feature at last."""
-    last = len(found.scale) - 1
-    for step in sorted({0, last, *(2**i for i in range(last.bit_length()))}):
-        scale, bias = found.scale_error[step], found.bias_error[step]
-        records.write("error", batch=batch, step=step, scale_median=float(np.median(scale)),
-                      scale_worst=float(scale.max()), bias_median=float(np.median(bias)),
-                      bias_worst=float(bias.max()))  # fmt: skip
-    values = zip(found.scale[-1], found.std, found.bias[-1], found.mean, strict=True)
-    for i, (scale, std, bias, mean) in enumerate(values):
-        records.write("feature", batch=batch, feature=i, scale=float(scale), std=float(std),
-                      bias=float(bias), mean=float(mean))  # fmt: skip
-    records.write("residual", batch=batch, residual=found.residual)
-
-
-def identity_table(learned: dict[str, inception_identity.Learned]) -> list[list[str]]:
-    """A line for each size of batches."""
-    rows = [["", "error of scale: median", "worst", "of bias: median", "worst", "BN(x) - x"]]
-    for name, found in learned.items():
-        errors = found.scale_error[-1], found.bias_error[-1]
-        values = [f(e) for e in errors for f in (np.median, np.max)]
-        rows.append([name, *(f"{v:.2%}" for v in (*values, found.residual))])
-    return rows
 
 
 def ensemble(args: argparse.Namespace, sets: Sets, about: dict[str, Any]) -> None:
@@ -160,61 +133,6 @@ def ensemble(args: argparse.Namespace, sets: Sets, about: dict[str, Any]) -> Non
     inception_beyond_figures.ensemble(args.out / "ensemble.png", rows)
 
 
-def ensemble_table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """A line for each network, the mean over them, and all together; top-1 (top-5) accuracy."""
-    ways = list(dict.fromkeys((row["crops"], row["statistics"]) for row in rows))
-    cells: dict[str, list[str]] = {name: [] for name in dict.fromkeys(row["name"] for row in rows)}
-    mean: list[str] = []
-    for way in ways:
-        mine = [row for row in rows if (row["crops"], row["statistics"]) == way]
-        for row in mine:
-            cells[row["name"]].append(f"{row['top1']:.2%} ({row['top5']:.2%})")
-        members = [row for row in mine if row["kind"] == "member"]
-        top1, top5 = (np.mean([row[k] for row in members]) for k in ("top1", "top5"))
-        mean.append(f"{top1:.2%} ({top5:.2%})")
-    *alone, together = cells.items()
-    header = ["network", *(f"{crops}, {statistics}" for crops, statistics in ways)]
-    lines = [*alone, ("mean of them", mean), together]
-    return [header, *([name, *values] for name, values in lines)]
-
-
-# --- What they need -----------------------------------------------------------------------------
-
-
-def some_images(images: data.ImageSet, scale: Scale, n: int) -> dict[str, jax.Array]:
-    """A batch of n, or of all that there are, cropped and mirrored as in training."""
-    batches = data.train_batches(
-        images, batch=min(n, len(images)), size=scale.size, seed=0, crop=scale.crop
-    )
-    try:
-        return jax.tree.map(jnp.asarray, next(batches))
-    finally:
-        batches.close()
-
-
-def chosen_network(args: argparse.Namespace, sets: Sets) -> tuple[Any, Any]:
-    """That of a run, or BN-x5 before training, with its variables."""
-    n_classes = len(sets.train.classes)
-    if args.run:
-        member = inception_ensemble.restore(args.out / args.run, args.dataset, n_classes, 1)
-        slots = inception_train.network_slots(member.run.scale, n_classes, member.options)
-        net = network(member.run.recipe, member.run.scale, **slots)
-        stats = member.stats["moving averages"]
-        return net, {"params": member.params, "batch_stats": stats}
-    scale = SCALES[args.dataset]
-    slots = inception_train.network_slots(scale, n_classes, Options())
-    net = network(TABLE["BN-x5"], scale, **slots)
-    image = jnp.zeros((1, scale.size, scale.size, 3))
-    start = inception_depth.quickly(lambda key: net.init(key, image, train=False))
-    return net, start(jax.random.key(0))
-
-
-def middle(net: Any) -> tuple[str, ...]:
-    """The unit half way through the network."""
-    path = inception_depth.longest_path(net)
-    return path[len(path) // 2]
-
-
 # --- Command line -------------------------------------------------------------------------------
 
 ACTIONS = {"depth": depth, "identity": identity, "ensemble": ensemble}
@@ -239,7 +157,7 @@ def parser() -> argparse.ArgumentParser:
         "takes all)")  # fmt: skip
     add("--workers", type=int, default=0, metavar="N", help="processes that read images")
     add("--out", type=Path, metavar="DIR", help="where results go, and where runs of "
-        f"experiments.inception are (default: {inception.results_of('DATASET')})")  # fmt: skip
+        f"experiments.inception are (default: {runs.results_of('DATASET')})")  # fmt: skip
     add = p.add_argument_group("depth").add_argument
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     add = p.add_argument_group("identity").add_argument
@@ -263,14 +181,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line, or from Python with a list of arguments."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = (p := parser()).parse_args(argv)
-    args.out = args.out or inception.results_of(args.dataset)
+    args.out = args.out or runs.results_of(args.dataset)
     if args.data_dir is None and args.dataset != "smoke":
         p.error(NO_IMAGES)
     try:
-        sets = inception.load(args)
+        sets = runs.load(args.dataset, args.data_dir)
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
-    about = inception.about(argv, args, "inception_beyond")
+    about = {"command": as_typed("inception_beyond", argv, args.data_dir)}
     one_device = jax.make_mesh((1,), ("batch",), (jax.sharding.AxisType.Auto,))
     for what in args.what:
         try:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from experiments.inception import training as inception_train
+from experiments.inception import programs, runs
 from experiments.inception.recipes import TABLE, Scale, network
 from experiments.nets import bn_inception
 
@@ -87,7 +87,7 @@ def probe(
             return y
 
         with nn.intercept_methods(note):
-            loss, *_ = inception_train.make_loss(net)(params, stats, batch, jax.random.key(0))
+            loss, *_ = programs.make_loss(net)(params, stats, batch, jax.random.key(0))
         return loss, outputs
 
     _, shapes = jax.eval_shape(lambda: forward(params, {}))
@@ -115,7 +115,7 @@ def profiles(
     scale: Scale, n_classes: int, batch: Any, seeds: Sequence[int], inits: Sequence[float] = INITS
 ) -> Iterator[Profile]:
     """Of networks as they are before training; Dropout is left out of all of them."""
-    slots = inception_train.network_slots(scale, n_classes, inception_train.Options())
+    slots = programs.network_slots(scale, n_classes, runs.Options())
     image = jnp.zeros((1, scale.size, scale.size, 3))
     for name, recipe in NETS.items():
         fresh = network(recipe, scale, **slots)

@@ -25,9 +25,12 @@ from jax import lax
 import jbn.training
 from experiments.common import checkpoints
 from experiments.images import augment, data
+from experiments.inception import notebook, programs
 from experiments.inception import training as inception_train
+from experiments.inception.programs import Program
 from experiments.inception.recipes import SCALES, Recipe, hyperparameters, network
-from experiments.inception.training import Options, Program, Run, Sets
+from experiments.inception.runs import Options, Run, Sets
+from experiments.nets.inputs import as_input
 
 CROPS = ("shifts", "144")
 
@@ -53,7 +56,7 @@ class Score(NamedTuple):
         """With one more batch: ``probabilities: [N, n_classes]``."""
         seen, labels = batch["mask"], np.maximum(batch["label"], 0)
         own = np.take_along_axis(probabilities, labels[:, None], 1)
-        place = np.asarray(inception_train.rank(jnp.asarray(probabilities), jnp.asarray(labels)))
+        place = np.asarray(programs.rank(jnp.asarray(probabilities), jnp.asarray(labels)))
         loss = -np.log(np.maximum(own[:, 0], np.finfo(np.float32).tiny))
         values = (np.ones(len(seen)), place <= 1, place <= 5, loss)
         return Score(*(a + float(v[seen].sum()) for a, v in zip(self, values, strict=True)))
@@ -74,8 +77,8 @@ def finished(out: Path, recipe: str) -> list[Path]:
     """
     found = []
     for path in sorted(out.glob("*/measurements.jsonl")):
-        [*_, header] = inception_train.lines(path, "header") or [{"run": ""}]
-        ends = inception_train.lines(path, "end")
+        [*_, header] = notebook.lines(path, "header") or [{"run": ""}]
+        ends = notebook.lines(path, "end")
         # A variant is called "recipe, change".
         named = recipe in (header["run"], header["run"].split(",")[0])
         if named and ends and not ends[-1]["diverged"]:
@@ -103,7 +106,7 @@ def restore(
     Raises:
       FileNotFoundError: the folder has no run, or the run no checkpoint.
     """
-    headers = inception_train.lines(folder / "measurements.jsonl", "header")
+    headers = notebook.lines(folder / "measurements.jsonl", "header")
     if not (headers and (folder / "checkpoints").is_dir()):
         raise FileNotFoundError(
             f"{folder} holds no run with a checkpoint. Expected a folder that "
@@ -143,21 +146,21 @@ def compiled(run: Run, options: Options, n_classes: int) -> Compiled:
 
 @functools.cache
 def _compiled(recipe: Recipe, scale: Any, n_classes: int, options: Options) -> Compiled:
-    slots = inception_train.network_slots(scale, n_classes, options)
+    slots = programs.network_slots(scale, n_classes, options)
     net = network(recipe, scale, **slots)
 
     def probabilities(crops: str, params: Any, stats: Any, images: jax.Array) -> jax.Array:
         variables = {"params": params, "batch_stats": stats}
 
         def add(total: jax.Array, view: jax.Array) -> tuple[jax.Array, None]:
-            logits: Any = net.apply(variables, inception_train.as_input(view), train=False)
+            logits: Any = net.apply(variables, as_input(view), train=False)
             return total + jax.nn.softmax(logits), None
 
         looks = views(images, crops)
         total, _ = lax.scan(add, jnp.zeros((len(images), n_classes)), looks)
         return total / len(looks)
 
-    program = inception_train.program(recipe, scale, n_classes, options)
+    program = programs.program(recipe, scale, n_classes, options)
     return Compiled(program, jax.jit(probabilities, static_argnums=0))
 
 
@@ -233,3 +236,21 @@ def predict(
         with jax.set_mesh(made.program.mesh):
             placed = made.program.place(images)
             yield np.asarray(made.probabilities(crops, member.params, stats, placed))
+
+
+def ensemble_table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A line for each network, the mean over them, and all together; top-1 (top-5) accuracy."""
+    ways = list(dict.fromkeys((row["crops"], row["statistics"]) for row in rows))
+    cells: dict[str, list[str]] = {name: [] for name in dict.fromkeys(row["name"] for row in rows)}
+    mean: list[str] = []
+    for way in ways:
+        mine = [row for row in rows if (row["crops"], row["statistics"]) == way]
+        for row in mine:
+            cells[row["name"]].append(f"{row['top1']:.2%} ({row['top5']:.2%})")
+        members = [row for row in mine if row["kind"] == "member"]
+        top1, top5 = (np.mean([row[k] for row in members]) for k in ("top1", "top5"))
+        mean.append(f"{top1:.2%} ({top5:.2%})")
+    *alone, together = cells.items()
+    header = ["network", *(f"{crops}, {statistics}" for crops, statistics in ways)]
+    lines = [*alone, ("mean of them", mean), together]
+    return [header, *([name, *values] for name, values in lines)]

@@ -23,6 +23,7 @@ import numpy as np
 from flax import linen as nn
 
 import jbn
+from experiments.common.records import Records
 from experiments.nets import bn_inception
 
 EPSILON = 1e-5
@@ -120,3 +121,28 @@ def moments(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of each feature over all else, in float64."""
     values = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
     return values.mean(0), values.var(0)
+
+
+def write_identity(records: Records, batch: int, found: Learned) -> None:
+    """How far off the features are, at steps 0, 1, 2, 4, 8, ...; and each feature at last."""
+    last = len(found.scale) - 1
+    for step in sorted({0, last, *(2**i for i in range(last.bit_length()))}):
+        scale, bias = found.scale_error[step], found.bias_error[step]
+        records.write("error", batch=batch, step=step, scale_median=float(np.median(scale)),
+                      scale_worst=float(scale.max()), bias_median=float(np.median(bias)),
+                      bias_worst=float(bias.max()))  # fmt: skip
+    values = zip(found.scale[-1], found.std, found.bias[-1], found.mean, strict=True)
+    for i, (scale, std, bias, mean) in enumerate(values):
+        records.write("feature", batch=batch, feature=i, scale=float(scale), std=float(std),
+                      bias=float(bias), mean=float(mean))  # fmt: skip
+    records.write("residual", batch=batch, residual=found.residual)
+
+
+def identity_table(learned: dict[str, Learned]) -> list[list[str]]:
+    """A line for each size of batches."""
+    rows = [["", "error of scale: median", "worst", "of bias: median", "worst", "BN(x) - x"]]
+    for name, found in learned.items():
+        errors = found.scale_error[-1], found.bias_error[-1]
+        values = [f(e) for e in errors for f in (np.median, np.max)]
+        rows.append([name, *(f"{v:.2%}" for v in (*values, found.residual))])
+    return rows

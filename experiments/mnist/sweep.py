@@ -10,7 +10,6 @@ Run it with ``python -m experiments.mnist --sweep``.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -18,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common import figures
 from experiments.common.records import Records
 from experiments.images.digits import N_CLASSES, Digits
 from experiments.mnist.mlp import NETS, SIZES, init_mlp
-from experiments.mnist.training import BATCH, Learner, chunks, evaluate, train_steps
+from experiments.mnist.training import Learner, chunks, evaluate, train_steps
 
 
 class Grid(NamedTuple):
@@ -33,21 +31,6 @@ class Grid(NamedTuple):
     steps: int = 3_000
     every: int = 250  # steps from one movement of the progress bar to the next
     seed: int = 0
-
-
-def sweep(grid: Grid, digits: Digits, path: Path, about: dict[str, str]) -> None:
-    """Train both networks at every point of the grid; write numbers and figure; print counts."""
-    numbers = path.with_suffix(".jsonl")
-    accuracies = {}
-    with Records(numbers, **about, batch=BATCH, **grid._asdict()) as records:
-        for net in NETS:
-            accuracies[net], loss = train_all(grid, digits, net)
-            write_cells(records, grid, net, accuracies[net], loss)
-    for net, accuracy in accuracies.items():
-        trained = [f"{(accuracy > level).sum()} pass {level:.0%}" for level in (0.5, 0.8, 0.9)]
-        print(f"{net:>10}: of {accuracy.size} settings, {', '.join(trained)} test accuracy")
-    figures.sweep(path, grid, accuracies)
-    print(f"figure:  {path}\nnumbers: {numbers}")
 
 
 def write_cells(

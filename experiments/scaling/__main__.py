@@ -31,272 +31,30 @@ proportional to the images a step (Goyal et al., arXiv 1706.02677), running aver
 from __future__ import annotations
 
 import argparse
-import functools
-import itertools
-import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import linen as nn
-from jax import Array, lax
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from jax.typing import ArrayLike
-from tqdm import tqdm
 
-import jbn.linen
-import jbn.training
-from experiments.common import cluster, figures
-from experiments.common.command import at_least_one
-from experiments.common.records import Records, aligned
+from experiments.common import cluster
+from experiments.common.command import as_typed, at_least_one
+from experiments.common.records import Records
 from experiments.images.photos import (
     CIFAR10_URL,
     CIFAR10_WANTED,
-    N_CLASSES,
     Photos,
     download_cifar10,
     painted_stripes,
     read_cifar10,
 )
-from experiments.nets.convolution import matmul_conv
-from experiments.nets.resnet import ResNet
-
-# In this order the first of several that are the same on so many devices is the one that runs.
-STATISTICS = ("local", "synchronised", "ghost")
-AXIS = "batch"
-JUDGED_AT_ONCE = 512  # images
-
-
-class Config(NamedTuple):
-    """What the runs depend on, besides the photographs."""
-
-    devices: tuple[int, ...] = (1, 2, 4, 8)
-    per_device: int = 2  # images a device and step
-    images: int = 16_000  # that a run trains on
-    seeds: tuple[int, ...] = (0, 1)
-    learning_rate: float = 0.1  # the first, at 16 images a step
-    window: int = 2_000  # images that the running statistics average over
-    every: int = 2_000  # images from one movement of the progress bar to the next
-    judged: int = 2_560  # images of either set that a network is judged by
-    widths: tuple[int, ...] = (16, 32, 64)
-    stem_stride: int = 2
-
-
-class Case(NamedTuple):
-    """One network to train."""
-
-    statistics: str
-    devices: int
-    seed: int
-
-
-class Judgement(NamedTuple):
-    """How a network does on a set of images."""
-
-    loss: Array  # [] nats, mean over the images
-    accuracy: Array  # []
-    predicted: Array  # [N] int32, the class of each image
-
-
-# --- Which runs there are -----------------------------------------------------------------------
-
-
-def sharing(statistics: str, devices: int) -> int:
-    """How many devices share their statistics. An odd number has no pairs: there ghost is local."""
-    pair = 2 if devices % 2 == 0 else 1
-    return {"local": 1, "ghost": pair, "synchronised": devices}[statistics]
-
-
-def runs_as(statistics: str, devices: int) -> str:
-    """The statistics that stand for these: on one device all are the same, on two two of them."""
-    shared = sharing(statistics, devices)
-    return next(name for name in STATISTICS if sharing(name, devices) == shared)
-
-
-def cases(config: Config) -> Iterator[Case]:
-    """Every network that differs from the ones before; a whole table first, then the next seed."""
-    for seed, devices in itertools.product(config.seeds, config.devices):
-        for statistics in STATISTICS:
-            if runs_as(statistics, devices) == statistics:
-                yield Case(statistics, devices, seed)
-
-
-# --- Training -----------------------------------------------------------------------------------
-
-
-def network(config: Config, statistics: str = "local", devices: int = 1) -> ResNet:
-    """The same layers in every run: the scope of the statistics is no parameter."""
-    # So the running statistics average over as many images however many make a step.
-    momentum = max(0.0, 1 - config.per_device * devices / config.window)
-    scope: dict[str, Any] = {"local": {}, "synchronised": {"axis_name": AXIS}}.get(
-        statistics, {"groups": devices // sharing(statistics, devices)}
-    )
-    return ResNet(
-        widths=config.widths,
-        blocks=(1,) * len(config.widths),
-        stem_stride=config.stem_stride,
-        n_classes=N_CLASSES,
-        norm=functools.partial(jbn.linen.BatchNorm, momentum=momentum, **scope),
-        conv=functools.partial(nn.Conv, conv_general_dilated=matmul_conv),
-    )
-
-
-def as_input(images: Array) -> Array:
-    """uint8 to float32 of about zero mean and unit variance."""
-    return (images.astype(jnp.float32) - 127.5) / 64.0
-
-
-def make_optimizer(config: Config, devices: int) -> optax.GradientTransformation:
-    """SGD with momentum, on a cosine from a rate proportional to the images a step."""
-    batch = config.per_device * devices
-    first, steps = config.learning_rate * batch / 16, config.images // batch
-
-    def rate(step: ArrayLike) -> Array:
-        done = jnp.asarray(step, jnp.float32) / steps
-        return first * 0.5 * (1 + jnp.cos(jnp.pi * done))
-
-    return optax.sgd(rate, momentum=0.9)
-
-
-def make_loss(net: ResNet) -> Callable[..., tuple[Array, Any, dict[str, Array]]]:
-    """Softmax cross-entropy [nats], mean over the batch; and the updated running statistics."""
-
-    def loss_fn(params: Any, stats: Any, batch: tuple[Array, Array]) -> Any:
-        images, labels = batch
-        variables = {"params": params, "batch_stats": stats}
-        logits, new = net.apply(variables, as_input(images), True, mutable=["batch_stats"])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean(), new["batch_stats"], {}
-
-    return loss_fn
-
-
-@functools.cache
-def make_trainer(config: Config, statistics: str, devices: int) -> tuple[Mesh, Callable[..., Any]]:
-    """The mesh, and the compiled ``(state, images, labels) -> (state, mean loss)`` of many steps.
-
-    ``images: [steps, batch, 32, 32, 3]`` and ``labels: [steps, batch]`` are split over the devices.
-    """
-    mesh = jax.make_mesh((devices,), (AXIS,), (AxisType.Auto,), devices=jax.devices()[:devices])
-    axis_name = None if statistics == "ghost" else AXIS
-    net = network(config, statistics, devices)
-    step = jbn.training.make_train_step(
-        make_loss(net), make_optimizer(config, devices), axis_name=axis_name
-    )
-
-    def train_steps(
-        state: jbn.training.TrainState, images: Array, labels: Array
-    ) -> tuple[jbn.training.TrainState, Array]:
-        state, metrics = lax.scan(step, state, (images, labels))
-        return state, metrics["loss"].mean()
-
-    if axis_name is not None:
-        split = P(None, AXIS)
-        train_steps = jax.shard_map(
-            train_steps, mesh=mesh, in_specs=(P(), split, split), out_specs=P()
-        )
-    everywhere = NamedSharding(mesh, P())
-    return mesh, jax.jit(train_steps, out_shardings=everywhere, donate_argnums=0)
-
-
-def image_order(n_images: int, wanted: int, seed: int) -> np.ndarray:
-    """Which image comes when, ``[wanted]``: every epoch a new shuffle."""
-    rng = np.random.default_rng(seed)
-    epochs = [rng.permutation(n_images) for _ in range(-(-wanted // n_images))]
-    return np.concatenate(epochs)[:wanted]
-
-
-def train(config: Config, photos: Photos, case: Case) -> tuple[Any, float]:
-    """The trained variables, and the mean loss over the last ``config.every`` images."""
-    mesh, train_steps = make_trainer(config, case.statistics, case.devices)
-    batch = config.per_device * case.devices
-    init = jax.jit(functools.partial(network(config).init, train=False))
-    variables = init(jax.random.key(case.seed), as_input(jnp.asarray(photos.train_images[:1])))
-    state = jbn.training.init(
-        variables["params"], variables["batch_stats"], make_optimizer(config, case.devices)
-    )
-    state = jax.device_put(state, NamedSharding(mesh, P()))
-    split = NamedSharding(mesh, P(None, AXIS))
-    order, loss = image_order(len(photos.train_images), config.images, case.seed), jnp.nan
-    name = f"{case.statistics}, {case.devices} devices, seed {case.seed}"
-    with tqdm(total=config.images, desc=name, unit=" images") as bar:
-        for chunk in np.split(order, range(config.every, config.images, config.every)):
-            rows = chunk.reshape(-1, batch)
-            images, labels = jax.device_put(
-                (photos.train_images[rows], photos.train_labels[rows]), split
-            )
-            with jax.set_mesh(mesh):  # tells jbn how many parts a sharded array has
-                state, loss = train_steps(state, images, labels)
-            bar.set_postfix_str(f"loss {float(loss):.3f}")
-            bar.update(len(chunk))
-    return jax.device_get({"params": state.params, "batch_stats": state.stats}), float(loss)
-
-
-# --- Judging ------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnames=("config", "shared_by"))
-def judge(
-    config: Config, variables: Any, images: Array, labels: Array, shared_by: int | None = None
-) -> Judgement:
-    """Loss and accuracy by the running statistics, or by those of ``shared_by`` images at a time.
-
-    The latter is what a training step sees whose devices share statistics over so many images.
-    Images that fill no group are left out.
-    """
-    net, size = network(config), shared_by or 1
-
-    def one_group(group: tuple[Array, Array]) -> tuple[Array, Array]:
-        pixels, truth = group
-        train = shared_by is not None
-        logits, _ = net.apply(variables, as_input(pixels), train, mutable=["batch_stats"])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, truth)
-        return losses, logits.argmax(-1).astype(jnp.int32)
-
-    n = len(images) // size * size
-    groups = images[:n].reshape(-1, size, *images.shape[1:]), labels[:n].reshape(-1, size)
-    losses, predicted = lax.map(one_group, groups, batch_size=max(1, JUDGED_AT_ONCE // size))
-    predicted = predicted.reshape(-1)
-    return Judgement(losses.mean(), jnp.mean(predicted == labels[:n]), predicted)
-
-
-def spread_out(n_images: int, wanted: int) -> np.ndarray:
-    """Indices of ``wanted`` images, evenly from a set that may be sorted by class."""
-    return np.arange(n_images) if n_images <= wanted else np.arange(wanted) * n_images // wanted
-
-
-def measure(config: Config, photos: Photos, case: Case, variables: Any) -> dict[str, Any]:
-    """Accuracy on both sets; on the training images by the batch's and by running statistics.
-
-    And how often these two agree on the class of a training image.
-    """
-    shared_by = config.per_device * sharing(case.statistics, case.devices)
-    seen = image_order(len(photos.train_images), config.images, case.seed)[: config.judged]
-    tested = spread_out(len(photos.test_images), config.judged)
-    train_set = photos.train_images[seen], photos.train_labels[seen]
-    test_set = photos.test_images[tested], photos.test_labels[tested]
-    sets = {
-        "train_by_batch": (*train_set, shared_by),
-        "train_by_running": (*train_set, None),
-        "test": (*test_set, None),
-    }
-    judged = {name: judge(config, variables, *map(jnp.asarray, (images, labels)), by)
-              for name, (images, labels, by) in sets.items()}  # fmt: skip
-    one_way = judged["train_by_batch"].predicted
-    agreement = jnp.mean(one_way == judged["train_by_running"].predicted[: len(one_way)])
-    results = {"shared_by": shared_by, "agreement": float(agreement)}
-    for name, judgement in judged.items():
-        results |= {f"{name}_accuracy": float(judgement.accuracy)}
-        results |= {f"{name}_loss": float(judgement.loss)}
-    return results
-
+from experiments.scaling import figures
+from experiments.scaling.cases import Case, Config, cases
+from experiments.scaling.judging import measure
+from experiments.scaling.report import summaries, table
+from experiments.scaling.training import train
 
 # --- Results ------------------------------------------------------------------------------------
 
@@ -331,59 +89,6 @@ def run(config: Config, photos: Photos, case: Case) -> dict[str, Any]:
     measured = measure(config, photos, case, variables)
     seconds = time.perf_counter() - began
     return {**case._asdict(), **measured, "last_loss": last_loss, "seconds": seconds}
-
-
-def summaries(config: Config, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For every statistics and number of devices: means over seeds, and the values themselves."""
-    results = []
-    for devices, statistics in itertools.product(config.devices, STATISTICS):
-        ran = runs_as(statistics, devices)
-        mine = [row for row in rows if (row["statistics"], row["devices"]) == (ran, devices)]
-
-        def values(name: str, mine: list[dict[str, Any]] = mine) -> list[float]:
-            return [row[name] for row in mine]
-
-        if not mine:
-            continue
-        accuracies = values("test_accuracy")
-        gaps = np.subtract(values("train_by_running_loss"), values("train_by_batch_loss"))
-        results.append(
-            {
-                "statistics": statistics,
-                "devices": devices,
-                "same_as": None if ran == statistics else ran,
-                "shared_by": mine[0]["shared_by"],
-                "test_accuracies": accuracies,
-                "test_accuracy": float(np.mean(accuracies)),
-                "train_accuracy_by_batch": float(np.mean(values("train_by_batch_accuracy"))),
-                "train_accuracy_by_running": float(np.mean(values("train_by_running_accuracy"))),
-                "agreements": values("agreement"),  # of predictions by batch and by running
-                "agreement": float(np.mean(values("agreement"))),
-                "gaps": gaps.tolist(),  # nats
-                "gap": float(gaps.mean()),
-            }
-        )
-    return results
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """The results, one setting a line; what ran under another name is shown there."""
-    header = "devices", "statistics", "images that share", "test", "seeds", "train, by batch"
-    lines = [[*header, "train, by running", "agree", "gap [nats]"]]
-    for r in results:
-        if r["same_as"]:
-            continue
-        others = [o["statistics"] for o in results
-                  if (o["same_as"], o["devices"]) == (r["statistics"], r["devices"])]  # fmt: skip
-        seeds = " ".join(f"{a:.1%}" for a in r["test_accuracies"])
-        names = "train_accuracy_by_batch", "train_accuracy_by_running", "agreement"
-        accuracies = [r[name] for name in names]
-        lines.append(
-            [str(r["devices"]), " = ".join([r["statistics"], *others]), str(r["shared_by"]),
-             f"{r['test_accuracy']:.1%}", seeds, *(f"{a:.1%}" for a in accuracies),
-             f"{r['gap']:+.3f}"]
-        )  # fmt: skip
-    return aligned(lines)
 
 
 # --- Command line -------------------------------------------------------------------------------
@@ -483,9 +188,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
     sizes = f"{len(photos.train_images)} to train, {len(photos.test_images)} to test"
-    shown = ["DIR" if arg == args.data_dir else arg for arg in argv]  # where it lay says nothing
     about = {
-        "command": shlex.join(["python", "-m", "experiments.scaling", *shown]),
+        "command": as_typed("scaling", argv, args.data_dir),
         "images_from": f"{source}, {sizes}",
     }
     print(about["images_from"])

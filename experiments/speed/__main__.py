@@ -152,7 +152,7 @@ def report(rows: Sequence[Row], args: argparse.Namespace, about: str) -> None:
     if args.markdown:
         text = "\n".join(map(speed_report.markdown_table, tables))
         args.markdown.write_text(f"{about} {NOTE}\n\n{text}", encoding="utf-8")
-    from experiments.common import figures  # matplotlib takes a second to import
+    from experiments.speed import figures  # matplotlib takes a second to import
 
     if any(row.part == "op" and row.library != BASELINE for row in rows):
         figures.speed(args.out / "speed.png", rows)

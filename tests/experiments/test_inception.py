@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from experiments.inception import curves as inception_curves
+from experiments.inception import jobs, notebook, programs
+
 pytest.importorskip("grain")
 pytest.importorskip("tqdm")
 pytest.importorskip("orbax.checkpoint")
@@ -26,7 +29,6 @@ from experiments.common import checkpoints
 from experiments.inception import __main__ as inception
 from experiments.inception import figures as inception_figures
 from experiments.inception import report as inception_report
-from experiments.inception import training as inception_train
 from experiments.inception.recipes import (
     ENSEMBLE,
     FINAL_SHARE,
@@ -40,7 +42,7 @@ from experiments.inception.recipes import (
     network,
     optimizer,
 )
-from experiments.inception.training import Options, Run
+from experiments.inception.runs import Options, Run
 
 ROOT = Path(__file__).parents[2]
 SMOKE = SCALES["smoke"]
@@ -52,7 +54,7 @@ def command(*argv, out):
 
 def measurements(out, kind=None):
     [path] = out.glob("*/measurements.jsonl")
-    return inception_train.lines(path, kind)
+    return notebook.lines(path, kind)
 
 
 def last_state(out, name="BN-x5"):
@@ -60,7 +62,7 @@ def last_state(out, name="BN-x5"):
     [folder] = out.glob("*/checkpoints")
     run = Run(name, TABLE[name], SMOKE, SMOKE.rate, 0)
     network = run.recipe.of_network(), SMOKE.of_network()
-    made = inception_train.program(*network, 10, Options(devices=1))
+    made = programs.program(*network, 10, Options(devices=1))
     hyper = hyperparameters(run.recipe, SMOKE, SMOKE.rate)
     fresh = made.start(jax.random.key(1), {k: np.float32(v) for k, v in hyper.items()})
     with checkpoints.manager(folder) as manager:
@@ -198,7 +200,7 @@ def test_every_run_has_a_folder_of_its_own():
 
 def test_jobs_share_the_steps():
     chosen = inception.runs(parsed("table", "--seeds", "0", "1", "2"))
-    hands = inception.deal(chosen, 2)
+    hands = jobs.deal(chosen, 2)
     assert sorted([*hands[0], *hands[1]], key=str) == sorted(chosen, key=str)
     loads = [sum(run.steps for run in hand) for hand in hands]
     assert max(loads) < 1.2 * min(loads)
@@ -338,7 +340,7 @@ def test_a_run_that_diverges_says_so_and_ends(tmp_path):
 def one_step(name="BN-x5", **options):
     """The loss of a step on given images, and the state after it."""
     recipe = TABLE[name]
-    made = inception_train.program(recipe.of_network(), SMOKE, 10, Options(**options))
+    made = programs.program(recipe.of_network(), SMOKE, 10, Options(**options))
     hyper = hyperparameters(recipe, SMOKE, SMOKE.rate)
     rng = np.random.default_rng(0)
     batch = {"image": rng.integers(0, 256, (16, 32, 32, 3), np.uint8),
@@ -385,7 +387,7 @@ def test_auxiliary_heads_add_to_the_loss(on_one_device):
 
 def test_a_class_that_shares_its_place_is_not_right():
     scores = jnp.array([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0], [jnp.inf] * 3, [jnp.nan] * 3])
-    ranks = inception_train.rank(scores, jnp.zeros(4, jnp.int32))
+    ranks = programs.rank(scores, jnp.zeros(4, jnp.int32))
     assert ranks[:2].tolist() == [1, 3]
     assert (ranks[2:] > 5).all()
 
@@ -398,7 +400,7 @@ def test_a_network_of_nans_is_never_right():
 
     batch = {"image": jnp.zeros((4, 32, 32, 3), jnp.uint8), "label": jnp.arange(4),
              "mask": jnp.array([True, True, True, False])}  # fmt: skip
-    judged = inception_train.make_judge(Broken())({}, {}, batch)
+    judged = programs.make_judge(Broken())({}, {}, batch)
     assert (judged["top1"].total, judged["top1"].weight) == (0, 3)
     assert judged["top5"].total == 0
 
@@ -465,12 +467,12 @@ def test_imagenet_in_small_on_devices_and_processes_stopped_and_resumed(jpegs, t
     for name in ("loss", "loss_population"):  # but for the order of the images in a batch
         assert ends[0][name] == pytest.approx(ends[1][name], rel=1e-3)
     [path] = several.glob("*/measurements.jsonl")
-    assert len(inception_train.lines(path, "header")) == 2
+    assert len(notebook.lines(path, "header")) == 2
 
 
 def test_two_programs_do_not_write_to_one_folder(tmp_path):
     in_use = pytest.raises(ValueError, match="run is in use: another program")
-    first, second, third = (inception_train.alone(tmp_path / "run") for _ in range(3))
+    first, second, third = (notebook.alone(tmp_path / "run") for _ in range(3))
     with first, in_use, second:
         pass
     with third:
@@ -510,9 +512,9 @@ def finished_runs(tmp_path):
 
 
 def test_steps_are_compared_seed_by_seed(finished_runs):
-    curves = inception_report.read(inception_report.collect(finished_runs))
-    assert inception_report.chosen_rate(curves) == 0.01
-    found = {r.name: r for r in inception_report.results(curves, TABLE)}
+    curves = inception_curves.read(inception_curves.collect(finished_runs))
+    assert inception_curves.chosen_rate(curves) == 0.01
+    found = {r.name: r for r in inception_curves.results(curves, TABLE)}
     assert found["Inception"].steps_to == [40, 40]
     assert found["BN-x5"].steps_to == [4, 4]  # 0.7 reaches 0.6, and just 0.7
     assert found["BN-x5"].shares == [0.1, 0.1]
@@ -549,14 +551,14 @@ def test_the_band_is_of_means_over_the_seeds(tmp_path, monkeypatch):
 def test_the_report_can_be_made_of_the_one_file(finished_runs, tmp_path_factory):
     page = inception_report.report(finished_runs)
     other = tmp_path_factory.mktemp("copy")
-    text = (finished_runs / inception_report.NUMBERS).read_text()
-    (other / inception_report.NUMBERS).write_text(text)
+    text = (finished_runs / inception_curves.NUMBERS).read_text()
+    (other / inception_curves.NUMBERS).write_text(text)
     assert inception_report.report(other) == page
 
 
 def test_the_documentation_shows_what_was_measured(tmp_path):
     shown = Path(__file__).parents[2] / "docs/experiments/inception"
-    shutil.copy(shown / inception_report.NUMBERS, tmp_path)
+    shutil.copy(shown / inception_curves.NUMBERS, tmp_path)
     page = (shown / "inception-table.md").read_text(encoding="utf-8")
     assert inception_report.report(tmp_path) == page
     text = (shown.parent / "inception.md").read_text(encoding="utf-8")

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from experiments.inception import programs
 from experiments.nets import bn_inception
+from experiments.nets.inputs import as_input
 
 pytest.importorskip("grain")
 pytest.importorskip("matplotlib")
@@ -19,9 +21,8 @@ from PIL import Image
 
 from experiments.images import augment, data
 from experiments.inception import __main__ as inception
-from experiments.inception import training as inception_train
 from experiments.inception.recipes import SCALES, TABLE, network
-from experiments.inception.training import Sets
+from experiments.inception.runs import Sets
 from experiments.inception_beyond import __main__ as inception_beyond
 from experiments.inception_beyond import depth as inception_depth
 from experiments.inception_beyond import ensemble as inception_ensemble
@@ -128,7 +129,7 @@ def test_the_probe_measures_gradients_of_the_loss(one_device):
 
     @quickly
     def both(params):
-        loss_fn = inception_train.make_loss(net)
+        loss_fn = programs.make_loss(net)
         return (
             inception_depth.probe(net, params, {}, batch),
             jax.grad(lambda p: loss_fn(p, {}, batch, jax.random.key(0))[0])(params),
@@ -342,7 +343,7 @@ def test_the_ensemble_has_the_mean_of_the_probabilities(trained):
     @quickly
     def probabilities(params, stats, images):
         variables = {"params": params, "batch_stats": stats}
-        x = inception_train.as_input(images)
+        x = as_input(images)
         return jax.nn.softmax(net.apply(variables, x, train=False))
 
     for crops, looks in (("centre", images[None]), ("shifts", inception_ensemble.shifts(images))):

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.mnist import comparison
+
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
@@ -228,8 +230,8 @@ def test_chunks_cover_every_step_once():
 def test_typical_unit_is_the_middling_one():
     percentiles = np.zeros((2, 3, 100))
     percentiles[1, 1] = np.arange(100)  # unit i's median moves from 0 to i
-    history = mnist.History(np.arange(2), np.zeros(2), np.zeros(2), percentiles, 0.0)
-    assert mnist.typical_unit({"plain": history, "batch_norm": history}) in (49, 50)
+    history = comparison.History(np.arange(2), np.zeros(2), np.zeros(2), percentiles, 0.0)
+    assert comparison.typical_unit({"plain": history, "batch_norm": history}) in (49, 50)
 
 
 # --- End to end ---------------------------------------------------------------------------------

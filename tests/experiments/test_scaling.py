@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from jax import lax
 
+from experiments.nets.inputs import as_input
+from experiments.scaling import cases, judging, training
 from tests.tolerance import assert_close
 
 pytest.importorskip("matplotlib")
@@ -260,7 +262,7 @@ def test_a_new_block_is_the_identity_after_relu():
 
 # --- The experiment -----------------------------------------------------------------------------
 
-TINY = scaling.Config(
+TINY = cases.Config(
     devices=(4,), images=16, every=16, window=64, judged=16, widths=(4,), stem_stride=4, seeds=(0,)
 )
 
@@ -272,29 +274,29 @@ def initialise(net, seed):
 
 
 def test_cases_that_are_the_same_run_once():
-    config = scaling.Config(seeds=(5, 6))
+    config = cases.Config(seeds=(5, 6))
     names = {"l": "local", "s": "synchronised", "g": "ghost"}
     runs = [(n, names[s], 5) for n, kinds in ((1, "l"), (2, "ls"), (4, "lsg"), (8, "lsg"))
             for s in kinds]  # fmt: skip
-    assert [(c.devices, c.statistics, c.seed) for c in scaling.cases(config)] == [
+    assert [(c.devices, c.statistics, c.seed) for c in cases.cases(config)] == [
         *runs,
         *((n, s, 6) for n, s, _ in runs),
     ]
-    assert scaling.runs_as("ghost", 2) == "synchronised"
-    assert scaling.runs_as("synchronised", 1) == "local"
-    assert scaling.runs_as("ghost", 3) == "local"
-    assert [scaling.sharing(s, 8) for s in ("local", "ghost", "synchronised")] == [1, 2, 8]
+    assert cases.runs_as("ghost", 2) == "synchronised"
+    assert cases.runs_as("synchronised", 1) == "local"
+    assert cases.runs_as("ghost", 3) == "local"
+    assert [cases.sharing(s, 8) for s in ("local", "ghost", "synchronised")] == [1, 2, 8]
 
 
 def test_images_come_once_an_epoch_and_in_another_order_in_the_next():
-    order = scaling.image_order(10, 25, seed=0)
+    order = training.image_order(10, 25, seed=0)
     assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
     assert (order[:10] != order[10:20]).any()
-    np.testing.assert_array_equal(order, scaling.image_order(10, 25, seed=0))
-    assert (order != scaling.image_order(10, 25, seed=1)).any()
+    np.testing.assert_array_equal(order, training.image_order(10, 25, seed=0))
+    assert (order != training.image_order(10, 25, seed=1)).any()
 
 
-@pytest.mark.parametrize("statistics", scaling.STATISTICS)
+@pytest.mark.parametrize("statistics", cases.STATISTICS)
 def test_a_step_is_the_step_of_one_device_normalised_by_groups(statistics):
     """Gradient and loss of 4 devices, against one device that sees groups one after the other.
 
@@ -303,11 +305,11 @@ def test_a_step_is_the_step_of_one_device_normalised_by_groups(statistics):
     """
     sets = photos.painted_stripes(8, 8)
     config = TINY._replace(images=8, every=8, learning_rate=2.0)  # 8 images: a rate of 1
-    variables, loss = scaling.train(config, sets, scaling.Case(statistics, 4, 0))
+    variables, loss = training.train(config, sets, cases.Case(statistics, 4, 0))
 
-    size = 2 * scaling.sharing(statistics, 4)
-    order = scaling.image_order(8, 8, 0)
-    net = scaling.network(config)
+    size = 2 * cases.sharing(statistics, 4)
+    order = training.image_order(8, 8, 0)
+    net = training.network(config)
     start = initialise(net, 0)
 
     @jax.jit
@@ -315,7 +317,7 @@ def test_a_step_is_the_step_of_one_device_normalised_by_groups(statistics):
     def whole_loss(params):
         losses = []
         for rows in order.reshape(-1, size):
-            pixels = scaling.as_input(jnp.asarray(sets.train_images[rows]))
+            pixels = as_input(jnp.asarray(sets.train_images[rows]))
             logits, _ = net.apply({**start, "params": params}, pixels, True, mutable="batch_stats")
             logs = jax.nn.log_softmax(logits)
             losses.append(-logs[jnp.arange(size), sets.train_labels[rows]].mean())
@@ -335,10 +337,10 @@ def test_a_step_is_the_step_of_one_device_normalised_by_groups(statistics):
 @pytest.mark.parametrize("shared_by", [None, 3, 4])  # of 4, the last two images are left out
 def test_judge_counts_by_running_statistics_or_by_groups(shared_by):
     sets = photos.painted_stripes(16, 6)
-    net = scaling.network(TINY)
+    net = training.network(TINY)
     variables = initialise(net, 1)
     images, labels = jnp.asarray(sets.train_images[:6]), jnp.asarray(sets.train_labels[:6])
-    got = scaling.judge(TINY, variables, images, labels, shared_by)
+    got = judging.judge(TINY, variables, images, labels, shared_by)
     size = shared_by or 6
     n = 6 // size * size
 
@@ -346,9 +348,7 @@ def test_judge_counts_by_running_statistics_or_by_groups(shared_by):
     def apply(x):
         return net.apply(variables, x, shared_by is not None, mutable=["batch_stats"])[0]
 
-    logits = jnp.concatenate(
-        [apply(scaling.as_input(images[i : i + size])) for i in range(0, n, size)]
-    )
+    logits = jnp.concatenate([apply(as_input(images[i : i + size])) for i in range(0, n, size)])
     losses = -jax.nn.log_softmax(logits)[jnp.arange(n), labels[:n]]
     np.testing.assert_array_equal(got.predicted, logits.argmax(-1))
     assert float(got.accuracy) == pytest.approx(np.mean(logits.argmax(-1) == labels[:n]))
@@ -361,12 +361,12 @@ def test_measures_stand_under_their_names(monkeypatch):
     def judge(config, variables, images, labels, by):
         predicted = [0, 1, 5, 5, 5, 5] if by else [0, 1, 2, 3, 4, 5]
         loss = 10.0 * (len(images) == 4) + (by or 0)  # 4 test images
-        return scaling.Judgement(loss, loss / 100, jnp.array(predicted[: 4 if by else 6]))
+        return judging.Judgement(loss, loss / 100, jnp.array(predicted[: 4 if by else 6]))
 
-    monkeypatch.setattr(scaling, "judge", judge)
+    monkeypatch.setattr(judging, "judge", judge)
     sets = photos.painted_stripes(16, 4)
     config = TINY._replace(per_device=2)
-    measured = scaling.measure(config, sets, scaling.Case("ghost", 4, 0), None)
+    measured = judging.measure(config, sets, cases.Case("ghost", 4, 0), None)
     assert measured["shared_by"] == 4
     assert measured["agreement"] == 0.5  # of the 4 images that fill a group
     losses = [measured[f"{name}_loss"] for name in ("train_by_batch", "train_by_running", "test")]
@@ -376,8 +376,8 @@ def test_measures_stand_under_their_names(monkeypatch):
 
 def test_judged_images_come_from_all_of_a_sorted_set():
     labels = np.repeat(np.arange(10), 6)
-    assert np.bincount(labels[scaling.spread_out(60, 20)]).tolist() == [2] * 10
-    assert scaling.spread_out(5, 20).tolist() == [0, 1, 2, 3, 4]
+    assert np.bincount(labels[judging.spread_out(60, 20)]).tolist() == [2] * 10
+    assert judging.spread_out(5, 20).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_smoke(tmp_path, capsys):
