@@ -21,7 +21,7 @@ class Slot(NamedTuple):
 
     norm: Any
     fused: bool  # whether the norm does the ReLU and the addition, too
-    peer: str  # of which a network is made: a name in `peers.PEERS`
+    peer: str  # of which a network is made: a name in `speed.peers.PEERS`
 
 
 SLOTS = {

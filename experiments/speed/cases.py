@@ -34,7 +34,7 @@ RESNET50_SHAPES = (  # [H, W, C] of all layers of Batch Normalization for images
 )
 MLP_SHAPE = (60, 100)  # of the paper's network for digits
 
-USEFUL = {  # elements that have to be moved, for each element of x; the module's docstring says why
+USEFUL = {  # elements that have to be moved, for each element of x; __main__.py says why
     ("bn", "forward"): 3,
     ("bn_relu", "forward"): 3,
     ("bn_add_relu", "forward"): 4,

@@ -15,7 +15,7 @@ from experiments.nets.layers import BASELINE
 
 
 class Row(NamedTuple):
-    """One library in one case. Ratios are over `peers.BASELINE`: below 1 is less than that."""
+    """One library in one case. Ratios are over `layers.BASELINE`: below 1 is less than that."""
 
     part: str  # op, inference, step or dispatch
     case: str  # the shape of x, or the name of a network

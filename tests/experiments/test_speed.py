@@ -73,7 +73,7 @@ def test_short_calls_are_repeated():
 
 def test_the_process_restarts_with_its_environment(tmp_path):
     (tmp_path / "script.py").write_text(
-        "import os, sys\nfrom experiments import timing\n"
+        "import os, sys\nfrom experiments.common import timing\n"
         "timing.restart_with_environment('script', sys.argv[1:])\n"
         "print(os.environ['MALLOC_MMAP_MAX_'], os.environ['MALLOC_TOP_PAD_'], sys.argv[1:], "
         "'jax' in sys.modules)\n"
