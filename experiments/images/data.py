@@ -12,7 +12,7 @@ them in ``augment``. Here they become batches:
   from padding by its label. With ``strict=True`` it stops the run instead; so do ten in a row of
   one class, or all that it has.
 
->>> from experiments import data
+>>> from experiments.images import data
 >>> train, test = data.stripes(100, 20)
 >>> batches = data.train_batches(train, batch=8, size=32, seed=0, crop="shift")
 >>> batch = next(batches)
