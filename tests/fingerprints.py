@@ -32,8 +32,8 @@ import jbn
 import jbn.linen
 import jbn.nnx
 import tests.conftest  # noqa: F401  eight devices, strict dtypes and ranks
-from experiments import hlo
-from experiments.models import BottleneckBlock
+from experiments.common import hlo
+from experiments.nets.resnet import BottleneckBlock
 from tests import executions
 
 PATH = pathlib.Path(__file__).with_suffix(".json")

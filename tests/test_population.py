@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import jbn
 import jbn.linen
 import jbn.nnx
-from experiments.digits import bundled_digits
+from experiments.images.digits import bundled_digits
 from jbn.population import estimate
 from tests import nets, oracle
 from tests.executions import AXIS, mesh

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import jbn
 import jbn.linen
-from experiments import hlo
+from experiments.common import hlo
 from tests import executions, oracle, tolerance
 
 X = jax.random.normal(jax.random.key(0), (8, 6, 4)) + 3

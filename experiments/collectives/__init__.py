@@ -1,0 +1,1 @@
+"""What devices tell each other: ``python -m experiments.collectives``."""

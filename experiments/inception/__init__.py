@@ -1,0 +1,1 @@
+"""Figure 2 of the paper: ``python -m experiments.inception``."""

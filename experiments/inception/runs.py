@@ -1,0 +1,77 @@
+"""What a run is, and where its images come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments.images import data
+from experiments.inception.recipes import Recipe, Scale, n_steps
+
+STATISTICS = ("synchronised", "ghost", "local")
+
+
+class Options(NamedTuple):
+    """How a run is computed and what it leaves."""
+
+    workers: int = 0
+    devices: int | None = None  # None: all
+    statistics: str = "synchronised"
+    ghost_batch: int = 16  # images that share their statistics, if they are "ghost"
+    bfloat16: bool = False
+    auxiliary: bool = False
+    tensorboard: bool = False
+    checkpoint_every: int = 1_000  # steps
+    stop_after: int | None = None  # steps; as if interrupted there
+
+    def of_program(self) -> Options:
+        """Without what a compiled program does not depend on."""
+        names = "devices", "statistics", "ghost_batch", "bfloat16", "auxiliary"
+        return Options(**{name: getattr(self, name) for name in names})
+
+
+class Run(NamedTuple):
+    """One network to train."""
+
+    name: str  # of the recipe
+    recipe: Recipe
+    scale: Scale
+    rate: float  # the baseline's first
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Where it leaves its results."""
+        words = self.name.replace(",", "").replace("%", "").split()
+        return f"{'-'.join(words)}-rate{self.rate:g}-seed{self.seed}"
+
+    @property
+    def steps(self) -> int:
+        """How many it takes."""
+        return n_steps(self.recipe, self.scale)
+
+    @property
+    def every(self) -> int:
+        """Steps from one measurement to the next: short runs are looked at more closely."""
+        shorter = 1 if self.recipe.share == 1 else 2
+        return max(1, self.scale.steps // (shorter * self.scale.evaluations))
+
+
+class Sets(NamedTuple):
+    """The images."""
+
+    train: data.ImageSet
+    val: data.ImageSet
+
+
+def load(dataset: str, data_dir: str | None) -> Sets:
+    """The images of a data set: those in a folder; "smoke" has made-up ones, and needs none."""
+    if dataset == "smoke":
+        return Sets(*data.stripes(320, 80))
+    assert data_dir is not None
+    return Sets(*data.open_dataset(data_dir, dataset))
+
+
+def results_of(dataset: str) -> Path:
+    """Where results go if nothing is said: every data set has a folder of its own."""
+    return Path("results/inception", dataset)

@@ -1,0 +1,1 @@
+"""The paper's other remarks on its networks: ``python -m experiments.inception_beyond``."""

@@ -1,0 +1,1 @@
+"""Few images a device: ``python -m experiments.scaling``."""

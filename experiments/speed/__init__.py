@@ -1,0 +1,1 @@
+"""Times beside other libraries: ``python -m experiments.speed``."""

@@ -1,0 +1,1 @@
+"""Kernels and bytes in compiled programs: ``python -m experiments.targets``."""

@@ -1,0 +1,1 @@
+"""Tests of experiments/: the folders and files have the names of what they test."""
