@@ -50,4 +50,6 @@ def test_undefined_names_are_found_in_every_scope(source, names):
 )
 def test_what_is_no_mutant_is_refused(old, new, error):
     with pytest.raises(ValueError, match=error):
-        mutants.apply(mutants.Mutant("law", "_core/axes.py", old, new, "test_axes.py"), PACKAGE)
+        mutants.apply(
+            mutants.Mutant("law", "_core/axes.py", old, new, "core/test_axes.py"), PACKAGE
+        )

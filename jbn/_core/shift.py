@@ -111,7 +111,8 @@ def _rows(x: Array, axes: Axes) -> list[Array]:
     ]
 
     def cut(x: Array, at: dict[int, int]) -> Array:
-        return x[tuple(slice(at[i], at[i] + 1) if i in at else slice(None) for i in range(x.ndim))]
+        starts = [at.get(i, 0) for i in range(x.ndim)]
+        return lax.slice(x, starts, [at[i] + 1 if i in at else n for i, n in enumerate(x.shape)])
 
     def directly(x: Array) -> list[Array]:
         return [cut(x, at) for at in where]

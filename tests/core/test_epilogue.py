@@ -13,8 +13,8 @@ import jbn
 import jbn.linen
 import jbn.nnx
 from tests import cases
-from tests.test_derivatives import derivatives
-from tests.test_residuals import kept
+from tests.core.test_derivatives import derivatives
+from tests.core.test_residuals import kept
 
 SHAPE, CHANNELS = (8, 4, 5), 5
 FORMS = {  # activation, residual

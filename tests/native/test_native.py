@@ -218,7 +218,8 @@ def test_what_the_gate_shuts_out_may_be_nan(kernel):
 def test_results_do_not_depend_on_threads(kernel, cache):
     """Several runs on eight threads, and one on one thread, are equal bit for bit."""
     code = (
-        "import jax, numpy as np; from jbn import native; from tests.test_native import make\n"
+        "import jax, numpy as np; from jbn import native\n"
+        "from tests.native.test_native import make\n"
         "native.enable(); x, shift, t, _ = make((30011, 70))\n"
         "print(np.asarray(native.pair(x, shift, t)).tobytes().hex())"
     )

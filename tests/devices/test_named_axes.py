@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jbn
 from tests import cases, executions, oracle, tolerance
-from tests.test_derivatives import textbook
+from tests.core.test_derivatives import textbook
 
 ROWS, PLACES, CHANNELS = 16, 3, 5
 SHARE = ROWS // executions.INSTANCES

@@ -1,0 +1,1 @@
+"""Tests of jbn/_core/: most files have the name of the file that they test, others of a law."""
