@@ -1,7 +1,7 @@
 """How long do tracing, lowering and compiling take with jbn's layer in the place of Flax's?
 
-Each model is built twice, with Flax's BatchNorm and with jbn's; all else is shared. The program is a
-whole training step (loss, gradients, new statistics, SGD), of a layer alone its forward and
+Each model is built twice, with Flax's BatchNorm and with jbn's; all else is shared. The program is
+a whole training step (loss, gradients, new statistics, SGD), of a layer alone its forward and
 backward. It is traced, lowered and compiled, and not run:
 
 layer              one layer, 256 x 128, in float32 and in bfloat16
@@ -11,7 +11,7 @@ densenet           the norm before the convolution, concatenation: every norm ha
 efficientnet       depthwise convolutions, swish
 regnet             grouped convolutions
 scanned            blocks of one shape under `flax.linen.scan`
-critic             reinforcement learning: two critics, layers of few values, under `flax.linen.vmap`
+critic             two critics of reinforcement learning, small layers under `flax.linen.vmap`
 nnx                a convolutional network in Flax nnx
 resnet50           ResNet-50 for 64 x 64 pixels; slow, so it is measured only if it is named
 
@@ -40,6 +40,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import itertools
 import shlex
 import sys
 import time
@@ -137,9 +138,7 @@ class RegNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         def conv_norm(x: jax.Array, width: int, size: int, groups: int = 1, stride: int = 1) -> Any:
-            conv = nn.Conv(
-                width, (size, size), stride, feature_group_count=groups, use_bias=False
-            )
+            conv = nn.Conv(width, (size, size), stride, feature_group_count=groups, use_bias=False)
             return self.norm(use_running_average=not train)(conv(x))
 
         for width in self.widths:
@@ -190,11 +189,12 @@ class Critics(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        shared: Any = None  # the axis of x; the annotation of Flax's argument knows numbers only
         several = nn.vmap(
             Critic,
             variable_axes={"params": 0, "batch_stats": 0},
             split_rngs={"params": True},
-            in_axes=None,
+            in_axes=shared,
             axis_size=2,
         )
         made: Any = several(self.norm)
@@ -208,7 +208,7 @@ class NnxCNN(nnx.Module):
         rngs = nnx.Rngs(0)
         widths = (3, 16, 16, 32, 32)
         self.convs = nnx.List(
-            nnx.Conv(a, b, (3, 3), rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)
+            nnx.Conv(a, b, (3, 3), rngs=rngs) for a, b in itertools.pairwise(widths)
         )
         # With keys of their own: how many of them a norm takes says nothing about the others.
         self.norms = nnx.List(norm(width, rngs=nnx.Rngs(0)) for width in widths[1:])
@@ -367,7 +367,7 @@ class Sizes(NamedTuple):
     """What a program consists of."""
 
     equations: int  # of the jaxpr
-    operations: int  # StableHLO
+    operations: int  # StableHLO's, with functions, calls and returns
     lines: int  # of StableHLO's text
     instructions: int  # after XLA's optimisation
 
@@ -524,9 +524,9 @@ def ratio_text(ratio: timing.Ratio) -> str:
 
 
 NOTE = (
-    "Ratios of CPU seconds, jbn : Flax, within rounds: median (quartiles). seconds: in all, medians. "
-    "Sizes, jbn : Flax: the jaxpr's equations; StableHLO's operations and lines; XLA's optimised "
-    "instructions. mean: geometric, of the ratios."
+    "Ratios of CPU seconds, jbn : Flax, within rounds: median (quartiles). seconds: in all, "
+    "medians. Sizes, jbn : Flax: the jaxpr's equations; StableHLO's operations and lines; XLA's "
+    "optimised instructions. mean: geometric, of the ratios."
 )
 
 
@@ -544,8 +544,8 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--part", nargs="+", choices=("compile",), default=["compile"], help="this one")
     default = [name for name in MODELS if name not in SLOW]
-    add("--models", nargs="+", choices=MODELS, metavar="NAME",
-        help=f"of {', '.join(MODELS)}; default: all but {', '.join(SLOW)}", default=default)  # fmt: skip
+    add("--models", nargs="+", choices=MODELS, default=default, metavar="NAME",
+        help=f"of {', '.join(MODELS)}; default: all but {', '.join(SLOW)}")  # fmt: skip
     add("--rounds", type=positive, default=3, metavar="N", help="default: 3")
     add("--quick", action="store_true", help=f"{' and '.join(QUICK)} alone, one round")
     add("--target", nargs="+", choices=targets.NAMES, metavar="NAME",
