@@ -30,7 +30,7 @@ def promotion():
         yield
 
 
-@pytest.mark.parametrize("name", ["scanned", "critic", "nnx"])
+@pytest.mark.parametrize("name", ["critic", "nnx"])
 @pytest.mark.usefixtures("one_device", "promotion")
 def test_both_sides_have_the_same_loss_before_training(name):
     losses = {}
