@@ -17,7 +17,7 @@ import importlib.metadata
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -33,6 +33,7 @@ import jbn.linen
 import jbn.nnx
 import tests.conftest  # noqa: F401  eight devices, strict dtypes and ranks
 from experiments.common import hlo
+from experiments.common.counting import equations, operations
 from experiments.nets.resnet import BottleneckBlock
 from tests import executions
 
@@ -220,22 +221,6 @@ def fingerprint(name: str) -> Fingerprint:
         "collectives": sizes(hlo.collectives(text)),
         "bytes": {"accessed": int(accessed), "temporary": memory.temp_size_in_bytes},
     }
-
-
-def equations(jaxpr: jax.extend.core.Jaxpr) -> Iterator[jax.extend.core.JaxprEqn]:
-    """Yields the equations of a jaxpr and of those that they call."""
-    yield from jaxpr.eqns
-    for inner in jax.extend.core.subjaxprs(jaxpr):
-        yield from equations(inner)
-
-
-def operations(operation: Any) -> Iterator[str]:
-    """Yields the names of the operations inside one of MLIR's, such as a module."""
-    for region in operation.regions:
-        for block in region:
-            for inner in block:
-                yield inner.operation.name.removeprefix("stablehlo.")
-                yield from operations(inner.operation)
 
 
 def counted(names: Any) -> dict[str, int]:

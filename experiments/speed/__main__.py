@@ -9,6 +9,8 @@ step       whole training steps: a small ResNet on random images of CIFAR-10's s
            the compilation and the memory, and with ``--run`` or on an accelerator the time, too
 dispatch   tiny layers: a call, tracing and lowering, compiling; tracing and lowering ResNet-50
 inference  one layer with the running statistics, and folded into y = a x + b
+compile    tracing, lowering and compiling of small models; only if asked for, and alone, as it has
+           arguments of its own (`experiments.speed.compiling`)
 
 **Of copy.** A layer moves memory, so its floor is a copy of x, measured in the same rounds. The
 bytes that are useful, counted in elements of x: forward 3 (x twice, once for the statistics, and
@@ -53,7 +55,7 @@ from rich.console import Console
 from experiments.common.command import as_typed, at_least_one
 from experiments.common.records import Records
 from experiments.nets.layers import BASELINE, FORMS
-from experiments.speed import peers
+from experiments.speed import compiling, peers
 from experiments.speed import report as speed_report
 from experiments.speed.cases import DTYPES, Config, shapes_of
 from experiments.speed.dispatch import dispatch
@@ -62,6 +64,7 @@ from experiments.speed.single_layer import inference, op
 from experiments.speed.training_steps import step
 
 PARTS = {"op": op, "step": step, "dispatch": dispatch, "inference": inference}
+COMPILE = "compile"  # a part that `compiling` measures
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,9 +77,10 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--part",
         nargs="+",
-        choices=PARTS,
+        choices=(*PARTS, COMPILE),
         default=list(PARTS),
-        help="what to measure; default: all",
+        help=f"what to measure; default: all but {COMPILE}, which is measured alone: what else is "
+        "given goes to experiments.speed.compiling",
     )
     add("--shapes", nargs="+", default=["some"], metavar="SHAPE",
         help="some (default), resnet50 (all of it, and the MLP's), or 32x56x56x64 ...")  # fmt: skip
@@ -176,6 +180,9 @@ def check_files(*paths: Path | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line, or from Python with arguments; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    if COMPILE in argv or f"--part={COMPILE}" in argv:
+        compiling.main(argv)
+        return 0
     if any(argument.split("=")[0] == "--target" for argument in argv):
         from experiments.targets import command as targets
 
