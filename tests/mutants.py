@@ -393,7 +393,7 @@ MUTANTS = [
     Mutant(
         "x is kept in its own dtype, and nothing else of its size",
         DERIVATIVE,
-        "return jax.checkpoint(function, prevent_cse=False)(saved",
+        "return recomputed(function)(saved",
         "return function(saved",
         "core/test_residuals.py",
     ),
@@ -414,7 +414,7 @@ MUTANTS = [
     Mutant(
         "the backward pass shares nothing with the forward pass",
         SUMS,
-        "again = at._replace(shift=lax.optimization_barrier(at.shift))",
+        "again = at._replace(shift=unshared(at.shift))",
         "again = at",
         "xla/test_materialize.py",
     ),
@@ -428,7 +428,7 @@ MUTANTS = [
     Mutant(
         "each sum takes an x - K of its own",
         SUMS,
-        "shifted(x, lax.optimization_barrier(shift), weights)",
+        "shifted(x, unshared(shift), weights)",
         "shifted(x, shift, weights)",
         "test_fingerprints.py",
     ),
@@ -498,7 +498,7 @@ MUTANTS = [
     ),
     Mutant(
         "a widened residual has derivatives of every order",
-        AFFINE,
+        "_xla/hints.py",
         "return widened(*primals, dtype), tangents[0].astype(dtype)",
         "return widened(*primals, dtype), jnp.zeros_like(tangents[0].astype(dtype))",
         "core/test_epilogue.py",
@@ -597,10 +597,17 @@ MUTANTS = [
         "core/test_running.py",
     ),
     Mutant(
-        "statistics carry no gradient",
+        "statistics carry no gradient to those before",
         RUNNING,
-        "stats, moments = lax.stop_gradient((stats, moments))",
+        "stats = lax.stop_gradient(stats)",
         "pass",
+        "core/test_running.py",
+    ),
+    Mutant(
+        "statistics carry no gradient to x",
+        NORMALIZE,
+        "restore_pooled(jax.lax.stop_gradient(m), spec.axes",
+        "restore_pooled(m, spec.axes",
         "core/test_running.py",
     ),
     Mutant(
@@ -782,7 +789,7 @@ MUTANTS = [
     Mutant(
         "inference keeps x in its own dtype",
         "_core/batch_norm.py",
-        "    run = jax.checkpoint(run, prevent_cse=False)\n",
+        "    run = recomputed(run)\n",
         "",
         "core/test_residuals.py",
     ),
@@ -1389,15 +1396,15 @@ MUTANTS = [
     Mutant(
         "a single value enters the population where nothing is normalised by it",
         "_core/batch_norm.py",
-        "if given is None and not spec.over.names:",
+        "if not (spec.over.names or fixed(stats)):",
         "if not spec.over.names:",
         "test_population.py::test_a_last_batch_of_one_example",
     ),
     Mutant(
         "nothing is normalised by a single value",
         "_core/batch_norm.py",
-        "if given is None and not spec.over.names:",
-        "if not waits(stats) and not spec.over.names:",
+        "if not (spec.over.names or fixed(stats)):",
+        "if not (spec.over.names or waits(stats)):",
         "test_population.py::test_one_example_normalises_nothing",
     ),
     Mutant(

@@ -7,18 +7,16 @@ With rstd = 1 / sqrt(var + epsilon), and mean that of z,
 z is exact where the shift is near x (see `_moments`), so this is as accurate as x - mean.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn._core.axes import Axes
 from jbn._core.shift import active
+from jbn._xla.hints import widened
 from jbn._xla.select import replaced
 
 Activation = Callable[[Array], Array]
@@ -66,24 +64,6 @@ def transform(z: Array, a: Array, c: Array, residual: Array | None = None) -> Ar
     """a z + c + residual, in z's dtype (Alg. 1, lines 3 and 4)."""
     y = z * a + c
     return y if residual is None else y + widened(residual, z.dtype)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def widened(values: Array, dtype: np.dtype) -> Array:
-    """`values` in a wider dtype.
-
-    From bfloat16 by its bits. XLA knows that a conversion to bfloat16 and back may be dropped, and
-    would keep the float32 sums of a whole residual network in memory, at twice the size.
-    """
-    if values.dtype != jnp.bfloat16 or dtype != jnp.float32:
-        return values.astype(dtype)
-    bits = lax.bitcast_convert_type(values, jnp.uint16).astype(jnp.uint32) << 16
-    return lax.bitcast_convert_type(bits, jnp.float32)
-
-
-@widened.defjvp
-def _widened_jvp(dtype: np.dtype, primals, tangents):
-    return widened(*primals, dtype), tangents[0].astype(dtype)
 
 
 def displaced(x: Array, weights: Array | None, at: Affine) -> Array:

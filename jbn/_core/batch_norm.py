@@ -19,6 +19,7 @@ from jbn._core.shift import accumulator
 from jbn._core.types import Moments
 from jbn._devices.named_axes import AxisName, scope
 from jbn._devices.placement import join
+from jbn._xla.hints import recomputed
 
 
 def batch_norm(
@@ -120,14 +121,13 @@ def batch_norm(
     )
     old = check.stats(read(stats), spec.axes, training=True)
     check.same_field(old, inputs.x, training=True)
-    given = old if fixed(stats) else None
-    if given is None and not spec.over.names:
+    if not (spec.over.names or fixed(stats)):
         check.several_values(spec.axes)
-    y, m = train(spec, inputs, given)
+    y, m = train(spec, inputs, old if fixed(stats) else None)
     if not waits(stats):
         check.as_replicated_as(old.mean, m.mean)
-    y = join(y, x, spec.axes)
-    return y, absorb(update, old, m, given=stats, over=spec.over)
+    new = absorb(update, old, m, given=stats, over=spec.over)
+    return join(y, x, spec.axes), new
 
 
 def batch_norm_inference(
@@ -215,8 +215,7 @@ def _infer(spec: Spec, x, mean, var, scale, bias, residual) -> Array:
 
     scale, bias = expanded(scale, bias, spec.axes, accumulator(x.dtype))
     if x.dtype != accumulator(x.dtype) or spec.activation is not None:
-        # A backward pass keeps x in x's dtype, and not the activation's input. prevent_cse=False:
-        # the compiler may keep what it wants. Else nothing is saved, and jax.experimental.jet knows
-        # no checkpoint.
-        run = jax.checkpoint(run, prevent_cse=False)
+        # A backward pass keeps x in x's dtype, and not the activation's input. Else there is
+        # nothing to save, and jax.experimental.jet knows no checkpoint.
+        run = recomputed(run)
     return run(x, spec.axes.expand(mean), spec.axes.expand(var), scale, bias, residual)

@@ -368,7 +368,6 @@ def absorb(
     new = running.absorb(rule, stats, moments)  # checks rule and result, now
     if not waits(given):
         return _marked(new)
-    moments = lax.stop_gradient(moments)
     # Of full shape, so that a leading axis (of nn.scan, say) is one of every field.
     moments = moments._replace(count=moments.count + jnp.zeros_like(moments.var))
     mine = _portable(rule, lax.stop_gradient(stats), moments)

@@ -27,6 +27,7 @@ from jbn._core.moments import derivative
 from jbn._core.plan import Spec
 from jbn._core.types import ShiftedMoments
 from jbn._sums.protocol import Batch, Line
+from jbn._xla.hints import recomputed
 from jbn._xla.materialize import materialize
 from jbn._xla.select import replaced
 
@@ -71,13 +72,13 @@ def differential(
 ) -> tuple[Array, Array, Array]:
     """(dy, dmean, dvar), linear in the tangents.
 
-    Wrapped in `jax.checkpoint`, so that a backward pass keeps what it is given: x in its own dtype,
+    Recomputed, so that a backward pass keeps what it is given: x in its own dtype,
     the mask or weights, and vectors with one number per feature. Else autodiff would keep xhat,
     which is float32 even where x is bfloat16. prevent_cse=False: the compiler may keep what it
     wants; only autodiff must not.
     """
     function = functools.partial(_differential, spec)
-    return jax.checkpoint(function, prevent_cse=False)(saved, known, tangents)
+    return recomputed(function)(saved, known, tangents)
 
 
 def _differential(

@@ -115,11 +115,8 @@ def _moments_by_blocks(
 ) -> ShiftedMoments:
     """The moments of bfloat16 that one device has, by exact sums of blocks where these fit."""
     by_shift = functools.partial(_moments_by_shift, sums, axes)
-    if not (inner := bfloat16.block(axes)):
-        return by_shift(x, weights)
-    by_blocks = functools.partial(bfloat16.moments_by_blocks, axes=axes, inner=inner)
-    # On CPUs reductions over some axes are slow.
-    return lax.platform_dependent(x, cpu=by_shift, default=by_blocks)
+    inner = bfloat16.block(axes)
+    return bfloat16.moments(x, axes, inner, by_shift) if inner else by_shift(x, weights)
 
 
 def _moments_by_shift(

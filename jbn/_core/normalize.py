@@ -30,6 +30,7 @@ from jbn._core.types import Moments, ShiftedMoments
 from jbn._devices import placement
 from jbn._devices.named_axes import AxisName, scope
 from jbn._xla.checkpoint import named
+from jbn._xla.hints import recomputed
 from jbn._xla.materialize import materialize
 
 
@@ -140,7 +141,7 @@ def normalized(spec: Spec, inputs: Inputs, *, pooled: bool = False) -> tuple[Arr
     residual, weights = inputs.residual, inputs.weights
     if residual is not None and weights is not None:
         # The backward pass keeps the residual, which others may keep as well, and no mask.
-        clean = jax.checkpoint(harmless, prevent_cse=False)
+        clean = recomputed(harmless)
         inputs = inputs._replace(residual=clean(residual, residual, weights))
     y, m = _normalize(spec, inputs)
     if not pooled:

@@ -200,6 +200,8 @@ class _Cumulative:
 def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningStats:
     """`rule`, made safe: no gradient, no change of type, no empty or non-finite batch.
 
+    The moments come without a gradient.
+
     Raises:
       TypeError: `rule` is not a rule, or returns something else than RunningStats, or complex
         statistics in the place of real ones.
@@ -212,7 +214,7 @@ def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningSt
             f"update must be a rule (RunningStats, Moments) -> RunningStats, such as "
             f"jbn.ema(0.99) or jbn.cumulative(); got {rule!r}."
         )
-    stats, moments = lax.stop_gradient((stats, moments))
+    stats = lax.stop_gradient(stats)
     if is_explicitly_sharded(moments.mean):  # over features: the statistics go where it lies
         where = jax.typeof(moments.mean).sharding
         stats = jax.tree.map(lambda values: jax.sharding.reshard(values, where), stats)

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from jbn._core.axes import Axes
 from jbn._xla.materialize import materialize
+from jbn._xla.rows import rows
 from jbn._xla.select import replaced
 
 _DRAWS = 7  # of which three may be odd
@@ -33,7 +34,6 @@ _STRIDES = (1, 3, 2, 5, 4, 6)
 # The place of a draw in its seventh of the weight. Not in the same place of each: in a batch of
 # 7 n examples of one length, that would be the same place in all of them.
 _OFFSETS = (0.37, 0.71, 0.13, 0.59, 0.29, 0.83, 0.47)
-_LANES = 128  # values that a TPU keeps side by side
 
 
 def shift_for(x: Array, weights: Array | None, axes: Axes) -> Array:
@@ -109,35 +109,7 @@ def _rows(x: Array, axes: Axes) -> list[Array]:
         {i: _index(axes.shape[i], order, draw) for order, i in enumerate(axes.reduction)}
         for draw in range(_DRAWS)
     ]
-
-    def cut(x: Array, at: dict[int, int]) -> Array:
-        starts = [at.get(i, 0) for i in range(x.ndim)]
-        return lax.slice(x, starts, [at[i] + 1 if i in at else n for i, n in enumerate(x.shape)])
-
-    def directly(x: Array) -> list[Array]:
-        return [cut(x, at) for at in where]
-
-    features = math.prod(axes.feature_shape)
-    if len(axes.reduction) < 2 or features >= _LANES:
-        return directly(x)
-    first, *inner = axes.reduction
-    examples = axes.shape[first]
-    if isinstance(examples, int) and examples <= _DRAWS:
-        return directly(x)
-    # XLA for TPUs keeps the examples of a narrow layer side by side, and copies x to cut there
-    # (jax 0.10.2, libtpu 0.0.42: 12 B/element). So the axes within an example are cut first, and
-    # the barrier keeps both cuts from becoming one.
-    size = math.prod(axes.shape[i] for i in inner if isinstance(axes.shape[i], int))
-    places = 1 if size <= _DRAWS + 1 else 3 if len(inner) == 1 else _DRAWS
-    middle = (_DRAWS - places) // 2
-    chosen = [{i: at[i] for i in inner} for at in where[middle : middle + places]]
-
-    def places_first(x: Array) -> list[Array]:
-        lines = lax.optimization_barrier(jnp.concatenate([cut(x, at) for at in chosen], inner[0]))
-        within = [{first: at[first], inner[0]: draw % places} for draw, at in enumerate(where)]
-        return [cut(lines, at) for at in within]
-
-    return lax.platform_dependent(x, tpu=places_first, default=directly)
+    return rows(x, axes, where)
 
 
 def _weighted_rows(x: Array, weights: Array, axes: Axes) -> list[Array]:

@@ -14,6 +14,7 @@ from jbn._core.types import dot, square
 from jbn._devices.named_axes import Scope, vary_as
 from jbn._devices.sharded_arrays import spread
 from jbn._sums.protocol import Batch, Line
+from jbn._xla.hints import unshared
 
 
 class XlaSums(NamedTuple):
@@ -27,7 +28,7 @@ class XlaSums(NamedTuple):
         z = shifted(x, shift, weights)
         # Each sum from an x - shift of its own: a compiler that takes the sums one by one would
         # store one that they share.
-        apart = shifted(x, lax.optimization_barrier(shift), weights)
+        apart = shifted(x, unshared(shift), weights)
         return _average((z, square(apart)), count, weights, axes, Scope())
 
     def pair(
@@ -49,7 +50,7 @@ class XlaSums(NamedTuple):
     ) -> Array:
         """See `Sums`."""
         # Else the compiler keeps the z of the forward pass: as much as x again.
-        again = at._replace(shift=lax.optimization_barrier(at.shift))
+        again = at._replace(shift=unshared(at.shift))
         z = displaced(batch.x, batch.weights, again)
         others = _of_the_batch(batch, at, line, z)
         if activation is None:
@@ -75,7 +76,7 @@ def _activated(activation: Activation, at: Affine, z: Array, own: Array, others:
     two. Else it keeps the mask, or the masked cotangent, for the second, which is more traffic.
     """
     first = transform(z, at.a, at.c, None)
-    a, c = lax.optimization_barrier((at.a, at.c))
+    a, c = unshared((at.a, at.c))
     second = transform(z, a, c, None)
     of_own = jax.jvp(activation, (first,), (own,))[1]
     return of_own + jax.jvp(activation, (second,), (others,))[1]

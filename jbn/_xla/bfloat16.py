@@ -10,8 +10,10 @@ Nothing has to be known of x before it is summed. A compiler can then take the s
 made, in the convolution before the layer, and x is never read for them: XLA does so on TPUs.
 """
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -32,6 +34,18 @@ def block(axes: Axes) -> tuple[int, ...]:
     sizes = {chosen: math.prod(axes.shape[i] for i in chosen) for chosen in choices}
     fitting = {chosen: size for chosen, size in sizes.items() if 16 <= size <= LIMIT}
     return max(fitting, key=lambda chosen: fitting[chosen], default=())
+
+
+def moments(
+    x: Array, axes: Axes, inner: tuple[int, ...], by_shift: Callable[[Array], ShiftedMoments]
+) -> ShiftedMoments:
+    """The moments of bfloat16 x by blocks; by shift on CPUs, where some reductions are slow.
+
+    Effect: 10 times slower there where a block is the batch axis. On a TPU v5e ResNet-50 moves
+    1.005 of Flax's bytes by blocks, and 1.13 by shift.
+    """
+    by_blocks = functools.partial(moments_by_blocks, axes=axes, inner=inner)
+    return lax.platform_dependent(x, cpu=by_shift, default=by_blocks)
 
 
 def moments_by_blocks(x: Array, axes: Axes, inner: tuple[int, ...]) -> ShiftedMoments:

@@ -327,7 +327,7 @@ def test_what_is_not_finite_under_a_mask_reaches_no_gradient(form, junk):
 
 def test_widening_by_bits_is_exact_and_differentiated():
     r = residual_of(cases.Case(SHAPE, dtype="bfloat16"))
-    widened = lambda r: jbn._core.affine.widened(r, np.dtype("float32"))  # noqa: E731
+    widened = lambda r: jbn._xla.hints.widened(r, np.dtype("float32"))  # noqa: E731
     np.testing.assert_array_equal(widened(jnp.asarray(r)), r.astype(np.float32))
     (dr,) = jax.vjp(widened, jnp.asarray(r))[1](jnp.full(SHAPE, 2.0))
     np.testing.assert_array_equal(dr.astype(jnp.float32), 2.0)
