@@ -19,6 +19,7 @@ exclude_patterns = [
     "peers.md",
     "experiments/inception/inception-table.md",
     "collectives-table.md",
+    "performance-compile.md",
     "performance-table.md",
     "performance-targets.md",
 ]
