@@ -412,6 +412,13 @@ MUTANTS = [
         "xla/test_materialize.py",
     ),
     Mutant(
+        "with an activation the backward pass shares nothing either",
+        SUMS,
+        "    if late:\n",
+        "    if False:\n",
+        "xla/test_materialize.py",
+    ),
+    Mutant(
         "the backward pass shares nothing with the forward pass",
         SUMS,
         "again = at._replace(shift=unshared(at.shift))",

@@ -49,18 +49,25 @@ class XlaSums(NamedTuple):
         dtype: np.dtype,
     ) -> Array:
         """See `Sums`."""
-        # Else the compiler keeps the z of the forward pass: as much as x again.
-        again = at._replace(shift=unshared(at.shift))
-        z = displaced(batch.x, batch.weights, again)
-        others = _of_the_batch(batch, at, line, z)
         if activation is None:
-            return (line.own + others).astype(dtype)
+            # Else the compiler keeps the z of the forward pass: as much as x again.
+            z = displaced(batch.x, batch.weights, at._replace(shift=unshared(at.shift)))
+            return (line.own + _of_the_batch(batch, at, line, z)).astype(dtype)
+        z = displaced(batch.x, batch.weights, at)
+        others = _of_the_batch(batch, at, line, z, late=True)
         return _activated(activation, at, z, line.own, others).astype(dtype)
 
 
-def _of_the_batch(batch: Batch, at: Affine, line: Line, z: Array) -> Array:
-    """Computes u + v z, the part that comes through the moments, scale and bias."""
+def _of_the_batch(batch: Batch, at: Affine, line: Line, z: Array, *, late: bool = False) -> Array:
+    """Computes u + v z, the part that comes through the moments, scale and bias.
+
+    late: keeps XLA for CPUs from computing z, which enters an activation as well, in the forward
+      pass and storing it until the backward pass: as much as x again. For finite z the choice is v
+      whatever z is, so that every derivative is that of z v.
+    """
     u, v = (spread(batch.axes, batch.x, values) for values in (line.u, line.v))
+    if late:
+        v = jnp.where(jnp.isfinite(z), v, jnp.zeros_like(v))
     others = z * v + u
     if batch.weights is None:
         return others

@@ -1,5 +1,6 @@
 """Vectors of one number per feature are stored on CPUs before a pass over x reads them."""
 
+import functools
 import re
 
 import chex
@@ -52,15 +53,18 @@ on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what XL
 SHAPE = (64, 16, 32)
 
 
-def layer(x, scale, bias, dy):
-    """y and the gradients of a layer and the ReLU behind it."""
+def layer(x, scale, bias, dy, activation=None):
+    """y and the gradients of a layer and the ReLU in it or behind it."""
 
     def apply(*at):
-        y, m = jbn.normalize(*at)
+        y, m = jbn.normalize(*at, activation=activation)
         return jax.nn.relu(y), m
 
     (y, m), back = jax.vjp(apply, x, scale, bias)
     return y, m, back((dy, jax.tree.map(jnp.zeros_like, m)))
+
+
+fused = functools.partial(layer, activation=jax.nn.relu)
 
 
 def compiled(function, dtype):
@@ -86,7 +90,9 @@ def test_no_pass_over_x_finds_the_shift_or_takes_a_root(function, dtype, one_dev
 
 
 @on_cpu
-@pytest.mark.parametrize("function", [jbn.normalize, layer], ids=["forward", "gradients"])
+@pytest.mark.parametrize(
+    "function", [jbn.normalize, layer, fused], ids=["forward", "gradients", "with activation"]
+)
 def test_nothing_of_the_size_of_x_is_stored_between_passes(function, one_device):
     program = compiled(function, "float32").memory_analysis()
     assert program.temp_size_in_bytes < 0.1 * 4 * np.prod(SHAPE)
