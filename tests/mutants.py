@@ -421,8 +421,8 @@ MUTANTS = [
     Mutant(
         "the backward pass shares nothing with the forward pass",
         SUMS,
-        "again = at._replace(shift=unshared(at.shift))",
-        "again = at",
+        "at._replace(shift=unshared(at.shift))",
+        "at",
         "xla/test_materialize.py",
     ),
     Mutant(
@@ -1594,7 +1594,7 @@ def main(words: list[str]) -> int:
     survivors = 0
     with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
         for mutant, verdict in pool.map(run, chosen):
-            killed = verdict.startswith("test_")
+            killed = bool(re.match(r"(\w+/)*test_\w+\.py::", verdict))
             survivors += not killed
             print(f"{'killed' if killed else 'ALIVE':7}| {mutant.law:60}| {verdict}", flush=True)
     print(f"{len(chosen) - survivors} of {len(chosen)} mutants killed")
