@@ -49,21 +49,22 @@ class XlaSums(NamedTuple):
         dtype: np.dtype,
     ) -> Array:
         """See `Sums`."""
+        # Else XLA for CPUs keeps the z of the forward pass until the backward pass: as much as x
+        # again. It keeps even a z of its own that enters a choice, that of an activation or a mask.
+        chosen = activation is not None or batch.weights is not None
+        own = at if chosen else at._replace(shift=unshared(at.shift))
+        z = displaced(batch.x, batch.weights, own)
+        others = _of_the_batch(batch, at, line, z, late=chosen)
         if activation is None:
-            # Else the compiler keeps the z of the forward pass: as much as x again.
-            z = displaced(batch.x, batch.weights, at._replace(shift=unshared(at.shift)))
-            return (line.own + _of_the_batch(batch, at, line, z)).astype(dtype)
-        z = displaced(batch.x, batch.weights, at)
-        others = _of_the_batch(batch, at, line, z, late=True)
+            return (line.own + others).astype(dtype)
         return _activated(activation, at, z, line.own, others).astype(dtype)
 
 
-def _of_the_batch(batch: Batch, at: Affine, line: Line, z: Array, *, late: bool = False) -> Array:
+def _of_the_batch(batch: Batch, at: Affine, line: Line, z: Array, *, late: bool) -> Array:
     """Computes u + v z, the part that comes through the moments, scale and bias.
 
-    late: keeps XLA for CPUs from computing z, which enters an activation as well, in the forward
-      pass and storing it until the backward pass: as much as x again. For finite z the choice is v
-      whatever z is, so that every derivative is that of z v.
+    `late` makes XLA for CPUs compute z when v is known. For finite z the choice is v whatever z is,
+    so that every derivative is that of z v.
     """
     u, v = (spread(batch.axes, batch.x, values) for values in (line.u, line.v))
     if late:
