@@ -4,7 +4,8 @@ With rstd = 1 / sqrt(var + epsilon), and mean that of z,
 
     y = a z + c,    a = scale rstd,    c = bias - a mean.
 
-z is exact where the shift is near x (see `_moments`), so this is as accurate as x - mean.
+z is exact where the shift is near x (see `moments`). So y is as accurate as from x - mean, as long
+as the shift lies within a few standard deviations of the mean: see `shift`.
 """
 
 from collections.abc import Callable

@@ -7,9 +7,9 @@ are sums of x - K, with K some value of x in the same channel. That subtraction 
 matters (Sterbenz: x and K within a factor of two), x - K is about as large as the standard
 deviation, and E[(x-K)^2] - E[x-K]^2 then loses nothing.
 
-(bfloat16 can do without K, see `_bfloat16`.)
+(bfloat16 can do without K, see `jbn._xla.bfloat16`.)
 
-That is done for what one device has of the batch; `_pool` makes the moments of the whole of it.
+That is done for what one device has of the batch; `pooling` makes the moments of the whole of it.
 """
 
 import functools
