@@ -1,8 +1,8 @@
 """Named axes: which program instances share statistics, and how they tell each other.
 
 Two operations do all the work. `Scope.gather` brings the moments of every instance to every
-instance, before `pooling` makes one of them; `Scope.sum` adds up numbers, and is linear, so that JAX
-can transpose it in a backward pass. Each is one collective.
+instance, before `pooling` makes one of them; `Scope.sum` adds up numbers, and is linear, so that
+JAX can transpose it in a backward pass. Each is one collective.
 """
 
 import contextlib

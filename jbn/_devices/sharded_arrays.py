@@ -1,7 +1,7 @@
 """Reductions over one array that lies on several devices, by one collective each.
 
 Every device first reduces the part of x that it has, and then the results are joined: statistics
-by `pooling`, each device with a shift of its own, and the sums of a backward pass by adding them up.
+by `pooling`, each device with a shift of its own, the sums of a backward pass by adding them up.
 The part of a device is known
 
 - for mesh axes of type Explicit while tracing: `shard_map` over these axes;
