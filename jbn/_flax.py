@@ -5,7 +5,7 @@ computes, and so does a module that replaces Flax's.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn._core import check
+from jbn._core.affine import Activation
 from jbn._core.axes import resolve
 from jbn._core.batch_norm import batch_norm_inference, train
 from jbn._core.deferral import absorb, fixed, read
@@ -24,50 +25,70 @@ from jbn._devices.named_axes import AxisName, Scope, scope
 from jbn._devices.placement import join
 
 
+class Layer(NamedTuple):
+    """The fields that modules of linen and of nnx have in common, and document."""
+
+    axis: int | Sequence[int]
+    momentum: float
+    epsilon: float
+    update: UpdateRule | None
+    axis_name: AxisName | None
+    axis_index_groups: Sequence[Sequence[int]] | None
+    groups: int | None
+    activation: Activation | None
+
+    @classmethod
+    def of(cls, module: Any, *, initializing: bool = False) -> "Layer":
+        """Reads them from a module; `init` of linen has neither named axes nor groups."""
+        layer = cls(*(getattr(module, field) for field in cls._fields))
+        return layer._replace(axis_name=None, groups=None) if initializing else layer
+
+
+class Given(NamedTuple):
+    """The arrays of one call."""
+
+    x: Array
+    mask: Array | None
+    weights: Array | None
+    residual: Array | None
+
+
 def call(
-    x: ArrayLike,
+    layer: Layer,
+    given: Given,
     params: Params,
     stats: RunningStats,
     *,
     inference: bool,
-    momentum: float,
-    update: UpdateRule | None,
-    axis: int | Sequence[int],
-    mask: ArrayLike | None,
-    weights: ArrayLike | None,
-    axis_name: AxisName | None,
-    axis_index_groups: Sequence[Sequence[int]] | None,
-    groups: int | None,
-    residual: ArrayLike | None,
     dtype: DTypeLike,
-    **affine: Any,
 ) -> tuple[Array, RunningStats]:
     """`jbn.batch_norm`, or `jbn.batch_norm_inference` and `stats`, for all that Flax accepts.
 
     Without `update` the rule is Flax's, into which the variance of a single value enters, too.
     """
-    x = check.floating(_as_float(x, dtype))
+    residual, names = given.residual, layer.axis_name
+    x = check.floating(_as_float(given.x, dtype))
+    affine: Any = {"epsilon": layer.epsilon, "activation": layer.activation, "dtype": dtype}
     if inference:
-        affine |= {"axis": axis, "residual": residual, "dtype": dtype}
+        affine |= {"axis": layer.axis, "residual": residual}
         return batch_norm_inference(x, params, stats, **affine), stats
-    shape, axes = x.shape, resolve(x.shape, axis)
-    if not axes.reduction and axis_name in (None, ()):  # a single example is a batch of one
+    shape, axes = x.shape, resolve(x.shape, layer.axis)
+    if not axes.reduction and names in (None, ()):  # a single example is a batch of one
         x, axes = x[None], resolve((1, *x.shape), tuple(i + 1 for i in axes.features))
         residual = None if residual is None else jnp.asarray(residual)[None]
     old = check.stats(_able_to_hold(x, read(stats)), axes)
     spec, inputs = plan(
         x,
-        *params,
+        params,
         axis=axes.features,
-        mask=_of_rank(mask, x.ndim),
-        weights=_of_rank(weights, x.ndim),
-        over=Scope() if axis_name is None else scope(axis_name, axis_index_groups),  # as in Flax
-        groups=groups,
+        mask=_of_rank(given.mask, x.ndim),
+        weights=_of_rank(given.weights, x.ndim),
+        over=Scope() if names is None else scope(names, layer.axis_index_groups),  # as in Flax
+        groups=layer.groups,
         residual=residual,
-        dtype=dtype,
         **affine,
     )
-    rule = ema_of_flax(momentum) if update is None else update
+    rule = ema_of_flax(layer.momentum) if layer.update is None else layer.update
     y, moments = train(spec, inputs, old if fixed(stats) else None)
     y = join(y, x, spec.axes).reshape(shape)
     return y, absorb(rule, old, moments, given=stats, over=spec.over)

@@ -102,24 +102,10 @@ class BatchNorm(nn.BatchNorm):
         mean, var, *count = (v.value for v in variables)
         stats = RunningStats(mean, var, *(count or [jnp.zeros(var.shape, jnp.float32)]))
         inference = _flax.inference_wanted(inference)
-        y, stats = _flax.call(
-            x,
-            params,
-            stats,
-            inference=inference,
-            momentum=self.momentum,
-            update=self.update,
-            axis=self.axis,
-            epsilon=self.epsilon,
-            mask=None if inference or mask is None else jnp.asarray(mask, bool),
-            weights=weights,
-            axis_name=None if self.is_initializing() else self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            groups=None if self.is_initializing() else self.groups,
-            activation=self.activation,
-            residual=residual,
-            dtype=dtype,
-        )
+        layer = _flax.Layer.of(self, initializing=self.is_initializing())
+        mask = None if inference or mask is None else jnp.asarray(mask, bool)
+        given = _flax.Given(x, mask, weights, residual)
+        y, stats = _flax.call(layer, given, params, stats, inference=inference, dtype=dtype)
         if not (inference or self.is_initializing()):
             for variable, value in zip(variables, stats, strict=False):
                 variable.value = value

@@ -174,24 +174,8 @@ class BatchNorm(nnx.BatchNorm):
         inference = _flax.inference_wanted(inference)
         if not inference and mask is not None and check.array(mask, "mask").dtype != jnp.bool_:
             raise ValueError(f"mask must be bool; got {jnp.asarray(mask).dtype}.")
-        y, stats = _flax.call(
-            x,
-            params,
-            stats,
-            inference=inference,
-            momentum=self.momentum,
-            update=self.update,
-            axis=self.axis,
-            epsilon=self.epsilon,
-            mask=mask,
-            weights=weights,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            groups=self.groups,
-            activation=self.activation,
-            residual=residual,
-            dtype=dtype,
-        )
+        layer, given = _flax.Layer.of(self), _flax.Given(x, mask, weights, residual)
+        y, stats = _flax.call(layer, given, params, stats, inference=inference, dtype=dtype)
         if not inference:
             for variable, value in zip(variables, stats, strict=False):
                 _store(variable, value)

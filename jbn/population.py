@@ -137,13 +137,7 @@ def estimate(
     way = _Way(variance == "paper", layer_by_layer, mesh, names)
     read = _reader(batches, layer_by_layer)
     found = _measure(apply_fn, way, params, stats, read())
-    if found.batches == 0:
-        raise ValueError("batches is empty: there are no statistics to take.")
-    if not found.layers:
-        raise ValueError(
-            "apply_fn updated no statistics: the model has to run in training mode, such as "
-            "use_running_average=False in linen, or model.train() in nnx."
-        )
+    _check_first(found)
     stats = found.given
     passes = sum(layer.calls for layer in found.layers.values()) if layer_by_layer else 1
     for i in range(2, passes + 1):
@@ -373,6 +367,16 @@ def _check_batch(batch: T, way: _Way) -> T:
             "alone pass a mesh of jax.local_devices()."
         )
     return batch
+
+
+def _check_first(found: _Pass) -> None:
+    if found.batches == 0:
+        raise ValueError("batches is empty: there are no statistics to take.")
+    if not found.layers:
+        raise ValueError(
+            "apply_fn updated no statistics: the model has to run in training mode, such as "
+            "use_running_average=False in linen, or model.train() in nnx."
+        )
 
 
 def _check_options(variance: str, mesh: Mesh | None, axis_name: AxisName | None) -> None:

@@ -108,7 +108,7 @@ def batch_norm(
     x = check.floating(x)
     spec, inputs = plan(
         x,
-        *check.params(params),
+        check.params(params),
         axis=axis,
         epsilon=epsilon,
         mask=mask,
@@ -173,7 +173,7 @@ def batch_norm_inference(
     """
     spec, inputs = plan_inference(
         check.floating(x),
-        *check.params(params),
+        check.params(params),
         axis=axis,
         epsilon=epsilon,
         activation=activation,

@@ -39,6 +39,10 @@ _BETWEEN_DEVICES = {
     "psum", "psum2", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant",
     "ppermute", "all_to_all", "reduce_scatter",
 }  # fmt: skip
+_MOVES = {
+    "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "reshape", "slice", "concatenate",
+    "pad",
+}  # fmt: skip
 _LOOPS = {"while", "scan"}
 
 
@@ -92,7 +96,6 @@ def _one(eqn: Any, given: list[Any]) -> _Note:
     """The note of the result, where those of the operands say all."""
     name, params, shape = eqn.primitive.name, eqn.params, eqn.outvars[0].aval.shape
     note = next(n for n in given if n is not None)
-    old = eqn.invars[0].aval.shape
 
     def of_input(axes: Any) -> bool:
         return any(note[i].of_input for i in axes)
@@ -113,6 +116,17 @@ def _one(eqn: Any, given: list[Any]) -> _Note:
         axes = params["axes"]
         rest = tuple(n for i, n in enumerate(note) if i not in axes)
         return _MIXED if of_input(axes) else rest
+    if name in _MOVES:
+        return _moved(eqn, given, note)
+    operands = zip(eqn.invars, given, strict=True)
+    if all(n is None or atom.aval.shape == shape for atom, n in operands):
+        return _same(given)
+    return _UNKNOWN
+
+
+def _moved(eqn: Any, given: list[Any], note: Any) -> _Note:
+    """The note of the result of an operation that brings elements to other places."""
+    name, params, shape = eqn.primitive.name, eqn.params, eqn.outvars[0].aval.shape
     if name == "transpose":
         return tuple(note[i] for i in params["permutation"])
     if name == "broadcast_in_dim":
@@ -121,10 +135,8 @@ def _one(eqn: Any, given: list[Any]) -> _Note:
         return tuple(at[i] if i in at and at[i].parts else copy for i, copy in enumerate(copies))
     if name == "squeeze":
         return tuple(n for i, n in enumerate(note) if i not in params["dimensions"])
-    if name == "expand_dims":
-        return _UNKNOWN
     if name == "reshape":
-        return _reshaped(note, old, shape)
+        return _reshaped(note, eqn.invars[0].aval.shape, shape)
     if name == "slice":
         if params["strides"] and any(n != 1 for n in params["strides"]):
             return _UNKNOWN
@@ -137,9 +149,6 @@ def _one(eqn: Any, given: list[Any]) -> _Note:
             return _UNKNOWN
         low = (n for n, _, _ in params["padding_config"])
         return tuple(n._replace(start=n.start - k) for n, k in zip(note, low, strict=True))
-    operands = zip(eqn.invars, given, strict=True)
-    if all(n is None or atom.aval.shape == shape for atom, n in operands):
-        return _same(given)
     return _UNKNOWN
 
 

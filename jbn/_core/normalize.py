@@ -118,8 +118,7 @@ def normalize(
     x = check.floating(x)
     spec, inputs = plan(
         x,
-        scale,
-        bias,
+        (scale, bias),
         axis=axis,
         epsilon=epsilon,
         mask=mask,

@@ -90,8 +90,7 @@ def plan_moments(
 
 def plan(
     x: Array,
-    scale: ArrayLike | None,
-    bias: ArrayLike | None,
+    params: tuple[ArrayLike | None, ArrayLike | None],
     *,
     axis: int | Sequence[int],
     over: Scope,
@@ -102,34 +101,32 @@ def plan(
 ) -> tuple[Spec, Inputs]:
     """Checks the arguments of `normalize`; `affine` are those of `plan_inference`."""
     spec, inputs = plan_moments(x, axis=axis, over=over, mask=mask, weights=weights, groups=groups)
-    return _with_affine(spec, inputs, x, scale, bias, **affine)
+    return _with_affine(spec, inputs, x, params, **affine)
 
 
 def plan_inference(
     x: Array,
-    scale: ArrayLike | None,
-    bias: ArrayLike | None,
+    params: tuple[ArrayLike | None, ArrayLike | None],
     *,
     axis: int | Sequence[int],
     **affine: Any,
 ) -> tuple[Spec, Inputs]:
     """Checks the arguments of `batch_norm_inference`; `affine` goes to `_with_affine`."""
-    return _with_affine(Spec(resolve(x.shape, axis)), Inputs(x), x, scale, bias, **affine)
+    return _with_affine(Spec(resolve(x.shape, axis)), Inputs(x), x, params, **affine)
 
 
 def _with_affine(
     spec: Spec,
     inputs: Inputs,
     x: Array,
-    scale: ArrayLike | None,
-    bias: ArrayLike | None,
+    params: tuple[ArrayLike | None, ArrayLike | None],
     *,
     epsilon: float,
     activation: Activation | None,
     residual: ArrayLike | None,
     dtype: DTypeLike | None,
 ) -> tuple[Spec, Inputs]:
-    axes = spec.axes
+    axes, (scale, bias) = spec.axes, params
     activation = check.activation(activation, inputs.x.shape, accumulator(x.dtype))
     residual = check.residual(residual, x)
     scale = None if scale is None else check.features("scale", check.array(scale, "scale"), axes)
