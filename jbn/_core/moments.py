@@ -2,12 +2,12 @@
 
 The textbook one-pass variance E[x^2] - E[x]^2 cancels when the mean is large beside the standard
 deviation: at mean/std = 1e4 float32 has no correct digit left. But variance does not change when
-a constant K is taken from x, and Batch Normalization as a whole does not either, so all sums here
-are sums of x - K, with K some value of x in the same channel. That subtraction is exact where it
-matters (Sterbenz: x and K within a factor of two), x - K is about as large as the standard
-deviation, and E[(x-K)^2] - E[x-K]^2 then loses nothing.
+a constant is taken from x, and Batch Normalization as a whole does not either. So all sums here are
+sums of z = x - shift, where the shift is some value of x in the same channel. That subtraction is
+exact where it matters (Sterbenz: x and shift within a factor of two), z is about as large as the
+standard deviation, and E[z^2] - E[z]^2 then loses nothing.
 
-(bfloat16 can do without K, see `jbn._xla.bfloat16`.)
+(bfloat16 can do without a shift, see `jbn._xla.bfloat16`.)
 
 That is done for what one device has of the batch; `pooling` makes the moments of the whole of it.
 """

@@ -178,14 +178,14 @@ def _send(
 
 
 def _pool(m: ShiftedMoments) -> ShiftedMoments:
-    """The moments of x - K_i, i along the leading axis -> those of x - K, K the best of the K_i."""
+    """The moments of parts, each with a shift of its own -> those of all, with the best of them."""
 
     def total(values: Array) -> Array:
         return jnp.sum(values, axis=0, keepdims=True)
 
     count = total(m.count)
     share = (m.count / jnp.where(count > 0, count, jnp.ones_like(count))).astype(m.var.dtype)
-    # The K_i nearest to the mean: K_i - K is then small and exact.
+    # The shift nearest to the mean: its differences to the others are then small and exact.
     distance = jnp.abs(m.shift - total(share * (m.shift + m.mean)))
     nearest = jnp.argmin(distance, axis=0, keepdims=True)
     chosen = lax.broadcasted_iota(nearest.dtype, m.shift.shape, 0) == nearest

@@ -1,10 +1,10 @@
-"""K, the shift: the constant that is taken from every value of a feature before anything is summed.
+"""The shift: a constant that is taken from every value of a feature before anything is summed.
 
-Rounding makes an error of about eps (1 + (K - mean)^2 / var) in the variance (docs/mathematics), so
-K has to lie within a few standard deviations of the mean. Most values do: at most 1/t^2 of them are
-further away than t standard deviations (Chebyshev). K is the median of seven values, drawn at
-different places of different examples, so that neither one odd place in every example (a token, a
-border, a row and a column) nor a few odd examples are the majority. (Where an example has eight
+Rounding makes an error of about eps (1 + (shift - mean)^2 / var) in the variance, so the shift has
+to lie within a few standard deviations of the mean (docs/mathematics). Most values do: at most
+1/t^2 of them are further away than t standard deviations (Chebyshev). The shift is the median of
+seven values, drawn at different places of different examples, so that neither one odd place in
+every example (a token, a border, a row and a column) nor a few odd examples are the majority. (Where an example has eight
 places or fewer, one of them will do: an odd place then is so large a part of the batch that it is
 within three standard deviations of the mean.)
 """
@@ -37,17 +37,17 @@ _OFFSETS = (0.37, 0.71, 0.13, 0.59, 0.29, 0.83, 0.47)
 
 
 def shift_for(x: Array, weights: Array | None, axes: Axes) -> Array:
-    """K: for each feature a value of x that takes part, near the mean. x is what one device has.
+    """A value of x that takes part, near the mean, for each feature. x is what one device has.
 
     A value of x, and no average, so that a constant channel becomes exactly 0; 0 if there is none.
-    The result of Batch Normalization does not depend on K, so K carries no gradient.
+    The result of Batch Normalization does not depend on the shift, so it carries no gradient.
     """
     if axes.size == 0:
         return jnp.zeros(axes.per_feature, accumulator(x.dtype))
     drawn = _rows(x, axes) if weights is None else _weighted_rows(x, weights, axes)
     dtype = accumulator(x.dtype)
     shift = _median([row.astype(dtype) for row in drawn])
-    # From here on (1e31 for float32) x - K could overflow, by half an ulp of the largest x.
+    # From here on (1e31 for float32) x - shift could overflow, by half an ulp of the largest x.
     info = jnp.finfo(shift.dtype)
     shift = replaced(shift, jnp.abs(shift) >= info.max * info.eps / 4, 0.0)
     return materialize(shift)[0]

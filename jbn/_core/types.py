@@ -27,7 +27,7 @@ class ShiftedMoments(NamedTuple):
     """The moments of x - shift. Fields broadcast against x, (1, ..., C), or are [C] or [parts, C].
 
     Attributes:
-      shift: K, a number near the mean that is the same for all values of a feature.
+      shift: a number near the mean that is the same for all values of a feature.
       count: as in `Moments`.
       mean: E[x - shift], small beside the standard deviation.
       var: the variance, of x as of x - shift.

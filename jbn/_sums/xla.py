@@ -127,7 +127,7 @@ def _average(
 def _inverse(count: Array) -> Array:
     """1 / count, rounded to a power of two, by which weights are multiplied without an error.
 
-    So weights of any common factor, such as 1e30, neither overflow nor vanish in w (x - K)^2. Not
+    So weights of any common factor, such as 1e30, neither overflow nor vanish in w z^2. Not
     a division by a power of two: XLA turns a / (b / c) into a c / b, which may overflow.
     """
     numbers = jnp.finfo(count.dtype)
