@@ -314,8 +314,8 @@ def _keep_sound(
     Finite in the dtype of `old`: 1e5 is not in float16, and would stay infinite for good.
 
     A single value moves the mean alone, unless `single_values`. Its variance is exactly 0 (the
-    shift is the value itself) and its count 1. Many values whose weights add up to 1 have a variance, which
-    enters; where they are all equal, so that it is 0, they tell no more than one of them.
+    shift is the value itself) and its count 1. Many values whose weights add up to 1 have a
+    variance, which enters; where they are all equal, so that it is 0, they tell no more than one.
 
     `seen` are what a rule need not show: of those of jbn a moment that is not finite makes
     statistics that are not.

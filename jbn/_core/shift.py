@@ -4,9 +4,9 @@ Rounding makes an error of about eps (1 + (shift - mean)^2 / var) in the varianc
 to lie within a few standard deviations of the mean (docs/mathematics). Most values do: at most
 1/t^2 of them are further away than t standard deviations (Chebyshev). The shift is the median of
 seven values, drawn at different places of different examples, so that neither one odd place in
-every example (a token, a border, a row and a column) nor a few odd examples are the majority. (Where an example has eight
-places or fewer, one of them will do: an odd place then is so large a part of the batch that it is
-within three standard deviations of the mean.)
+every example (a token, a border, a row and a column) nor a few odd examples are the majority.
+(Where an example has eight places or fewer, one of them will do: an odd place then is so large a
+part of the batch that it is within three standard deviations of the mean.)
 """
 
 import functools

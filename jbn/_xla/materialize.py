@@ -3,8 +3,8 @@
 Cause: XLA for CPUs (jax 0.10 to 0.12) fuses the computation of a vector [C] into the loop over
 [N, ..., C] that uses it, and so repeats it for every element; it removes optimization barriers
 before it fuses. Effect: without `materialize` the forward pass over [4096, 1024] takes 1.3 times as
-long, and the shift, the median of seven draws, is found anew for each element. A call to a function that
-may not be inlined is what no fusion crosses, and it is cheap to compile: a concatenation of the
+long, and the shift, the median of seven draws, is found anew for each element. No fusion crosses
+a call to a function that may not be inlined, and it is cheap to compile: a concatenation of the
 vectors, which is not fused either, made training steps 15 to 25 % slower to compile.
 
 Check: `python -m experiments.speed --part op compile`.
