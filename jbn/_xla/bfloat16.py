@@ -3,8 +3,8 @@
 A bfloat16 has 8 significant bits, its square 16. The sum of up to 128 squares of one magnitude has
 23, and float32 holds 24. Cancellation, the reason for a shift, is an affair of values of one
 magnitude: where magnitudes differ the variance is not small beside the squared mean, and nothing is
-lost. So sums of x and x^2 over blocks of at most 128 values have all digits that matter, and from these
-follow, exactly again, the sums of x - c and (x - c)^2 for a bfloat16 number c near the mean.
+lost. So sums of x and x^2 over blocks of at most 128 values have all digits that matter, and from
+these follow, exactly again, the sums of x - c and (x - c)^2 for a bfloat16 number c near the mean.
 
 Nothing has to be known of x before it is summed. A compiler can then take the sums where x is
 made, in the convolution before the layer, and x is never read for them: XLA does so on TPUs.
