@@ -72,10 +72,9 @@ def differential(
 ) -> tuple[Array, Array, Array]:
     """(dy, dmean, dvar), linear in the tangents.
 
-    Recomputed, so that a backward pass keeps what it is given: x in its own dtype,
-    the mask or weights, and vectors with one number per feature. Else autodiff would keep xhat,
-    which is float32 even where x is bfloat16. prevent_cse=False: the compiler may keep what it
-    wants; only autodiff must not.
+    Recomputed, so that a backward pass keeps what it is given: x in its own dtype, the mask or
+    weights, and vectors with one number per feature. Else autodiff would keep xhat, which is
+    float32 even where x is bfloat16.
     """
     function = functools.partial(_differential, spec)
     return recomputed(function)(saved, known, tangents)
