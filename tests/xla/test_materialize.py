@@ -90,6 +90,9 @@ def test_no_pass_over_x_finds_the_shift_or_takes_a_root(function, dtype, one_dev
 
 
 @on_cpu
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10, 2), reason="XLA of older versions stores what each sum takes"
+)
 @pytest.mark.parametrize(
     "function", [jbn.normalize, layer, fused], ids=["forward", "gradients", "with activation"]
 )
