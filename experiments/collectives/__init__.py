@@ -1,1 +1,1 @@
-"""What devices tell each other: ``python -m experiments.collectives``."""
+"""Counts the collectives of compiled programs: ``python -m experiments.collectives``."""

@@ -1,4 +1,4 @@
-"""What do the devices tell each other? Collectives and bytes a layer, from XLA's own compiler.
+"""How much do devices communicate? Collectives and bytes a layer, from XLA's own compiler.
 
 Compiles a network of three layers, relu(batch_norm(x w)) with 64, 128 and 256 channels, for a mesh
 of devices that need not be there, and reads the collectives out of the optimised program.

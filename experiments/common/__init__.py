@@ -1,1 +1,1 @@
-"""What several experiments share and no question is about: records, figures, devices, compilers."""
+"""Tools that several experiments share: records, figures, devices, compilers."""

@@ -1,4 +1,4 @@
-"""What the command lines of several experiments have in common."""
+"""Parts of command lines that several experiments share."""
 
 from __future__ import annotations
 

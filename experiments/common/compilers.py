@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-# What XLA has to know of a GPU that it cannot ask: NVIDIA's H100 with 80 GB, in protobuf's text.
+# Describes NVIDIA's H100 with 80 GB to XLA, which cannot ask a GPU that is not there (protobuf).
 H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 minor: 0 }

@@ -1,4 +1,4 @@
-"""What programs consist of, before XLA optimises them."""
+"""Lists the equations and operations of programs, before XLA optimises them."""
 
 from __future__ import annotations
 

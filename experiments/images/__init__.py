@@ -1,1 +1,1 @@
-"""Where images come from, how they are changed, and in which order they are served."""
+"""Reading, changing, ordering and serving images."""

@@ -260,7 +260,7 @@ def bytes_estimated(images: ImageSet, looked_at: int = 100) -> float:
 
 
 def bytes_of(path: str) -> int:
-    """Of an image when decoded; 0 if it is broken."""
+    """The size of an image when decoded; 0 if it is broken."""
     try:
         with Image.open(path) as image:
             return 3 * image.size[0] * image.size[1]

@@ -24,7 +24,7 @@ AUXILIARY_WEIGHT = 0.3  # of the loss of an auxiliary head, as in GoogLeNet
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """Of each image, nats."""
+    """The loss of each image, in nats."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
@@ -119,7 +119,7 @@ def program(recipe: Recipe, scale: Scale, n_classes: int, options: Options) -> P
 
 
 def network_slots(scale: Scale, n_classes: int, options: Options) -> dict[str, Any]:
-    """What a network has besides its recipe."""
+    """The parts of a network besides its recipe."""
     slots: dict[str, Any] = {"n_classes": n_classes}
     if options.auxiliary:
         names = [row.name for row in bn_inception.rows(*scale.modules, repeat=scale.repeat)]

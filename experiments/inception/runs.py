@@ -1,4 +1,4 @@
-"""What a run is, and where its images come from."""
+"""The options of a run, and the source of its images."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Run(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """Where it leaves its results."""
+        """The folder of its results."""
         words = self.name.replace(",", "").replace("%", "").split()
         return f"{'-'.join(words)}-rate{self.rate:g}-seed{self.seed}"
 
@@ -73,5 +73,5 @@ def load(dataset: str, data_dir: str | None) -> Sets:
 
 
 def results_of(dataset: str) -> Path:
-    """Where results go if nothing is said: every data set has a folder of its own."""
+    """The default folder of results: every data set has its own."""
     return Path("results/inception", dataset)

@@ -111,7 +111,7 @@ class Tally:
 
 
 class Loop(NamedTuple):
-    """What stays the same during a run."""
+    """The constants of a run."""
 
     run: Run
     sets: Sets

@@ -89,7 +89,7 @@ def add_run_options(group: argparse._ArgumentGroup) -> None:
 
 
 def add_image_options(group: argparse._ArgumentGroup) -> None:
-    """Where the images come from."""
+    """The options of images."""
     add = group.add_mutually_exclusive_group().add_argument
     add("--data-dir", metavar="DIR", help="the four IDX files of MNIST or Fashion-MNIST")
     add("--download", metavar="URL", nargs="?", const=MIRROR,

@@ -71,7 +71,7 @@ def draw_percentiles(axes: Axes, history: History, unit: int, color: str) -> Non
 
 
 def label_steps(axes: Axes, steps: np.ndarray) -> None:
-    """What all panels over training time share."""
+    """The common parts of all panels over training time."""
     axes.set_xlabel(STEPS)
     axes.set_xlim(0, steps[-1])
     axes.grid(alpha=0.3)

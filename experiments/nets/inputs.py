@@ -1,4 +1,4 @@
-"""What a network gets of an image."""
+"""The part of an image that a network gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks train: networks with the libraries' layers of Batch Normalization."""
+"""Training steps of the benchmarks: networks with the libraries' layers of Batch Normalization."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_run_options(group: argparse._ArgumentGroup) -> None:
-    """Where the answer goes."""
+    """The options of output."""
     add = group.add_argument
     add("--out", type=Path, default=Path("results/scaling"), metavar="DIR",
         help="folder for the figure and the numbers (default: %(default)s)")  # fmt: skip
@@ -117,7 +117,7 @@ def add_run_options(group: argparse._ArgumentGroup) -> None:
 
 
 def add_image_options(group: argparse._ArgumentGroup) -> None:
-    """Where the images come from."""
+    """The options of images."""
     add = group.add_mutually_exclusive_group().add_argument
     add("--data-dir", metavar="DIR",
         help="CIFAR-10: its binary files, or images in train/CLASS and test/CLASS")  # fmt: skip
@@ -128,7 +128,7 @@ def add_image_options(group: argparse._ArgumentGroup) -> None:
 
 
 def add_training_options(group: argparse._ArgumentGroup) -> None:
-    """What the runs share."""
+    """The common parts of the runs."""
     config, add = Config(), group.add_argument
     add("--devices", type=at_least_one, nargs="+", metavar="N",
         help=f"numbers of devices (default: {' '.join(map(str, config.devices))})")  # fmt: skip

@@ -134,7 +134,7 @@ def measure(parts: Sequence[str], config: Config, records: Records) -> list[Row]
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that are compared."""
+    """The versions of the libraries that are compared."""
     packages = ("jax", "flax", "dm-haiku", "equinox", "torch")
     found = {d.metadata["Name"]: d.version for d in metadata.distributions()}
     return {name: found[name] for name in packages if name in found}

@@ -68,7 +68,7 @@ ALL = "in all"
 
 
 class Sizes(NamedTuple):
-    """What a program consists of."""
+    """Counts the parts of a program in its three forms."""
 
     equations: int  # of the jaxpr
     operations: int  # StableHLO's, with functions, calls and returns

@@ -22,7 +22,7 @@ from experiments.speed.training_steps import slots_of
 
 
 def dispatch(config: Config) -> Iterator[Row]:
-    """What a layer costs besides moving memory: calls of tiny layers, tracing, compiling."""
+    """Measures a layer's cost besides moving memory: calls of tiny layers, tracing, compiling."""
     shapes = TINY_SHAPES[:1] if config.quick else TINY_SHAPES
     for shape, which in bar(shapes, PASSES, about="dispatch: calls"):
         case = Case(shape, which=which)

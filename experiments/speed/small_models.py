@@ -212,7 +212,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def squared_error(values: jax.Array, labels: jax.Array) -> jax.Array:
-    """Of values [critics, N]; the labels [N] stand for rewards."""
+    """The mean squared error of values [critics, N]; the labels [N] stand for rewards."""
     return ((values - labels.astype(values.dtype)[None]) ** 2).mean()
 
 
@@ -283,7 +283,7 @@ def nnx_step(
 
 
 class Model(NamedTuple):
-    """What is built once with each norm."""
+    """Describes a model that is built once with each norm."""
 
     program: Callable[[Any], Program]  # of the norm
     norms: int  # how many layers of Batch Normalization it has

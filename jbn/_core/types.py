@@ -7,7 +7,7 @@ from jax import Array, lax
 
 
 class Moments(NamedTuple):
-    """What a batch says about each feature.
+    """Count, mean and variance of each feature in a batch.
 
     Attributes:
       count: the number of values behind each mean, or the sum of their weights. []; or [C] (for

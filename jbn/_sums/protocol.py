@@ -1,4 +1,4 @@
-"""What Batch Normalization asks of whoever takes its sums: `sums`, `pair` and `spread`.
+"""The interface of an implementation of the sums: `sums`, `pair` and `spread`.
 
 In all of them z = x - shift, 0 where masked in the sums, and E is the mean over the batch.
 """

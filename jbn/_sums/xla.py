@@ -83,9 +83,9 @@ def _activated(activation: Activation, at: Affine, z: Array, own: Array, others:
     input of the activation is computed in each by itself: to the compiler the barrier makes them
     two. Else it keeps the mask, or the masked cotangent, for the second, which is more traffic.
     """
-    first = transform(z, at.a, at.c, None)
+    first = transform(z, at.a, at.c)
     a, c = unshared((at.a, at.c))
-    second = transform(z, a, c, None)
+    second = transform(z, a, c)
     of_own = jax.jvp(activation, (first,), (own,))[1]
     return of_own + jax.jvp(activation, (second,), (others,))[1]
 

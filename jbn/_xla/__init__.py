@@ -1,1 +1,1 @@
-"""What is there for a compiler or for JAX's transformations, and not for the mathematics."""
+"""Hints to compilers and to JAX's transformations, which change no value."""

@@ -1,4 +1,4 @@
-"""What compiling costs: both sides compute the same, sizes are the programs', a quick run."""
+"""The cost of compiling: both sides compute the same, sizes are the programs', a quick run."""
 
 import gc
 import json
