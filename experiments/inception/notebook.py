@@ -1,4 +1,4 @@
-"""What a run leaves: its measurements, in a folder that one program at a time writes to."""
+"""The measurements of a run, in a folder that one program at a time writes to."""
 
 from __future__ import annotations
 

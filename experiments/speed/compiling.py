@@ -182,7 +182,7 @@ def table(cases: Sequence[Case]) -> speed_report.TableText:
     cells = []
     for case in cases:
         line = [case.model, case.dtype, str(case.norms)]
-        line += [ratio_text(case.ratio(phase)) for phase in (*PHASES, ALL)]
+        line += [speed_report.with_quartiles(case.ratio(phase)) for phase in (*PHASES, ALL)]
         line.append(f"{case.median(JBN):.2f} : {case.median(FLAX):.2f}")
         pairs = zip(case.sizes[JBN], case.sizes[FLAX], strict=True)
         cells.append([*line, *(f"{own} : {other}" for own, other in pairs)])
@@ -197,11 +197,6 @@ def table(cases: Sequence[Case]) -> speed_report.TableText:
     numbers = [*means, None, *of_sizes]
     cells.append(["mean", "-", "-", *("-" if n is None else f"{n:.2f}" for n in numbers)])
     return speed_report.TableText(f"compile, {cases[0].target}", header, cells)
-
-
-def ratio_text(ratio: timing.Ratio) -> str:
-    """A ratio and its quartiles, "1.20 (1.18-1.23)"."""
-    return f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
 
 
 NOTE = (

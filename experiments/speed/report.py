@@ -106,13 +106,16 @@ def used(header: list[str], cells: list[list[str]]) -> tuple[list[str], list[lis
 
 
 def ratio_text(row: Row | None) -> str:
-    """The ratio and its quartiles, "0.61 (0.60-0.63)"."""
+    """The ratio of a row, "-" if it has none."""
     if row is None or row.ratio is None or row.low is None or row.high is None:
         return "-"
-    ratio, low, high = (
-        f"{v:.2f}" if v < 10 else f"{v:.0f}" for v in timing.Ratio(row.ratio, row.low, row.high)
-    )
-    return f"{ratio} ({low}-{high})"
+    return with_quartiles(timing.Ratio(row.ratio, row.low, row.high))
+
+
+def with_quartiles(ratio: timing.Ratio) -> str:
+    """A ratio and its quartiles, "0.61 (0.60-0.63)"."""
+    median, low, high = (f"{v:.2f}" if v < 10 else f"{v:.0f}" for v in ratio)
+    return f"{median} ({low}-{high})"
 
 
 def milliseconds(row: Row | None) -> str:

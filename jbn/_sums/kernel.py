@@ -7,6 +7,7 @@ import numpy as np
 from jax import Array
 
 from jbn._core.affine import Activation, Affine
+from jbn._core.axes import Axes
 from jbn._devices.named_axes import Scope
 from jbn._sums.protocol import Batch, Line
 from jbn._sums.xla import XlaSums
@@ -31,17 +32,13 @@ class KernelSums(NamedTuple):
 
     def sums(self, batch: Batch, shift: Array, count: Array) -> tuple[Array, Array]:
         """See `Sums`."""
-        axes = batch.axes
-        first, second = self.maps.sums(batch.x, axes.squeeze(shift))
-        return axes.expand(first) / count, axes.expand(second) / count
+        return _means(batch.axes, self.maps.sums(batch.x, batch.axes.squeeze(shift)), count)
 
     def pair(
         self, batch: Batch, over: Scope, shift: Array, count: Array, dx: Array
     ) -> tuple[Array, Array]:
         """See `Sums`."""
-        axes = batch.axes
-        first, second = self.maps.pair(batch.x, axes.squeeze(shift), dx)
-        return axes.expand(first) / count, axes.expand(second) / count
+        return _means(batch.axes, self.maps.pair(batch.x, batch.axes.squeeze(shift), dx), count)
 
     def spread(
         self,
@@ -58,3 +55,9 @@ class KernelSums(NamedTuple):
         gate = None if activation is None else (row(at.a), row(at.c))
         shift, u, v = map(row, (at.shift, line.u, line.v))
         return self.maps.spread(batch.x, shift, u, v, line.own, gate=gate, dtype=dtype)
+
+
+def _means(axes: Axes, sums: tuple[Array, Array], count: Array) -> tuple[Array, Array]:
+    """Divides sums [C] by the count; the result is (1, ..., C)."""
+    first, second = (axes.expand(values) / count for values in sums)
+    return first, second
