@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -39,8 +40,9 @@ def location(mean: Array, var: Array, epsilon: float) -> tuple[Array, Array]:
     Both are 0 where there is nothing to divide by (var + epsilon = 0) or too much (var = inf, and
     the mean perhaps as well), so that y is the bias.
     """
-    var = var + jnp.asarray(epsilon, var.dtype)
-    useless = (var <= 0) | (var == jnp.inf)
+    var = lax.add(var, np.asarray(epsilon, var.dtype))
+    zero, inf = (np.asarray(value, var.dtype) for value in (0, jnp.inf))
+    useless = lax.bitwise_or(lax.le(var, zero), lax.eq(var, inf))
     rstd = lax.rsqrt(replaced(var, useless, jnp.inf)).astype(mean.dtype)
     return replaced(mean, useless, 0.0), rstd
 
@@ -63,13 +65,13 @@ def expanded(
 
 def transform(z: Array, a: Array, c: Array, residual: Array | None = None) -> Array:
     """a z + c + residual, in z's dtype (Alg. 1, lines 3 and 4)."""
-    y = z * a + c
-    return y if residual is None else y + widened(residual, z.dtype)
+    y = lax.add(lax.mul(z, a), c)
+    return y if residual is None else lax.add(y, widened(residual, z.dtype))
 
 
 def displaced(x: Array, weights: Array | None, at: Affine) -> Array:
     """x - shift at every position, masked ones included; of xhat 0 where x is not finite there."""
-    z = x.astype(at.shift.dtype) - at.shift
+    z = lax.sub(x.astype(at.shift.dtype), at.shift)
     return z if weights is None else harmless(z, z * at.a, weights, otherwise=at.mean)
 
 

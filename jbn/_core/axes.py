@@ -1,5 +1,6 @@
 """Which axes of x hold features, and which ones the statistics are taken over."""
 
+import functools
 import math
 import operator
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,10 @@ from jax.core import Tracer
 
 
 class Axes(NamedTuple):
-    """The axes of one input, split by their role. Everything here is static."""
+    """The axes of one input, split by their role. Everything here is static.
+
+    Several shapes are asked for in each layer, and are cached: 128 small tuples at most.
+    """
 
     shape: tuple[int, ...]  # of x
     features: tuple[int, ...]  # sorted, not negative
@@ -37,21 +41,25 @@ class Axes(NamedTuple):
         )
 
     @property
+    @functools.lru_cache  # noqa: B019
     def feature_shape(self) -> tuple[int, ...]:
         """The shape of scale, bias, mean and var: (C,) for one feature axis."""
         return tuple(self.shape[i] for i in self.features)
 
     @property
+    @functools.lru_cache  # noqa: B019
     def per_feature(self) -> tuple[int, ...]:
         """The shape in which statistics broadcast against x: (1, ..., C); groups are kept too."""
         return tuple(1 if i in self.reduction else n for i, n in enumerate(self.shape))
 
     @property
+    @functools.lru_cache  # noqa: B019
     def per_position(self) -> tuple[int, ...]:
         """The shape in which values for all features at once broadcast against x: (N, ..., 1)."""
         return tuple(1 if i in self.features else n for i, n in enumerate(self.shape))
 
     @property
+    @functools.lru_cache  # noqa: B019
     def size(self) -> int:
         """How many values of x each feature has, in each group."""
         return math.prod(self.shape[i] for i in self.reduction)

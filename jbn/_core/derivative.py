@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 
 from jbn._core.affine import Affine, displaced, harmless, transform, where_data
 from jbn._core.moments import derivative
@@ -97,13 +98,15 @@ def _differential(
     clean = m._replace(shift=at.shift, mean=mean)
     mean_dx, half_dvar = derivative(spec, x, weights, clean, dx)
     # Where rstd is 0, as y is the bias, the sums over z may be infinite.
-    useless = rstd == 0
+    useless = lax.eq(rstd, np.asarray(0, rstd.dtype))
     mean_xhat_dx = replaced(rstd * half_dvar.astype(dx.dtype), useless, 0.0)
     (of_scale,) = materialize(dscale - a * mean_xhat_dx)  # backwards, the gradient of scale
     v = replaced(rstd * of_scale, useless, 0.0)
     u = dbias - a * mean_dx - mean * v
-    own = a * harmless(dx, a * (x.astype(dx.dtype) - at.shift), weights)
-    own = own if dresidual is None else own + dresidual
+    if weights is not None:
+        dx = harmless(dx, a * (x.astype(dx.dtype) - at.shift), weights)
+    own = lax.mul(a, dx)
+    own = own if dresidual is None else lax.add(own, dresidual)
     dy = _through_activation(spec, Batch(spec.axes, x, weights), at, Line(own, u, v, dbias), kept)
     return dy.astype(spec.dtype), mean_dx, 2 * half_dvar
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -124,13 +125,13 @@ def _moments_by_shift(
 ) -> ShiftedMoments:
     """The moments of what one device has, by sums of x - shift and of its square."""
     shift = shift_for(x, weights, axes)
-    count = _count(shift.real.dtype, weights, axes)
+    count = _count(jnp.finfo(shift.dtype).dtype, weights, axes)
     mean, mean_square = sums.sums(Batch(axes, x, weights), shift, count)
     # Squares that overflow leave var = inf, not inf - inf: y is then the bias, and the running
     # statistics leave the feature out.
-    var = mean_square - square(mean)
-    var = lax.select(mean_square == jnp.inf, mean_square, var)
-    return ShiftedMoments(shift, count, mean, jnp.maximum(var, 0.0))
+    var = lax.sub(mean_square, square(mean))
+    var = lax.select(lax.eq(mean_square, np.asarray(jnp.inf, var.dtype)), mean_square, var)
+    return ShiftedMoments(shift, count, mean, lax.max(var, np.asarray(0, var.dtype)))
 
 
 def _count(dtype: DTypeLike, weights: Array | None, axes: Axes) -> Array:

@@ -263,7 +263,7 @@ def restore(m: ShiftedMoments, axes: Axes) -> Moments:
     """Moments of x - shift, of x's rank -> moments of x, of feature shape."""
     varies = any(m.count.shape[i] != 1 for i in range(len(axes.shape)))
     count = axes.squeeze(m.count) if varies else m.count.reshape(())
-    return Moments(count, axes.squeeze(m.mean + m.shift), axes.squeeze(m.var))
+    return Moments(count, axes.squeeze(lax.add(m.mean, m.shift)), axes.squeeze(m.var))
 
 
 def restore_pooled(m: ShiftedMoments, axes: Axes, counts_differ: bool) -> Moments:

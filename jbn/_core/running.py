@@ -272,7 +272,7 @@ def _move(
     def step(old: Array, new: Array) -> Array:
         dtype = accumulator(old.dtype)  # in bfloat16 a rate of 0.001 would move nothing
         old, new = old.astype(dtype), new.astype(dtype)
-        moved = old + jnp.asarray(rate, dtype) * (new - old)
+        moved = lax.add(old, lax.mul(jnp.asarray(rate, dtype), lax.sub(new, old)))
         # At rate 1 exactly the new value: old + (new - old) would round.
         if isinstance(rate, float | int):
             return new if np.asarray(rate, dtype) == 1 else moved
@@ -321,9 +321,11 @@ def _keep_sound(
     statistics that are not.
     """
     stored = RunningStats(*(jnp.asarray(n).astype(o.dtype) for n, o in zip(new, old, strict=True)))
-    sound = (moments.count > 0) & (stored.var >= 0)
+    sound = lax.ge(stored.var, np.asarray(0, stored.var.dtype))
     for values in (*seen, *stored):
-        sound &= jnp.isfinite(values)
+        is_finite = lax.is_finite if jnp.issubdtype(values.dtype, jnp.floating) else jnp.isfinite
+        sound = lax.bitwise_and(sound, is_finite(values))
+    sound = lax.bitwise_and(sound, moments.count > 0)
     spread = sound if single_values else sound & ~((moments.var == 0) & (moments.count < _FEW))
 
     def choose(where: Array, new: Array, old: Array) -> Array:

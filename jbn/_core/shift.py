@@ -13,6 +13,7 @@ import functools
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
@@ -48,8 +49,8 @@ def shift_for(x: Array, weights: Array | None, axes: Axes) -> Array:
     dtype = accumulator(x.dtype)
     shift = _median([row.astype(dtype) for row in drawn])
     # From here on (1e31 for float32) x - shift could overflow, by half an ulp of the largest x.
-    info = jnp.finfo(shift.dtype)
-    shift = replaced(shift, jnp.abs(shift) >= info.max * info.eps / 4, 0.0)
+    info, size = jnp.finfo(shift.dtype), lax.abs(shift)
+    shift = replaced(shift, lax.ge(size, np.asarray(info.max * info.eps / 4, size.dtype)), 0.0)
     return materialize(shift)[0]
 
 

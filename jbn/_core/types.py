@@ -46,4 +46,4 @@ def square(x: Array) -> Array:
 
 def dot(x: Array, y: Array) -> Array:
     """x y, elementwise; for complex numbers Re(conj(x) y)."""
-    return lax.real(lax.conj(x) * y) if jnp.iscomplexobj(x) else x * y
+    return lax.real(lax.conj(x) * y) if jnp.iscomplexobj(x) else lax.mul(x, y)

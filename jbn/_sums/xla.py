@@ -56,7 +56,7 @@ class XlaSums(NamedTuple):
         z = displaced(batch.x, batch.weights, own)
         others = _of_the_batch(batch, at, line, z, late=chosen)
         if activation is None:
-            return (line.own + others).astype(dtype)
+            return lax.add(line.own, others).astype(dtype)
         return _activated(activation, at, z, line.own, others).astype(dtype)
 
 
@@ -69,7 +69,7 @@ def _of_the_batch(batch: Batch, at: Affine, line: Line, z: Array, *, late: bool)
     u, v = (spread(batch.axes, batch.x, values) for values in (line.u, line.v))
     if late:
         v = jnp.where(jnp.isfinite(z), v, jnp.zeros_like(v))
-    others = z * v + u
+    others = transform(z, v, u)
     if batch.weights is None:
         return others
     xhat = at.a * (batch.x.astype(at.shift.dtype) - at.shift)
@@ -99,7 +99,7 @@ def only_active(values: Array, weights: Array | None) -> Array:
 
 def shifted(x: Array, shift: Array, weights: Array | None) -> Array:
     """x - shift in the accumulator's dtype; 0 where masked, whatever x holds there."""
-    return only_active(x.astype(shift.dtype) - shift, weights)
+    return only_active(lax.sub(x.astype(shift.dtype), shift), weights)
 
 
 def _average(
@@ -120,8 +120,9 @@ def _average(
         inverse = _inverse(count)
         weights, count = weights * inverse, count * inverse
         values = tuple(v * weights.astype(v.dtype) for v in values)
-    first, second = over.sum(tuple(jnp.sum(v, axes.reduction, keepdims=True) for v in values))
-    return first / count.astype(first.dtype), second / count.astype(second.dtype)
+    sums = (lax.expand_dims(lax.reduce_sum(v, axes.reduction), axes.reduction) for v in values)
+    first, second = over.sum(tuple(sums))
+    return lax.div(first, count.astype(first.dtype)), lax.div(second, count.astype(second.dtype))
 
 
 def _inverse(count: Array) -> Array:

@@ -58,8 +58,8 @@ def test_forward_and_backward_are_the_oracle(example):
     none = np.zeros_like(scale)
     at = x, scale, bias, dy, none, none
     backward = oracle.vjp(*at, **given)
-    # Gradients cancel, and what is rounded is as large as their terms. Two values of nearly the same
-    # size have a rstd of up to 316, and so has a masked value that lies far from one that counts.
+    # Gradients cancel: what is rounded is as large as their terms. The rstd of two values of nearly
+    # the same size is up to 316, and so may xhat be of a masked value.
     rstd = 1 / np.sqrt(moments.var + 1e-5)
     xhat, _ = oracle.normalize(x, np.ones_like(scale), np.zeros_like(bias), **given)
     dy = np.abs(np.asarray(dy, np.float64))
