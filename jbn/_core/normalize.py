@@ -139,7 +139,7 @@ def normalized(spec: Spec, inputs: Inputs, *, pooled: bool = False) -> tuple[Arr
         return _as_one_program(spec, pooled, inputs)
     residual, weights = inputs.residual, inputs.weights
     if residual is not None and weights is not None:
-        # Rematerialised: the residual, which is often saved anyway, is saved for backward, no mask.
+        # Rematerialised, so that the residual (often saved anyway) is saved for backward, no mask.
         clean = recomputed(harmless)
         inputs = inputs._replace(residual=clean(residual, residual, weights))
     y, m = _normalize(spec, inputs)

@@ -188,7 +188,7 @@ def vary_as(x: Array, values: Array) -> Array:
 
 
 def is_typed(name: Any) -> bool:
-    """Returns whether types say that an array varies over this axis; false in pmap and vmap."""
+    """Returns whether array types record variation over this axis; not in pmap and vmap."""
     return name in varying(lax.axis_index(name))
 
 
