@@ -42,7 +42,7 @@ __all__ = [
     # The composition: training and inference
     "batch_norm",
     "batch_norm_inference",
-    # What a backward pass keeps
+    # The arrays that are saved for backward
     "checkpoint_policy",
 ]
 

@@ -1,7 +1,7 @@
-"""What the two Flax skins share: Flax's leniency around the core's functions.
+"""The common part of the two Flax skins, which accept all that Flax accepts.
 
-Where the core refuses (integer x, one value per feature, a mask of lower rank than x), Flax
-computes, and so does a module that replaces Flax's.
+The core refuses integer x, one value per feature, and a mask of lower rank than x. Flax computes a
+result for them, and so does a module that replaces Flax's.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Layer(NamedTuple):
 
     @classmethod
     def of(cls, module: Any, *, initializing: bool = False) -> "Layer":
-        """Reads them from a module; `init` of linen has neither named axes nor groups."""
+        """Reads the fields from a module; `init` of linen has neither named axes nor groups."""
         layer = cls(*(getattr(module, field) for field in cls._fields))
         return layer._replace(axis_name=None, groups=None) if initializing else layer
 
@@ -62,9 +62,10 @@ def call(
     inference: bool,
     dtype: DTypeLike,
 ) -> tuple[Array, RunningStats]:
-    """`jbn.batch_norm`, or `jbn.batch_norm_inference` and `stats`, for all that Flax accepts.
+    """Computes `jbn.batch_norm` or `jbn.batch_norm_inference` for all that Flax accepts.
 
-    Without `update` the rule is Flax's, into which the variance of a single value enters, too.
+    Returns y and the statistics, which inference does not change. Without `update` the rule is
+    Flax's: the variance of a single value enters, too.
     """
     residual, names = given.residual, layer.axis_name
     x = check.floating(_as_float(given.x, dtype))
@@ -95,21 +96,21 @@ def call(
 
 
 def _able_to_hold(x: Array, stats: RunningStats) -> RunningStats:
-    """`stats` with a complex mean where x is complex."""
+    """Makes the mean of `stats` complex if x is complex."""
     return stats._replace(mean=stats.mean.astype(mean_dtype(stats.mean.dtype, x.dtype)))
 
 
 def _as_float(x: ArrayLike, dtype: DTypeLike) -> Array:
-    """x in a dtype fit for computing a y of `dtype`: half precision stays as it is."""
+    """Converts x to a dtype from which y of `dtype` can be computed; half precision stays."""
     x = jnp.asarray(x)
     wide = jnp.finfo(dtype).bits > 32 or not jnp.issubdtype(x.dtype, jnp.inexact)
-    # Real x and complex parameters, or dtype=complex64.
+    # x is real, but the parameters are complex, or dtype=complex64.
     wide |= jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.iscomplexobj(x)
     return x.astype(jnp.promote_types(x.dtype, dtype)) if wide else x
 
 
 def inference_wanted(switch: Any) -> bool:
-    """`use_running_average` as a bool."""
+    """Converts `use_running_average` to a bool."""
     if isinstance(switch, Tracer | str | bytes):
         kind = "a traced value" if isinstance(switch, Tracer) else repr(switch)
         raise TypeError(
@@ -120,7 +121,7 @@ def inference_wanted(switch: Any) -> bool:
 
 
 def mean_dtype(real: DTypeLike, *others: DTypeLike | None) -> DTypeLike:
-    """The dtype of the running mean: `real`, or complex where one of `others` is."""
+    """Returns the dtype of the running mean: `real`, or complex if one of `others` is complex."""
     if any(d is not None and jnp.issubdtype(d, jnp.complexfloating) for d in others):
         return np.promote_types(real, np.complex64)
     return real
@@ -135,7 +136,7 @@ def refuse_loss(
 
 
 def _of_rank(values: ArrayLike | None, ndim: int) -> Array | None:
-    """Aligned to the right, as NumPy broadcasts: a mask (C,) chooses features."""
+    """Aligns `values` to the right, as NumPy broadcasts: a mask (C,) chooses features."""
     if values is None:
         return None
     values = jnp.asarray(values)

@@ -24,9 +24,9 @@ from jbn._core.running import RunningStats, UpdateRule
 class BatchNorm(nn.BatchNorm):
     """Batch Normalization: `flax.linen.BatchNorm` over `jbn.batch_norm`.
 
-    All of Flax's arguments, variables and dtype rules; a subclass of Flax's class. Its differences
-    (exact variance at any offset, masks, batches with NaN) are listed in the page "Semantics" of
-    the documentation.
+    It is a subclass of Flax's class, with all its arguments, variables and dtype rules. The page
+    "Semantics" of the documentation lists the differences (exact variance at any offset, masks,
+    batches with NaN).
 
     >>> import jax, jax.numpy as jnp, jbn.linen
     >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
@@ -37,8 +37,8 @@ class BatchNorm(nn.BatchNorm):
     [ 1. 10.]
 
     Attributes:
-      use_running_average: if True, normalise with the statistics in `batch_stats`. To be given
-        here or in the call.
+      use_running_average: if True, normalise with the statistics in `batch_stats`. Set it here or
+        in the call.
       axis: the feature axis or axes of x.
       momentum: weight of the old value in the running statistics; the core's `decay`.
       epsilon: is added to the variance, inside the root.
@@ -55,12 +55,12 @@ class BatchNorm(nn.BatchNorm):
         computed in float32 all the same, and a feature whose new statistics would be infinite in
         `param_dtype` keeps the old ones.
       update: how a batch enters the running statistics, such as `jbn.ema(0.9, debias=True)` or
-        `jbn.cumulative()`; it takes momentum's place, and adds `count` to `batch_stats`. By
-        default as in Flax: `jbn.ema(momentum)`, with the variance 0 of a single value.
+        `jbn.cumulative()`; it replaces momentum, and adds `count` to `batch_stats`. The default is
+        Flax's rule: `jbn.ema(momentum)`, but the variance of a single value, 0, enters too.
       groups: normalise each of this many equal, consecutive parts of the batch by statistics of its
         own; those in `batch_stats` are of the whole batch. `init` ignores it.
-      activation: an elementwise function, such as `jax.nn.relu`, applied to y at last. As part of
-        the layer it costs the backward pass no memory.
+      activation: an elementwise function, such as `jax.nn.relu`, which is applied to y last. As
+        part of the layer it costs the backward pass no memory.
     """
 
     update: UpdateRule | None = None
@@ -87,8 +87,8 @@ class BatchNorm(nn.BatchNorm):
           residual: of x's shape, is added before the activation.
 
         Returns:
-          y, of x's shape. `init` does not update the statistics, and ignores `axis_name`; of a
-          layer with complex x, parameters or y it makes the mean complex.
+          y, of x's shape. `init` does not update the statistics, and ignores `axis_name`; for
+          complex x, parameters or y it makes the mean complex.
         """
         inference = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -112,15 +112,15 @@ class BatchNorm(nn.BatchNorm):
         return y
 
 
-# Functions and not methods: Flax wraps and records every method of a module.
+# These are functions, not methods, because Flax wraps and records every method of a module.
 
 
 def _statistics(
     module: BatchNorm, shape: tuple[int, ...], x: Dtype, counts: bool
 ) -> list[nn.Variable[Array]]:
-    """The variables for x of a dtype: mean, var and, where batches are counted, count.
+    """Declares the variables for x of a dtype: mean, var and, if batches are counted, count.
 
-    The count is from 0 if there is none.
+    A new count starts at 0.
     """
     dtype = jnp.float32 if module.force_float32_reductions else module.param_dtype
     affine = module.param_dtype if module.use_scale or module.use_bias else None
@@ -128,7 +128,7 @@ def _statistics(
     initial: dict[str, tuple[Callable[..., Array], Any]]
     initial = {"mean": (jnp.zeros, mean), "var": (jnp.ones, jnp.finfo(dtype).dtype)}
     if counts:
-        initial["count"] = (jnp.zeros, jnp.float32)  # in half precision it could not count
+        initial["count"] = (jnp.zeros, jnp.float32)  # half precision could not count
     return [
         module.variable("batch_stats", name, init, shape, dtype)
         for name, (init, dtype) in initial.items()
@@ -136,7 +136,7 @@ def _statistics(
 
 
 def _params(module: BatchNorm, shape: tuple[int, ...]) -> Params:
-    """The parameters scale and bias, drawn in this order as in Flax."""
+    """Declares the parameters scale and bias, drawn in this order as in Flax."""
 
     def param(name: str, used: bool, init: jax.nn.initializers.Initializer) -> Array | None:
         return module.param(name, init, shape, module.param_dtype) if used else None

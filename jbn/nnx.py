@@ -28,9 +28,9 @@ _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 class BatchNorm(nnx.BatchNorm):
     """Batch Normalization: `flax.nnx.BatchNorm` over `jbn.batch_norm`.
 
-    All of Flax's arguments, variables and dtype rules; a subclass of Flax's class. Its differences
-    (exact variance at any offset, masks, batches with NaN) are listed in the page "Semantics" of
-    the documentation.
+    It is a subclass of Flax's class, with all its arguments, variables and dtype rules. The page
+    "Semantics" of the documentation lists the differences (exact variance at any offset, masks,
+    batches with NaN).
 
     >>> import jax.numpy as jnp, jbn.nnx
     >>> from flax import nnx
@@ -46,9 +46,9 @@ class BatchNorm(nnx.BatchNorm):
       axis: the feature axis of x.
       momentum: weight of the old value in the running statistics; the core's `decay`.
       epsilon: is added to the variance, inside the root.
-      dtype: of y; by default that of x, scale and bias promoted. For complex x say so here, or in
-        `param_dtype`: the mean is then complex from the start, and not from the first batch on,
-        which a `scan` over steps would refuse and `jit` compile twice.
+      dtype: of y; by default that of x, scale and bias promoted. For complex x set a complex dtype
+        here or in `param_dtype`: the mean is then complex from the start. Otherwise it becomes
+        complex with the first batch: a `scan` over steps refuses that, and `jit` compiles twice.
       param_dtype: of scale and bias.
       use_bias: whether to add a learned bias.
       use_scale: whether to multiply by a learned scale.
@@ -57,19 +57,19 @@ class BatchNorm(nnx.BatchNorm):
       axis_name: share statistics over this named axis of `vmap`, `pmap` or `shard_map`.
       axis_index_groups: as in `jax.lax.psum`.
       use_fast_variance: accepted and without effect: jbn's variance is fast and exact.
-      promote_dtype: promotes `(x, mean, var, scale, bias)`, given `dtype=`. The statistics keep
-        their own dtype all the same: in half precision they would shift every output.
+      promote_dtype: promotes `(x, mean, var, scale, bias)`, given `dtype=`. The statistics still
+        keep their own dtype: in half precision they would shift every output.
       rngs: draws one key for the scale, then one for the bias.
-      bias_metadata: of the bias's `nnx.Param`.
-      scale_metadata: of the scale's `nnx.Param`.
+      bias_metadata: metadata of the bias's `nnx.Param`.
+      scale_metadata: metadata of the scale's `nnx.Param`.
       update: how a batch enters the running statistics, such as `jbn.ema(0.9, debias=True)` or
-        `jbn.cumulative()`; it takes momentum's place, and adds a `count` to the module's
-        `nnx.BatchStat`s, also when it is set on an existing layer. By default as in Flax:
-        `jbn.ema(momentum)`, with the variance 0 of a single value.
+        `jbn.cumulative()`; it replaces momentum, and adds a `count` to the module's
+        `nnx.BatchStat`s, also when it is set on an existing layer. The default is Flax's rule:
+        `jbn.ema(momentum)`, but the variance of a single value, 0, enters too.
       groups: normalise each of this many equal, consecutive parts of the batch by statistics of its
-        own; the stored ones are of the whole batch.
-      activation: an elementwise function, such as `jax.nn.relu`, applied to y at last. As part of
-        the layer it costs the backward pass no memory.
+        own; the stored statistics are of the whole batch.
+      activation: an elementwise function, such as `jax.nn.relu`, which is applied to y last. As
+        part of the layer it costs the backward pass no memory.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class BatchNorm(nnx.BatchNorm):
             self.mean = nnx.BatchStat(jnp.zeros(num_features, mean))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As of any module; an update rule, given later too, brings a `count` from 0 with it."""
+        """Sets an attribute; an update rule, also on an existing layer, adds a `count` of 0."""
         super().__setattr__(name, value)
         if name == "update" and value is not None and not hasattr(self, "count"):
             self.count = nnx.BatchStat(jnp.zeros(self.mean.shape, jnp.float32))
@@ -143,7 +143,7 @@ class BatchNorm(nnx.BatchNorm):
 
         Args:
           x: [N, ..., C].
-          use_running_average: if True, normalise with the stored statistics; goes before the
+          use_running_average: if True, normalise with the stored statistics; overrides the
             constructor's.
           mask: bool, broadcasts against x. False: the value takes no part.
           weights: real and not negative, broadcasts against x: how much each value counts.
@@ -185,5 +185,5 @@ class BatchNorm(nnx.BatchNorm):
 def _store(variable: nnx.BatchStat, value: Array) -> None:
     if isinstance(value, Array) and variable.dtype == value.dtype:
         variable[...] = value
-    else:  # the mean of the first complex batch, or what `jbn.training` will settle
+    else:  # the mean of the first complex batch, or a deferred update
         variable.set_value(value)

@@ -1,9 +1,9 @@
-"""Statistics of a whole data set (Alg. 2): for inference, exact, and without a memory of training.
+"""Exact statistics of a data set for inference (Alg. 2), which do not depend on past parameters.
 
-Running averages remember parameters that have moved since, and weigh the last batches most. Here
-parameters stand still, and every batch says what it is:
+Running averages include batches of older parameters, and weigh the last batches most. Here the
+parameters are constant, and every batch gives its moments:
 
-    layers, given statistics that wait  ->  Moments of one batch            compiled, on devices
+    layers, given deferred statistics   ->  Moments of one batch            compiled, on devices
     sum n,  sum n (mean - shift),  sum n var,  sum n |mean - shift|^2       over batches, in float64
     mean, var                                                               division last
 
@@ -60,7 +60,7 @@ def estimate(
     mesh: Mesh | None = None,
     axis_name: AxisName | None = None,
 ) -> Tree:
-    """The statistics of every Batch Normalization layer over a data set (Alg. 2, lines 7 to 10).
+    """Computes the statistics of all Batch Normalization layers on a data set (Alg. 2, lines 7-10).
 
         n = sum n_B,  mean = sum n_B mean_B / n
         var = sum n_B (var_B + (mean_B - mean)^2) / n         "pooled": that of all values
@@ -78,54 +78,55 @@ def estimate(
     [4.5] [8.25] [3.]
 
     Args:
-      apply_fn: (params, stats, batch) -> stats: the model in *training* mode, of which the new
-        statistics alone are returned. It is compiled once for each shape of a batch, and stays
-        compiled: pass the same function each time, and not a new lambda. With linen,
+      apply_fn: (params, stats, batch) -> stats: the model in *training* mode, which returns only
+        the new statistics. It is compiled once for each shape of a batch, and stays compiled: pass
+        the same function each time, and not a new lambda. With linen,
         `apply(..., mutable=["batch_stats"])[1]["batch_stats"]`; with nnx, merge the model, call it
         and return `nnx.state(model, nnx.BatchStat)`.
-      params: the model's, whatever they are.
-      stats: linen's `batch_stats`, nnx's State of BatchStat, or a tree of jbn.RunningStats. What
-        other layers keep there is in the end as the model returns it for the last batch.
-      batches: of any sizes, with masks or weights if the model takes them. Such as training has:
-        deeper layers see what shallower ones make of a batch. With `layer_by_layer` they are read
-        several times: a list, or a function that returns the batches from the first on.
+      params: the parameters of the model, of any type.
+      stats: linen's `batch_stats`, nnx's State of BatchStat, or a tree of jbn.RunningStats. State
+        of other layers is returned as the model returns it for the last batch.
+      batches: of any sizes, with masks or weights if the model takes them. Use batches as in
+        training, because the input of deeper layers depends on the batch. With `layer_by_layer`
+        they are read several times: pass a list, or a function that returns all batches each time.
       variance: "pooled": every value counts the same, as if the data set were one batch. "paper":
         every batch counts the same, and its variance is the unbiased one; weights are frequencies,
         as in `jbn.ema(unbiased=True)`. A batch with one value of a feature (a count below 1.5) has
-        none, and is left out there.
-      layer_by_layer: in one pass layers normalise by their batch, so what a deeper layer sees is
-        not quite what it will see in inference. True: several passes, in which layers normalise by
-        what the pass before has found (the first by `stats`), as in inference. Each makes one more
-        layer of every path exact; they end when nothing changes any more, at the latest after as
-        many as the model can have layers. (A layer that is called several times counts as several;
-        where it depends on itself, what comes out need not be a fixed point. Of statistics with
-        further axes, such as a scan's, all axes but the shortest count.)
-      mesh: run in a shard_map over this mesh, with batches cut along their first axis over
-        axis_name. Moments are pooled over devices where the layers have not done so themselves.
-        None on one device, and with sharded arrays, where a batch is the global one. Where several
-        processes compute together, batches have to be global arrays; a mesh of the process' own
-        devices takes the statistics of its own batches.
-      axis_name: of mesh, one or several.
+        no unbiased variance, and is left out there.
+      layer_by_layer: False: one pass, in which layers normalise by their batch, so that the input
+        of a deeper layer is not quite that of inference. True: several passes, in which layers
+        normalise by the result of the previous pass (in the first pass by `stats`), as in
+        inference. Each pass makes one more layer of every path exact. The passes end when nothing
+        changes any more, at the latest after as many passes as the model can have layers. (A layer
+        that is called several times counts as several; if it depends on itself, the result need not
+        be a fixed point. In statistics with further axes, such as a scan's, all axes but the
+        shortest count as layers.)
+      mesh: run in a shard_map over this mesh, with batches sharded along their first axis over
+        axis_name. Moments are pooled over devices unless the layers have done so themselves. None
+        on one device, and with sharded arrays, where a batch is the global one. If several
+        processes compute together, batches must be global arrays; with a mesh of its own devices a
+        process gets the statistics of its own batches.
+      axis_name: one or several axes of mesh.
 
     Returns:
       A tree of the structure and dtypes of `stats`, the same on all devices and in all processes,
-      with a `count` where the model has one and `stats` has not.
+      with a `count` where the model has one and `stats` does not.
       `count` is the number of batches that entered, for each feature; a layer that is called
-      several times counts each call. Where a batch has no data of a feature, or a NaN or infinity,
-      it is left out; a feature without any stays as it was, as do layers that are frozen and a
-      feature whose statistics would be infinite in the dtype of `stats`.
+      several times counts each call. If a batch has no data of a feature, or a NaN or infinity, it
+      is left out there. A feature without any batch keeps its old statistics, as do frozen layers
+      and features whose statistics would be infinite in the dtype of `stats`.
 
     Raises:
       TypeError: a normalisation is not jbn's; branches do not update the same statistics; or
         batches is an array or a dictionary.
-      ValueError: there is no batch, or none has data; batches lie in one of several processes,
-        can be read once only and layer_by_layer is True, or differ in number from pass to pass; a
-        batch is a single value of each feature, by which a layer would have to normalise (not with
+      ValueError: there is no batch, or none has data; batches are in one of several processes, can
+        be read only once and layer_by_layer is True, or differ in number from pass to pass; a batch
+        has a single value of each feature, and a layer would have to normalise by it (not with
         layer_by_layer); apply_fn returns something else than statistics, or updates none; variance
-        is another word; or mesh comes without axis_name.
+        is neither "pooled" nor "paper"; or only one of mesh and axis_name is given.
 
-    PyTorch's `torch.optim.swa_utils.update_bn` takes E_B[m_B/(m_B - 1) var_B], with every batch
-    counting the same: without what lies between the batches.
+    PyTorch's `torch.optim.swa_utils.update_bn` takes E_B[m_B/(m_B - 1) var_B]: every batch counts
+    the same, and the variance between the batches is left out.
     """
     if not callable(apply_fn):
         raise TypeError(
@@ -149,7 +150,7 @@ def estimate(
                 f"{i}: a function for batches= must return all of them each time, from the first "
                 f"on."
             )
-        # To the last bit: what a deep net makes of the last bit of its first layer may be large.
+        # Compare to the last bit: a deep net may amplify the last bit of its first layer.
         if all(
             layer.value.tobytes() == previous.layers[at].value.tobytes()
             for at, layer in found.layers.items()
@@ -159,7 +160,7 @@ def estimate(
 
 
 class _Way(NamedTuple):
-    """How a batch is measured; static."""
+    """The options of a measurement; static."""
 
     paper: bool
     fixed: bool  # layers normalise by the statistics that they are given
@@ -176,27 +177,27 @@ class _Found(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """What one pass knows of the layer to which an array of the statistics belongs."""
+    """The result of one pass for one array of the statistics."""
 
     cell: Update  # of the last batch
     stats: _Found
 
     @property
     def calls(self) -> int:
-        """How many layers these may be at most: calls, and with further axes, such as a scan's."""
+        """The largest possible number of layers: calls, times further axes such as a scan's."""
         shape = self.cell.shape
         once = self.cell.field == "mean"
-        # Features are one of the axes, unknown which: the shortest leaves the most for layers.
+        # It is unknown which axis holds features; the shortest gives the largest number of layers.
         return once * len(self.cell.moments) * (math.prod(shape) // max(1, min(shape, default=1)))
 
     @property
     def value(self) -> np.ndarray:
-        """What the array becomes, in its dtype."""
+        """The new value of the array, in its dtype."""
         return _rounded(getattr(self.stats, self.cell.field), self.cell.dtype)
 
 
 class _Pass(NamedTuple):
-    """Collects what a pass over the batches gives; arrays by their place among the leaves."""
+    """The results of a pass over the batches; the keys are the positions among the leaves."""
 
     given: Tree  # the statistics, with counts where the model counts
     layers: dict[int, _Layer]
@@ -207,7 +208,7 @@ class _Pass(NamedTuple):
 def _measure(
     apply_fn: ApplyFn, way: _Way, params: Tree, stats: Tree, batches: Iterable[Any]
 ) -> _Pass:
-    """One pass: what is found for each array, and of how many batches."""
+    """Runs one pass over the batches, and divides the sums of each array."""
     given = stats
 
     def steps() -> Iterator[tuple[dict[int, Update], dict[int, Array]]]:
@@ -251,7 +252,7 @@ def _measure(
 def _step(
     apply_fn: ApplyFn, way: _Way, params: Tree, stats: Tree, batch: Tree
 ) -> tuple[dict[int, Update], dict[int, Array]]:
-    """The moments of one batch, of every call of every layer; and what other layers return."""
+    """Computes the moments of a batch, for every call of every layer, and state of other layers."""
 
     def observe(params: Tree, stats: Tree, batch: Tree) -> tuple[dict, dict]:
         only = chosen(lambda v: apply_fn(params, v, batch), stats, fixed=way.fixed)
@@ -264,25 +265,25 @@ def _step(
         return updates, {at: v for at, v in found.items() if not is_waiting(v)}
 
     if way.mesh is not None:
-        # Nothing is differentiated, and all that leaves has been pooled: there is nothing to check.
+        # check_vma=False: nothing is differentiated, and all results have been pooled.
         specs = {"in_specs": (P(), P(), P(way.axis_name)), "out_specs": P(), "check_vma": False}
         observe = jax.shard_map(observe, mesh=way.mesh, **specs)
     return observe(params, stats, batch)
 
 
 def _bare(update: Update) -> Update:
-    """Without rules, of which a data set has no use."""
+    """Removes the rules, which the statistics of a data set do not use."""
     return dataclasses.replace(update, rules=())
 
 
 def _unbiased(update: Update) -> Update:
-    """With m/(m - 1) var in the place of var: infinite, so left out, where there are not two."""
+    """Replaces var by m/(m - 1) var, which is infinite, so left out, without two values."""
     moments = tuple(m._replace(var=unbiased_var(m)) for m in update.moments)
     return dataclasses.replace(update, moments=moments)
 
 
 def _one_behind(results: Iterable[T]) -> Iterator[T]:
-    """Each result once the next is on its way: devices compute while the host adds up."""
+    """Yields each result when the next is under way: devices compute while the host adds up."""
     under_way: collections.deque[T] = collections.deque()
     for result in results:
         under_way.append(result)
@@ -292,14 +293,14 @@ def _one_behind(results: Iterable[T]) -> Iterator[T]:
 
 
 def _on_host(tree: T) -> T:
-    """NumPy arrays, whole on every process."""
+    """Converts to NumPy arrays, complete on every process."""
     if all(x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(tree)):
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def _divide(old: RunningStats, sums: HostSums, *, pooled: bool) -> _Found:
-    """The statistics of all batches; `old` where none has entered, or these cannot be stored."""
+    """Divides the sums; keeps `old` where no batch has entered or the result cannot be stored."""
     new = *sums.divide(pooled=pooled), sums.batches
     old = _on_host(old)
     sound = sums.batches > 0
@@ -309,26 +310,26 @@ def _divide(old: RunningStats, sums: HostSums, *, pooled: bool) -> _Found:
 
 
 def _rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """`values` in the dtype that they are stored in, infinite where it cannot hold them."""
+    """Rounds `values` to the dtype that stores them; too large values become infinite."""
     with np.errstate(over="ignore"):
         return np.asarray(values).astype(dtype)
 
 
 def _write(stats: Tree, layers: dict[int, _Layer], others: dict[int, Array] | None = None) -> Tree:
-    """`stats` with what was found, in the dtype of each array, and where it lies."""
+    """Writes the results into `stats`, in the dtype and sharding of each array."""
     leaves, structure = jax.tree.flatten(stats)
     found = {at: layer.value for at, layer in layers.items()}
     found |= {at: _on_host(v).astype(leaves[at].dtype) for at, v in (others or {}).items()}
     for at, value in found.items():
         lies = leaves[at]
-        # An array that is not committed goes where it is needed.
+        # JAX places an array that is not committed where it is needed.
         committed = isinstance(lies, Array) and lies.committed
         leaves[at] = jax.device_put(value, lies.sharding) if committed else jnp.asarray(value)
     return jax.tree.unflatten(structure, leaves)
 
 
 def _reader(batches: Batches, again: bool) -> Callable[[], Iterable[Any]]:
-    """A function that returns the batches, from the first on."""
+    """Makes a function that returns the batches, from the first on."""
     if callable(batches):
         return batches
     if isinstance(batches, np.ndarray | Array | Mapping):
@@ -353,7 +354,7 @@ def _reader(batches: Batches, again: bool) -> Callable[[], Iterable[Any]]:
 
 
 def _check_batch(batch: T, way: _Way) -> T:
-    """Refuses, where several processes compute together, what only one of them has."""
+    """Refuses batches that only one process has, if several processes compute together."""
     if jax.process_count() == 1:
         return batch
     devices = jax.devices() if way.mesh is None else way.mesh.devices.flat

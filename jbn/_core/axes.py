@@ -1,4 +1,4 @@
-"""Which axes of x hold features, and which ones the statistics are taken over."""
+"""The roles of x's axes: feature axes, reduction axes, and an axis of groups."""
 
 import functools
 import math
@@ -15,22 +15,22 @@ from jax.core import Tracer
 class Axes(NamedTuple):
     """The axes of one input, split by their role. Everything here is static.
 
-    Several shapes are asked for in each layer, and are cached: 128 small tuples at most.
+    Each layer reads several properties; each property caches 128 small results at most.
     """
 
     shape: tuple[int, ...]  # of x
     features: tuple[int, ...]  # sorted, not negative
-    reduction: tuple[int, ...]  # the others, in order, without `group`
-    group: int | None = None  # the axis that counts groups of examples, each with its statistics
+    reduction: tuple[int, ...]  # all other axes, in order, without `group`
+    group: int | None = None  # the axis of groups of examples; each group has its own statistics
 
     @property
     def groups(self) -> int:
-        """How many groups of examples there are."""
+        """The number of groups of examples."""
         return 1 if self.group is None else self.shape[self.group]
 
     @property
     def whole(self) -> "Axes":
-        """The axes of x without the axis of groups: the inverse of `split`."""
+        """The axes of x without the axis of groups, the inverse of `split`."""
         if self.group is None:
             return self
         at, shape = self.group, self.shape
@@ -49,28 +49,28 @@ class Axes(NamedTuple):
     @property
     @functools.lru_cache  # noqa: B019
     def per_feature(self) -> tuple[int, ...]:
-        """The shape in which statistics broadcast against x: (1, ..., C); groups are kept too."""
+        """The shape (1, ..., C), which broadcasts against x; the axis of groups is kept."""
         return tuple(1 if i in self.reduction else n for i, n in enumerate(self.shape))
 
     @property
     @functools.lru_cache  # noqa: B019
     def per_position(self) -> tuple[int, ...]:
-        """The shape in which values for all features at once broadcast against x: (N, ..., 1)."""
+        """The shape (N, ..., 1), in which one value per position broadcasts against x."""
         return tuple(1 if i in self.features else n for i, n in enumerate(self.shape))
 
     @property
     @functools.lru_cache  # noqa: B019
     def size(self) -> int:
-        """How many values of x each feature has, in each group."""
+        """The number of values of each feature, in each group."""
         return math.prod(self.shape[i] for i in self.reduction)
 
     def expand(self, values: Array) -> Array:
-        """Feature shape, or a scalar for all features -> a shape that broadcasts against x."""
+        """Reshapes values of feature shape, or one for all features, to broadcast against x."""
         where = (n if i in self.features else 1 for i, n in enumerate(self.shape))
         return values.reshape(tuple(where) if values.ndim else (1,) * len(self.shape))
 
     def squeeze(self, values: Array) -> Array:
-        """The inverse of `expand`; where there are groups, [groups, *feature_shape]."""
+        """Inverts `expand`; with groups the result is [groups, *feature_shape]."""
         if self.group is not None:
             values = jnp.moveaxis(values, self.group, 0)
             kept = (0, *(i + (i < self.group) for i in self.features))
@@ -79,7 +79,7 @@ class Axes(NamedTuple):
         return values.reshape(tuple(values.shape[i] for i in kept))
 
     def unsqueeze(self, values: Array) -> Array:
-        """The inverse of `squeeze`, also for values of which some axes have size 1."""
+        """Inverts `squeeze`; some axes of the values may have size 1."""
         where = [1] * len(self.shape)
         sizes = values.shape if self.group is None else values.shape[1:]
         for i, n in zip(self.features, sizes, strict=True):
@@ -90,7 +90,7 @@ class Axes(NamedTuple):
         return jnp.moveaxis(values.reshape(values.shape[0], *where), 0, self.group)
 
     def split(self, groups: int) -> "Axes":
-        """The axes of x with its first reduction axis, or each group, cut into `groups`."""
+        """Divides the first reduction axis, or each group, into `groups` groups."""
         if self.group is not None:
             shape = list(self.shape)
             shape[self.group] *= groups
@@ -106,13 +106,13 @@ class Axes(NamedTuple):
 
 
 def resolve(shape: tuple[int, ...], axis: int | Sequence[int]) -> Axes:
-    """Splits the axes of an array of `shape` into features (`axis`) and the rest.
+    """Divides the axes of an array of `shape` into feature axes (`axis`) and reduction axes.
 
     Raises:
       TypeError: `axis` is not an integer or a sequence of integers.
       numpy.exceptions.AxisError: an axis is out of range for `shape`; it is a ValueError and an
         IndexError.
-      ValueError: an axis stands twice, or there is none.
+      ValueError: `axis` names an axis twice or is empty, or `shape` is ().
     """
     ndim = len(shape)
     if ndim == 0:
@@ -143,7 +143,7 @@ def _as_tuple(axis: int | Sequence[int]) -> tuple[int, ...]:
             f"jax.jit(lambda x: jbn.normalize(x, axis=1))."
         )
     axes: tuple[int | None, ...] = (integer(axis),)
-    if axes == (None,) and isinstance(axis, Iterable):  # not an array of one number
+    if axes == (None,) and isinstance(axis, Iterable):  # an array of shape () is an integer
         axes = tuple(map(integer, axis))
     if None in axes:
         raise TypeError(
@@ -154,7 +154,7 @@ def _as_tuple(axis: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def integer(value: Any) -> int | None:
-    """A Python or NumPy integer, or an array of one without axes, as int; None for what is none."""
+    """Converts an integer of Python, NumPy or an array of shape () to int; all else to None."""
     if isinstance(value, bool | Tracer):
         return None
     try:

@@ -1,4 +1,4 @@
-"""The composition: batch_norm for training, batch_norm_inference for use."""
+"""The composition of all parts: batch_norm for training, batch_norm_inference for inference."""
 
 import functools
 from collections.abc import Sequence
@@ -60,16 +60,16 @@ def batch_norm(
     Args:
       x: [N, ..., C], floating point. Half precision is reduced in float32.
       params: scale and bias, [C] each.
-      stats: the running statistics so far, [C] each, in float32 or float64; the mean complex for
+      stats: the running statistics so far, [C] each, in float32 or float64; the mean is complex for
         complex x.
-      axis: the feature axis or axes, C; statistics are taken over all others, so for images
+      axis: the feature axis or axes, C; statistics are taken over all other axes, so for images
         [N, H, W, C] over examples and locations (section 3.2).
       epsilon: is added to the variance, inside the root.
       update: how the batch enters the running statistics: `ema`, `cumulative`, or any function
         (RunningStats, Moments) -> RunningStats.
       mask: bool, of x's rank, broadcasts against x. False: the value takes no part in the
-        statistics, and is normalised by those of the others, as in Flax. It may be NaN: where it
-        is not finite, y is the bias.
+        statistics, and is normalised by those of the other values, as in Flax. It may be NaN: where
+        it is not finite, y is the bias.
       weights: real and not negative, broadcasts like `mask`. Zero is the same as masked; a
         negative or NaN weight counts as zero.
       axis_name: share statistics over these named axes (of vmap, pmap, shard_map). Under `jit`
@@ -84,13 +84,13 @@ def batch_norm(
 
     Returns:
       y, of x's shape, and the updated statistics, of the types of `stats`. Statistics carry no
-      gradient. A feature in which the batch has no data, or a NaN or infinity, keeps its
-      statistics as they were; y shows it (NaN in the whole feature, or in the place of the
-      infinity). So does one whose new statistics would be infinite in the dtype of `stats`. Where a
-      mask leaves a single value (count 1, variance 0), its mean enters, but the variance stays as
-      it was, and the batch is not counted. Where squares of x overflow, y is the bias. Of
-      activation and residual a backward pass keeps the residual alone, or y where the activation is
-      `jax.nn.relu`: no mask, no sum.
+      gradient. A feature in which the batch has no data, or a NaN or infinity, keeps its old
+      statistics; a NaN makes y NaN in the whole feature, an infinity only in its place. A feature
+      whose new statistics would be infinite in the dtype of `stats` also keeps its old ones. If a
+      mask leaves a single value (count 1, variance 0), its mean enters, but the old variance stays,
+      and the batch is not counted. Where squares of x overflow, y is the bias. For activation and
+      residual together one array is saved for backward: the residual, or y if the activation is
+      `jax.nn.relu`. No mask and no sum is saved.
 
     Raises:
       NameError: no vmap, pmap or shard_map binds axis_name.
@@ -99,8 +99,8 @@ def batch_norm(
         another kind, or traced where it must be static.
       ValueError: axis, params, stats, mask, weights, groups or residual do not fit x's shape;
         epsilon < 0; activation changes the shape or mixes elements; x has one value per feature;
-        or, in a shard_map that checks what varies, the statistics of one device would become those
-        of all.
+        or, in a shard_map with check_vma, device-varying statistics would be taken for replicated
+        ones.
 
     PyTorch's `momentum` is 1 - decay, and its running variance is the unbiased one:
     `update=jbn.ema(0.9, unbiased=True)` is its default. Flax's default is `update=jbn.ema(0.99)`.
@@ -162,8 +162,8 @@ def batch_norm_inference(
       dtype: of y; by default x's.
 
     Returns:
-      y, of x's shape, by one affine map per feature; differentiable in x, params and stats, in
-      32 or 64 bits and without `activation` by jax.experimental.jet as well.
+      y, of x's shape, by one affine map per feature. It is differentiable in x, params and stats;
+      for x in 32 or 64 bits and without `activation` by jax.experimental.jet as well.
 
     Raises:
       TypeError: x or residual is not floating point, dtype cannot hold y, activation is no function
@@ -186,9 +186,9 @@ def batch_norm_inference(
 
 
 def train(spec: Spec, inputs: Inputs, given: RunningStats | None = None) -> tuple[Array, Moments]:
-    """y, of the shape of the planned x, and the moments of the batch, of all groups together.
+    """Computes y, of the planned x's shape, and the moments of the batch, pooled over all groups.
 
-    y is normalised by them, or by the statistics `given`.
+    y is normalised by the moments of the batch or of its group, or by the statistics `given`.
     """
     if given is None:
         return normalized(spec, inputs, pooled=True)
@@ -199,7 +199,7 @@ def train(spec: Spec, inputs: Inputs, given: RunningStats | None = None) -> tupl
 
 
 def infer(spec: Spec, inputs: Inputs, stats: RunningStats) -> Array:
-    """y, of the shape of the planned x, normalised by `stats`."""
+    """Computes y, of the planned x's shape, normalised by `stats`."""
     x, scale, bias, _, residual = inputs
     return _infer(spec, x, stats.mean, stats.var, scale, bias, residual)
 
@@ -215,7 +215,7 @@ def _infer(spec: Spec, x, mean, var, scale, bias, residual) -> Array:
 
     scale, bias = expanded(scale, bias, spec.axes, accumulator(x.dtype))
     if x.dtype != accumulator(x.dtype) or spec.activation is not None:
-        # A backward pass keeps x in x's dtype, and not the activation's input. Else there is
-        # nothing to save, and jax.experimental.jet knows no checkpoint.
+        # x is saved for backward in x's dtype, and not the activation's input. In all other cases
+        # this gains nothing, and jax.experimental.jet does not support jax.checkpoint.
         run = recomputed(run)
     return run(x, spec.axes.expand(mean), spec.axes.expand(var), scale, bias, residual)

@@ -1,4 +1,4 @@
-"""What a user can get wrong, said once and clearly, while tracing."""
+"""Checks of the arguments while tracing; every error tells the user what to write instead."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from jbn._devices.named_axes import bound_axes, varying
 
 
 def floating(x: ArrayLike, name: str = "x") -> Array:
-    """x as an array, of floating point (complex included)."""
+    """Converts x to an array, which must be floating point (complex included)."""
     x = array(x, name)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
@@ -33,13 +33,13 @@ def floating(x: ArrayLike, name: str = "x") -> Array:
 
 
 def array(values: Any, name: str) -> Array:
-    """`values` as an array, which text, None and containers other than lists are not."""
+    """Converts `values` to an array; refuses text, None and containers such as a dictionary."""
     try:
         if values is None:
             raise TypeError
         return jnp.asarray(values)
     except (TypeError, ValueError):
-        if hasattr(values, "__jax_array__"):  # says itself why it is none here
+        if hasattr(values, "__jax_array__"):  # its own error says why it is not an array here
             raise
         raise TypeError(
             f"{name} must be an array; got {type(values).__name__}. Write jnp.asarray of numbers."
@@ -55,7 +55,7 @@ def _is_complex(dtype: DTypeLike) -> bool:
 
 
 def output_dtype(dtype: DTypeLike | None, x: Array, **others: ArrayLike | None) -> np.dtype:
-    """The dtype of y, which holds what is computed from x and `others`: scale, bias, residual."""
+    """Checks the dtype of y, which must hold a result of x and `others` (scale, bias, residual)."""
     wanted = _dtype("dtype", x.dtype if dtype is None else dtype)
     if not jnp.issubdtype(wanted, jnp.inexact) or not _is_signed(wanted):
         raise TypeError(
@@ -80,7 +80,7 @@ def output_dtype(dtype: DTypeLike | None, x: Array, **others: ArrayLike | None) 
 
 
 def _dtype(name: str, value: Any) -> np.dtype:
-    """A dtype as NumPy has it; Python's own float and complex in JAX's default precision."""
+    """Converts to a NumPy dtype; Python's float and complex get JAX's default precision."""
     try:
         if isinstance(value, Array | np.ndarray):
             raise TypeError
@@ -94,7 +94,7 @@ def _dtype(name: str, value: Any) -> np.dtype:
 
 
 def params_dtype(value: DTypeLike) -> np.dtype:
-    """The dtype of scale, bias or a running mean: floating point (complex included)."""
+    """Checks the dtype of scale, bias or a running mean: floating point (complex included)."""
     dtype = _dtype("dtype", value)
     if not jnp.issubdtype(dtype, jnp.inexact) or not _is_signed(dtype):
         raise TypeError(
@@ -105,14 +105,14 @@ def params_dtype(value: DTypeLike) -> np.dtype:
 
 
 def stats_dtype(value: DTypeLike) -> np.dtype:
-    """The dtype of a running mean: floating point of at least 32 bits."""
+    """Checks the dtype of a running mean: floating point of at least 32 bits."""
     dtype = params_dtype(value)
     _not_narrow("dtype", dtype)
     return dtype
 
 
 def number_of_features(value: int | Sequence[int]) -> tuple[int, ...]:
-    """The feature shape, of one number or one for each feature axis."""
+    """Converts one number, or one for each feature axis, to the feature shape."""
     shape: tuple[int | None, ...] = (integer(value),)
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         shape = tuple(map(integer, value))
@@ -138,7 +138,7 @@ def _not_narrow(name: str, dtype: np.dtype) -> None:
 
 
 def activation(function: Any, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-    """A hashable function of an array of this shape that does the same in every call, or None."""
+    """Checks that an activation is hashable, static and elementwise on this shape; or None."""
     if function is None:
         return None
     if not callable(function):
@@ -154,7 +154,7 @@ def activation(function: Any, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
     return _static(function, shape, np.dtype(dtype))
 
 
-@functools.lru_cache(maxsize=256)  # does not keep a function for which it raises
+@functools.lru_cache(maxsize=256)  # a call that raises is not cached
 def _static(function: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
     trace = jax.make_jaxpr(function, return_shape=True)
     try:
@@ -193,7 +193,7 @@ def _static(function: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
 
 
 def residual(values: ArrayLike | None, x: Array) -> Array | None:
-    """What is added to y, of x's shape, or None."""
+    """Checks that a residual is floating point and of x's shape; or None."""
     if values is None:
         return None
     values = floating(values, "residual")
@@ -206,7 +206,7 @@ def residual(values: ArrayLike | None, x: Array) -> Array | None:
 
 
 def epsilon(value: float) -> float:
-    """Epsilon as a Python number >= 0 that float32 can hold."""
+    """Converts epsilon to a Python number >= 0 that float32 can hold."""
     if isinstance(value, Tracer):
         raise TypeError("epsilon must be a Python number, not a traced value: it is static.")
     number = _number(value)
@@ -219,7 +219,7 @@ def epsilon(value: float) -> float:
 
 
 def decay(value: float, debias: bool) -> float:
-    """Decay in [0, 1], unseen if traced; 1 never takes in anything, so it has no debiased form."""
+    """Checks that decay is in [0, 1], unless it is traced; decay 1 cannot be debiased."""
     if isinstance(value, Tracer):
         return value
     number = _number(value)
@@ -234,7 +234,7 @@ def decay(value: float, debias: bool) -> float:
 
 
 def _number(value: Any) -> float | None:
-    """A single real number as a float; None for what is none, such as True, text or a vector."""
+    """Converts a single real number to float; returns None for True, text, a vector and others."""
     if isinstance(value, str | bytes | bytearray | bool):
         return None
     try:
@@ -246,7 +246,7 @@ def _number(value: Any) -> float | None:
 
 
 def _short(value: Any) -> str:
-    """A value or an error in a line; Python prints no integer of thousands of digits."""
+    """Prints a value or an error in one line; Python prints no integer of thousands of digits."""
     try:
         text = str(value) if isinstance(value, Exception) else repr(value)
     except ValueError:
@@ -256,7 +256,7 @@ def _short(value: Any) -> str:
 
 
 def features(name: str, values: Array, axes: Axes) -> Array:
-    """`values`, of exactly the feature shape."""
+    """Checks that `values` has exactly the feature shape."""
     if values.shape != axes.feature_shape:
         axes = axes.whole
         raise ValueError(
@@ -268,7 +268,7 @@ def features(name: str, values: Array, axes: Axes) -> Array:
 
 
 def params(values: Any) -> tuple[Any, Any]:
-    """(scale, bias) of a Params, or of any other pair."""
+    """Takes (scale, bias) from a Params, or from any other pair."""
     try:
         if isinstance(values, Mapping):
             raise TypeError
@@ -282,9 +282,10 @@ def params(values: Any) -> tuple[Any, Any]:
 
 
 def stats(values: Any, axes: Axes, *, training: bool = False) -> Any:
-    """A RunningStats whose mean, var and count have the feature shape, and dtypes that fit.
+    """Checks RunningStats: mean, var and count have the feature shape, and dtypes that fit.
 
-    In training none is narrower than float32. An integer count is fine: other libraries have it.
+    In training no dtype may be narrower than float32. The count may be an integer, because other
+    libraries have such counts.
     """
     fields = ("mean", "var", "count")
     if tuple(getattr(values, "_fields", ())) != fields:
@@ -334,7 +335,7 @@ def reduction_axis(axes: Axes, named_axes: tuple) -> None:
 
 
 def groups(value: int, axes: Axes) -> int:
-    """How many equal parts to cut the batch into; it must divide the batch."""
+    """Checks the number of equal parts into which the batch is divided."""
     if isinstance(value, Tracer):
         raise TypeError(
             f"groups must be a Python integer, because it decides shapes; got a traced value, "
@@ -376,7 +377,7 @@ def several_values(axes: Axes) -> None:
 
 
 def as_replicated_as(old: Array, new: Array) -> None:
-    """Refuses statistics of each device's own where those so far are the same on all."""
+    """Refuses device-varying new statistics if the old ones are replicated."""
     axes = varying(new) - varying(old)
     if not axes:
         return
@@ -395,7 +396,7 @@ def as_replicated_as(old: Array, new: Array) -> None:
 def participation(
     axes: Axes, mask: ArrayLike | None, weights: ArrayLike | None, dtype: DTypeLike
 ) -> Array | None:
-    """Mask and weights as one array of x's rank: None, bool, or the real type of `dtype`, >= 0."""
+    """Joins mask and weights in one array of x's rank: None, bool, or `dtype`'s real type, >= 0."""
     taking_part = None if mask is None else _mask(axes, array(mask, "mask"))
     if weights is None:
         return taking_part
@@ -422,8 +423,8 @@ def _weights(axes: Axes, weights: Array, dtype: DTypeLike) -> Array:
         )
     numbers = jnp.finfo(dtype)
     weights = _broadcastable("weights", weights, axes).astype(numbers.dtype)
-    # A negative or NaN weight counts as none, and so does one that a processor may take for 0
-    # anyway. Of the largest, 2^24 still have a finite sum.
+    # A negative or NaN weight counts as 0, and so does a subnormal one, which a processor may take
+    # for 0 anyway. `largest` is so small that 2^24 of them have a finite sum.
     largest = jnp.asarray(numbers.max * 2.0**-24, numbers.dtype)
     return jnp.where(
         weights >= numbers.tiny, jnp.minimum(weights, largest), jnp.zeros_like(weights)

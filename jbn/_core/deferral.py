@@ -1,28 +1,29 @@
-"""Running statistics that wait: the moments of a step's parts, pooled, enter once as one batch's.
+"""Deferred updates: the moments of a step's parts are pooled and enter the statistics once.
 
-A batch may be seen in parts: microbatches whose gradients are accumulated, or shares of devices
-that normalise on their own. Updated from each part, running averages move several times a step, and
-by variances within parts, which are too small. So a step can hand its layers statistics that wait:
+A batch may be processed in parts: microbatches whose gradients are accumulated, or shares of
+devices that normalise on their own. An update from each part would move the running averages
+several times a step, and by variances within parts, which are too small. So a step can give its
+layers deferred statistics:
 
-    defer(tree)         each array becomes Deferred(value)
-    absorb(...)         a layer given Deferred statistics returns Updates: the rule and the moments
+    defer(tree)         turns each array into Deferred(value)
+    absorb(...)         returns Updates (rule and moments) from a layer with Deferred statistics
     settle(tree, ...)   pools the moments of all parts, and only then applies the rule
 
-A rule may use traced values, such as a decay that the batch brings. An Update carries them along as
-data, so that they can leave a scan. Where they differ between the parts, the statistics are the
-mean of what the rules of all parts make of the pooled moments.
+A rule may use traced values, such as a decay that comes with the batch. An Update carries them as
+data, so that they can leave a scan. If they differ between the parts, each part's rule is applied
+to the pooled moments, and the new statistics are the mean of the results.
 
-`batch_stats` may hold the state of other layers, too, which read arrays. `chosen` tells them apart:
-what layers of jbn update is deferred, what is called mean or var is taken to be the statistics of
-some normalisation, and all else passes through as it is.
+`batch_stats` may also hold the state of other layers, which read arrays. `chosen` separates them:
+it defers what layers of jbn update, and what is named mean or var (with a count beside them), which
+it takes for the statistics of a normalisation. All other arrays pass through unchanged.
 
-Whoever wants the moments themselves, such as `jbn.population`, takes the `cells` instead; and with
-`defer(tree, fixed=True)` layers normalise by the statistics that they are given, as at inference,
-and return the moments of their batch all the same.
+`jbn.population` needs the moments themselves, and takes the `cells` instead. With
+`defer(tree, fixed=True)` layers normalise by the given statistics, as in inference, and still
+return the moments of their batch.
 
-Deferred and Update are pytree nodes, and each stands for one array of the tree (a mean, a variance
-or a count) without needing the others. So they pass through scan, remat and vmap, and through any
-container: tuples of RunningStats, Flax's `batch_stats`, nnx's State.
+Deferred and Update are pytree nodes. Each stands for one array of the tree (a mean, a variance or a
+count) and does not need the arrays beside it. So they pass through scan, remat and vmap, and
+through any container: tuples of RunningStats, Flax's `batch_stats`, nnx's State.
 """
 
 import dataclasses
@@ -46,11 +47,11 @@ T = TypeVar("T")
 
 
 class NotOurs(TypeError):
-    """A layer that is not jbn's reads or writes statistics that are to be pooled."""
+    """The error for a layer that is not jbn's and reads or writes deferred statistics."""
 
 
 class _Waiting:
-    """What only a layer of jbn can read: everything else is told which statistics these are."""
+    """A value that only a layer of jbn can read; any other use is an error that names its path."""
 
     path: str
     fixed: bool
@@ -77,31 +78,32 @@ def _not_ours(path: str) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Deferred(_Waiting):
-    """One array of the running statistics, to be read by a layer and updated later."""
+    """One array of the running statistics, which a layer reads and which is updated later."""
 
     value: Array
-    path: str = ""  # where it stands in the tree, for error messages
-    fixed: bool = False  # the layer is to normalise by these statistics, not by its batch's
+    path: str = ""  # of the array in the tree, for error messages
+    fixed: bool = False  # whether the layer normalises by these statistics, not by its batch's
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array."""
+        """The shape of the array."""
         return self.value.shape
 
     @property
     def dtype(self) -> Any:
-        """Of the array."""
+        """The dtype of the array."""
         return self.value.dtype
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rule:
-    """An update rule that can leave the scan in which it was made: its traced values are data.
+    """An update rule that can leave the scan that traced it, because its traced values are data.
 
     Attributes:
       values: the traced values that the rule uses, perhaps none.
       function: (stats, moments, *values) -> RunningStats; static.
-      ndim: of the statistics where it was made. Further axes lead, those of a scan over layers.
+      ndim: the rank of the statistics in the trace. Further, leading axes come from a scan over
+        layers.
     """
 
     values: tuple[Array, ...]
@@ -109,7 +111,7 @@ class Rule:
     ndim: int
 
     def __call__(self, stats: RunningStats, moments: Moments) -> RunningStats:
-        """Applies the rule, layer by layer where there are several."""
+        """Applies the rule to one layer, or to each of several along leading axes."""
         if not self.values:
             return running.absorb(self.function, stats, moments)
         function = self.function
@@ -120,17 +122,17 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Update(_Waiting):
-    """What one array of the running statistics will be, once all moments are known.
+    """The deferred update of one array of the running statistics.
 
     Attributes:
-      stats: before the step.
-      moments: of each call of the layer, in order; count, mean and var all of shape [C].
-      rules: of each call, with the traced values of this part.
-      over: of each call, the program instances whose moments these are already.
-      field: which field of RunningStats this is.
-      path: where it stands in the tree.
+      stats: the statistics before the step.
+      moments: those of each call of the layer, in order; count, mean and var all of shape [C].
+      rules: the rule of each call, with the traced values of this part.
+      over: for each call, the program instances that already share these moments.
+      field: the field of RunningStats that this array is.
+      path: the path of the array in the tree.
       fixed: whether the layer normalised by `stats`.
-      stacked: whether the values of the rules have a leading axis, that of the microbatches.
+      stacked: whether the values of the rules have a leading axis of microbatches.
     """
 
     stats: RunningStats
@@ -144,19 +146,19 @@ class Update(_Waiting):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array."""
+        """The shape of the array."""
         return getattr(self.stats, self.field).shape
 
     @property
     def dtype(self) -> Any:
-        """Of the array."""
+        """The dtype of the array."""
         return getattr(self.stats, self.field).dtype
 
     def settled(self) -> RunningStats:
-        """The statistics after the calls, one by one, as without deferral."""
+        """Computes the statistics after all calls, one by one, as without deferral."""
         if not (self.stacked and self.traced):
             return self._after(self.rules)
-        each = jax.vmap(self._after)(self.rules)  # by the values of each microbatch
+        each = jax.vmap(self._after)(self.rules)  # with the values of each microbatch
 
         def mean(values: Array) -> Array:
             return values[0] + jnp.mean(values - values[:1], 0)  # exact where all are the same
@@ -183,7 +185,7 @@ jax.tree_util.register_dataclass(
 
 
 def _portable(rule: UpdateRule, stats: RunningStats, moments: Moments) -> Rule:
-    """The rule without what is bound to this trace; `stats` and `moments` show it its arguments."""
+    """Makes a rule that can leave this trace; `stats` and `moments` are examples of arguments."""
     ndim = stats.mean.ndim
     function, numbers = running.split(rule)
     if function is not rule:  # an average: its decay is a number, or traced
@@ -194,7 +196,7 @@ def _portable(rule: UpdateRule, stats: RunningStats, moments: Moments) -> Rule:
         return Rule((), rule, ndim)
     values = tuple(lax.stop_gradient(jnp.asarray(v)) for v in program.consts)
     if not values:
-        values = (jnp.zeros((), jnp.int32),)  # applied from its program all the same
+        values = (jnp.zeros((), jnp.int32),)  # not empty, so that the Rule applies its program
     return Rule(values, _Program(program), ndim)
 
 
@@ -208,26 +210,24 @@ def _is_hashable(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Program:
-    """A rule as it was traced, of the values that it closes over."""
+    """A traced rule, as a function of the values that it closes over."""
 
     program: ClosedJaxpr
 
     def __call__(self, stats: RunningStats, moments: Moments, *values: Array) -> RunningStats:
         closed = ClosedJaxpr(self.program.jaxpr, list(values[: len(self.program.consts)]))
         args = [
-            vary(
-                x, [n for n in aval.manual_axis_type.varying if is_typed(n)]
-            )  # as when it was traced
+            vary(x, [n for n in aval.manual_axis_type.varying if is_typed(n)])  # as in the trace
             for x, aval in zip((*stats, *moments), self.program.in_avals, strict=True)
         ]
         return RunningStats(*jaxpr_as_fun(closed)(*args))
 
 
 def defer(tree: T, *, fixed: bool = False, only: Collection[str] | None = None) -> T:
-    """Every array of a tree of statistics, marked as to be updated later.
+    """Turns every array of a tree of statistics into a Deferred.
 
-    With `fixed`, layers are to normalise by them, and not by their batch's. With `only`, these
-    places, as `chosen` returns them; the other arrays stay arrays.
+    With `fixed`, layers normalise by these statistics, and not by their batch's. With `only`, which
+    `chosen` returns, the arrays at all other paths stay arrays.
     """
 
     def mark(path: Any, value: Array) -> Any:
@@ -240,11 +240,11 @@ def defer(tree: T, *, fixed: bool = False, only: Collection[str] | None = None) 
 
 
 def chosen(update: Callable[[Any], Any], stats: Any, *, fixed: bool = False) -> frozenset[str]:
-    """The places of the arrays to be deferred: those of normalisations, and what jbn updates.
+    """Finds the paths of the arrays to defer: those of normalisations, and those jbn updates.
 
     Args:
-      update: the user's function of statistics, which returns the new ones. It is traced where
-        there are arrays of which the names do not tell whose they are.
+      update: the user's function of statistics, which returns the new ones. It is traced only if
+        the names of some arrays do not show that they belong to a normalisation.
       stats: a tree of arrays.
       fixed: as for `defer`.
     """
@@ -264,7 +264,7 @@ def chosen(update: Callable[[Any], Any], stats: Any, *, fixed: bool = False) -> 
         jaxpr = jax.make_jaxpr(returned)().jaxpr
     except NotOurs:
         raise
-    except Exception:  # it will come again when the function runs, deferred as a whole
+    except Exception:  # it comes again when the function runs with all arrays deferred
         return frozenset(leaves)
     ours = _from_layers(jaxpr, [False] * len(jaxpr.invars))
     return by_name | {where for where, own in zip(places, ours, strict=True) if own}
@@ -275,7 +275,7 @@ def _leaves(tree: Any) -> list[tuple[Any, Any]]:
 
 
 def _named(path: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
-    """(the path of the layer, the name of the array in it)."""
+    """Splits a path into the path of the layer and the name of the array in it."""
     names = [getattr(e, "key", getattr(e, "name", getattr(e, "idx", None))) for e in path]
     if len(names) > 1 and names[-1] == "value":  # of an nnx.Variable
         names.pop()
@@ -283,7 +283,7 @@ def _named(path: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
 
 
 def _is_statistic(where: str, leaves: Mapping[str, tuple[Any, Any]]) -> bool:
-    """Whether this is called mean or var, or is the count beside them."""
+    """Returns whether this array is named mean or var, or is the count beside these two."""
     path, leaf = leaves[where]
     layer, name = _named(path)
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
@@ -298,7 +298,7 @@ _MARK = "jbn.running_stats"
 
 
 def _marked(stats: RunningStats) -> RunningStats:
-    """The same, under a name by which `chosen` finds it in a traced program."""
+    """Marks statistics by a name, by which `chosen` finds them in a traced program."""
     if not isinstance(stats.mean, Tracer):
         return stats
     return RunningStats(*(checkpoint_name(v, _MARK) for v in stats))
@@ -307,7 +307,7 @@ def _marked(stats: RunningStats) -> RunningStats:
 def _from_layers(jaxpr: Any, given: Sequence[bool]) -> list[bool]:
     """Finds for each result of a program whether it depends on what a layer of jbn updated.
 
-    `given` says the same of its arguments.
+    `given` has the same for its arguments.
     """
     found = {v for v, own in zip(jaxpr.invars, given, strict=True) if own}
     for eqn in jaxpr.eqns:
@@ -328,7 +328,7 @@ def _from_layers(jaxpr: Any, given: Sequence[bool]) -> list[bool]:
 
 
 def _programs(params: Any) -> Any:
-    """The programs among the parameters of an operation: of a scan, a branch, a call."""
+    """Yields the programs in the parameters of an operation, such as a scan, a branch, a call."""
     for value in params:
         if isinstance(value, tuple | list):
             yield from _programs(value)
@@ -337,9 +337,9 @@ def _programs(params: Any) -> Any:
 
 
 def read(stats: RunningStats) -> RunningStats:
-    """The arrays that a layer sees: those before the step; after a call in the step, its own.
+    """Returns the arrays that a layer reads: as before the step, or after its earlier calls in it.
 
-    Statistics that are fixed stay as they were before the step.
+    Fixed statistics are always those before the step.
     """
     if not waits(stats):
         return stats
@@ -356,19 +356,19 @@ def absorb(
     given: RunningStats,
     over: Scope,
 ) -> RunningStats:
-    """`running.absorb`; if the statistics `given` to the layer wait, what it will have to do.
+    """Applies `running.absorb`, or returns Updates if the statistics `given` are deferred.
 
     Args:
       rule: as for `running.absorb`.
       stats: `read(given)`.
       moments: of the batch that this call saw.
       given: arrays, Deferred, or the Updates of an earlier call in the same step.
-      over: the program instances whose moments these are.
+      over: the program instances that share these moments.
     """
-    new = running.absorb(rule, stats, moments)  # checks rule and result, now
+    new = running.absorb(rule, stats, moments)  # checks rule and result early
     if not waits(given):
         return _marked(new)
-    # Of full shape, so that a leading axis (of nn.scan, say) is one of every field.
+    # The count gets the full shape, so that every field has a leading axis such as nn.scan's.
     moments = moments._replace(count=moments.count + jnp.zeros_like(moments.var))
     mine = _portable(rule, lax.stop_gradient(stats), moments)
     earlier = next((v for v in given if isinstance(v, Update)), None)
@@ -378,7 +378,7 @@ def absorb(
         stats = earlier.stats
         calls = (*earlier.moments, moments), (*earlier.rules, mine), (*earlier.over, over)
     stats = lax.stop_gradient(stats)
-    updates: Any = [  # in the place of arrays
+    updates: Any = [  # instead of arrays
         Update(stats, *calls, field, getattr(getattr(given, field), "path", ""), fixed(given))
         for field in RunningStats._fields
     ]
@@ -392,21 +392,21 @@ def settle(
     axis_name: AxisName | None = None,
     deferred: Collection[str] | None = None,
 ) -> T:
-    """The updated arrays: each rule applied once to the moments of all parts, pooled by count.
+    """Applies each rule once, to the moments of all parts, pooled by count.
 
     Args:
-      tree: what the layers made of `defer(stats)`.
-      stacked: whether what was deferred has a further leading axis, that of the microbatches.
-      axis_name: pool over the program instances of these axes too, where the layer has not.
+      tree: `defer(stats)`, as the layers returned it.
+      stacked: whether deferred values have a further, leading axis of microbatches.
+      axis_name: pool over the program instances of these axes too, unless the layer has done so.
       deferred: the `only` of `defer`.
 
     Returns:
-      A tree of arrays, of the shape of `stats`. What no layer updated is as it was. What was not
-      deferred, and what depends on traced values of a rule, is the mean over the instances of
-      axis_name; of integers it is the largest value.
+      A tree of arrays, of the structure of `stats`. An array that no layer updated is unchanged. An
+      array that was not deferred, or that depends on traced values of a rule, is the mean over the
+      instances of axis_name; for integers it is the largest value.
 
     Raises:
-      TypeError: a leaf is an array that was deferred: its layer does not know of deferral.
+      TypeError: a deferred leaf came back as an array, because its layer is not jbn's.
     """
     found = cells(tree, stacked=stacked, axis_name=axis_name, deferred=deferred)
     arrays = [_value(cell) for cell in found]
@@ -418,7 +418,7 @@ def settle(
 
 
 def _value(cell: Any) -> Array:
-    """Settles one array, deferred or not."""
+    """Computes the new value of one array, deferred or not."""
     if isinstance(cell, Update):
         return getattr(cell.settled(), cell.field)
     return cell.value if isinstance(cell, Deferred) else cell
@@ -431,9 +431,9 @@ def cells(
     axis_name: AxisName | None = None,
     deferred: Collection[str] | None = None,
 ) -> list[Any]:
-    """Of every array Update or Deferred, in the order of the tree, with moments of all parts.
+    """Returns the Update or Deferred of every array, in tree order, with moments of all parts.
 
-    Arguments and errors are those of `settle`; what was not deferred is an array.
+    Arguments and errors are those of `settle`. An array that was not deferred stays an array.
     """
     leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in _leaves(tree)]
     for where, leaf in leaves:
@@ -450,9 +450,10 @@ def cells(
 
 
 def _agreed(arrays: list[Array], axis_name: AxisName | None) -> list[Array]:
-    """One value for all instances: the mean, of integers the largest; itself where known to be one.
+    """Makes arrays equal on all instances: takes the mean, or for integers the largest value.
 
-    One collective for all means over the same axes.
+    An array that is known to be replicated does not change. One collective takes all means over the
+    same axes.
     """
     if axis_name is None:
         return arrays
@@ -480,14 +481,14 @@ def _largest(values: list[Array], names: tuple[Any, ...]) -> list[Array]:
 
 
 class MissingCounts(Exception):
-    """A model counts batches, and the statistics that it was given have no counts yet."""
+    """The error for a model that counts batches, when the given statistics have no counts yet."""
 
     def __init__(self, structure: Any, shapes: Mapping[str, tuple[tuple[int, ...], Any]]):
         super().__init__("the statistics that were given have no counts")
         self.structure, self.shapes = structure, shapes
 
     def filled(self, stats: Any) -> Any:
-        """`stats`, with counts of 0."""
+        """Adds counts of 0 to `stats`."""
         old = {jax.tree_util.keystr(path): leaf for path, leaf in _leaves(stats)}
         leaves = [
             old[where] if where in old else jnp.zeros(*shape)
@@ -497,11 +498,11 @@ class MissingCounts(Exception):
 
 
 def fitted(function: str, new: Any, old: Any) -> Any:
-    """`new`, what the user's function returns, in the containers of `old`, what it was given.
+    """Puts `new`, which the user's function returned, into the containers of `old`, its argument.
 
     Raises:
-      MissingCounts: `new` has counts that `old` has not.
-      ValueError: they differ in other places.
+      MissingCounts: `new` has counts that `old` does not have.
+      ValueError: they differ in other arrays.
     """
     if _structure(new) == _structure(old):
         return new
@@ -528,7 +529,7 @@ def _is_count(where: str, leaves: Mapping[str, tuple[Any, Any]]) -> bool:
 
 
 def _difference(lost: list[str], added: list[str]) -> str:
-    """The first path that differs, of each kind."""
+    """Names the first lost path and the first added path."""
 
     def those(paths: list[str], what: str) -> str:
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
@@ -557,7 +558,7 @@ def _advice(function: str, new: Any, old: Any, lost: list[str], added: list[str]
 
 
 def called(function: Callable[..., T], *args: Any) -> T:
-    """function(*args) of the user, whose branches and loops must not mix what has been deferred.
+    """Calls the user's function, whose branches and loops must not mix deferred values with others.
 
     Raises:
       TypeError: a branch updates statistics and another does not, or a loop carries them.
@@ -585,22 +586,22 @@ def _structure(tree: Any) -> Any:
 
 
 def is_waiting(value: Any) -> bool:
-    """Whether this is a Deferred or an Update."""
+    """Returns whether this is a Deferred or an Update."""
     return isinstance(value, _Waiting)
 
 
 def waits(stats: Any) -> bool:
-    """Whether any field of these statistics is a Deferred or an Update."""
+    """Returns whether any field of these statistics is a Deferred or an Update."""
     return isinstance(stats, tuple) and any(isinstance(value, _Waiting) for value in stats)
 
 
 def fixed(stats: Any) -> bool:
-    """Whether a layer is to normalise by these statistics in training, too."""
+    """Returns whether a layer must normalise by these statistics in training, too."""
     return waits(stats) and any(isinstance(v, _Waiting) and v.fixed for v in stats)
 
 
 def _unstack(cell: Any) -> Any:
-    """The microbatches' moments as one; before the step all have the same statistics."""
+    """Pools the moments of microbatches; their statistics before the step are all the same."""
     if isinstance(cell, Deferred):
         return dataclasses.replace(cell, value=cell.value[0])
     stats = jax.tree.map(lambda values: values[0], cell.stats)
@@ -609,7 +610,7 @@ def _unstack(cell: Any) -> Any:
 
 
 def _pool_instances(cells: Sequence[Any], axis_names: tuple[Any, ...]) -> list[Any]:
-    """Two collectives for all cells together: one for counts and means, one for variances."""
+    """Pools cells over instances; two collectives per scope: counts and means, then variances."""
     own = [
         (m, over)
         for cell in cells
@@ -632,12 +633,12 @@ def _pool_instances(cells: Sequence[Any], axis_names: tuple[Any, ...]) -> list[A
 
 
 def _different(over: Scope, names: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The axes over which instances have different moments."""
+    """Returns the axes over which instances have different moments."""
     return names if over.groups else tuple(n for n in names if n not in over.names)
 
 
 def _share(m: Moments, over: Scope, names: tuple[Any, ...]) -> Moments:
-    """Of moments that a group of instances has in common, each brings its part of the count."""
+    """Divides the count by the number of instances that share these moments."""
     if over.groups is None or not set(names) & set(over.names):
         return m
     sizes = {len(group) for group in over.groups}

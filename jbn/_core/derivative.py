@@ -9,7 +9,7 @@ and those of the moments are dmean = E[dx], dvar = 2 E[(x - mean) dx]. JAX trans
 map into the backward pass: the two reductions sum(ybar) and sum(xhat ybar), and one elementwise
 pass. Derivatives of any order follow, because the map is itself differentiable.
 
-In the code z = x - shift and mean is that of z, xhat = rstd (z - mean), so that dy = a dx + u + v z
+In the code z = x - shift, mean is the mean of z, and xhat = rstd (z - mean). So dy = a dx + u + v z
 with
 
     v = rstd (dscale - a E[xhat dx]),    u = dbias - a E[dx] - v mean.
@@ -34,7 +34,7 @@ from jbn._xla.select import replaced
 
 
 class Saved(NamedTuple):
-    """The arrays of x's size that the backward pass keeps."""
+    """The arrays of x's size that are saved for backward."""
 
     x: Array
     weights: Array | None
@@ -42,14 +42,14 @@ class Saved(NamedTuple):
 
 
 class Known(NamedTuple):
-    """The results of the forward pass that the derivative is made of, (1, ..., C) each."""
+    """The results of the forward pass that the derivative uses, (1, ..., C) each."""
 
     moments: ShiftedMoments
     at: Affine
 
 
 class Tangents(NamedTuple):
-    """The direction; None where an argument is not given."""
+    """The direction of the derivative; None for an argument that is not given."""
 
     x: Array
     scale: Array | None
@@ -58,9 +58,10 @@ class Tangents(NamedTuple):
 
 
 def keep(spec: Spec, y: Array, residual: Array | None) -> Array | None:
-    """Returns what the derivative of the activation needs besides x, or None.
+    """Returns the array that the derivative of the activation needs besides x, or None.
 
-    That is the residual, or for ReLU y: its sign is the mask, and the next layer keeps it anyway.
+    For ReLU this is y: its sign is the mask, and the next layer saves it anyway. For all other
+    activations it is the residual.
     """
     if spec.activation is None or residual is None:
         return None
@@ -71,11 +72,11 @@ def keep(spec: Spec, y: Array, residual: Array | None) -> Array | None:
 def differential(
     spec: Spec, saved: Saved, known: Known, tangents: Tangents
 ) -> tuple[Array, Array, Array]:
-    """(dy, dmean, dvar), linear in the tangents.
+    """Computes (dy, dmean, dvar), linear in the tangents.
 
-    Recomputed, so that a backward pass keeps what it is given: x in its own dtype, the mask or
-    weights, and vectors with one number per feature. Else autodiff would keep xhat, which is
-    float32 even where x is bfloat16.
+    It is rematerialised, so that only its arguments are saved for backward: x in its own dtype, the
+    mask or weights, and vectors with one number per feature. Otherwise autodiff would save xhat,
+    which is float32 even if x is bfloat16.
     """
     function = functools.partial(_differential, spec)
     return recomputed(function)(saved, known, tangents)
@@ -97,10 +98,10 @@ def _differential(
         dscale = where_data(m.count, dscale)
     clean = m._replace(shift=at.shift, mean=mean)
     mean_dx, half_dvar = derivative(spec, x, weights, clean, dx)
-    # Where rstd is 0, as y is the bias, the sums over z may be infinite.
+    # Where rstd is 0, y is the bias, and the sums over z may be infinite.
     useless = lax.eq(rstd, np.asarray(0, rstd.dtype))
     mean_xhat_dx = replaced(rstd * half_dvar.astype(dx.dtype), useless, 0.0)
-    (of_scale,) = materialize(dscale - a * mean_xhat_dx)  # backwards, the gradient of scale
+    (of_scale,) = materialize(dscale - a * mean_xhat_dx)  # transposed, the gradient of scale
     v = replaced(rstd * of_scale, useless, 0.0)
     u = dbias - a * mean_dx - mean * v
     if weights is not None:
@@ -114,12 +115,12 @@ def _differential(
 def _through_activation(
     spec: Spec, batch: Batch, at: Affine, line: Line, kept: Array | None
 ) -> Array:
-    """The derivative of the activation along `line`, that of its argument."""
+    """Computes the derivative of the activation; `line` is the derivative of its argument."""
     if kept is None:
         return spec.sums.spread(batch, at, line, spec.activation, spec.dtype)
-    # The residual's gradient is an array, which all that follows may use.
+    # The residual's gradient is an array in memory, which the next operations can use.
     if spec.activation is jax.nn.relu:
-        # Chosen in y's dtype: the cotangent is, and is that array of the residual's.
+        # Select in y's dtype, that of the cotangent: the result is the residual's gradient.
         dy = spec.sums.spread(batch, at, line, None, spec.dtype)
         return jnp.where(kept > 0, dy, jnp.zeros_like(dy))
     assert spec.activation is not None

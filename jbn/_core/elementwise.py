@@ -1,10 +1,10 @@
-"""Whether a traced function of an array mixes its elements, as softmax does, found in its jaxpr.
+"""A test on the jaxpr whether a function of an array mixes its elements, as softmax does.
 
-Each value of the jaxpr that depends on the input has, for every axis of its own, a note of what
-lies along it: which part of which input axis, and from which index on. An operation that brings
-several elements together (a sum, a sort, a product of matrices) or to another place (a transpose,
-a roll) then mixes. What the notes cannot say (a loop, an indexed read) is taken as elementwise:
-nothing is refused that might be.
+Each value of the jaxpr that depends on the input has a note for each of its axes: which part of
+which input axis this axis holds, and from which index on. An operation mixes if it combines several
+elements (a sum, a sort, a product of matrices) or moves them (a transpose, a roll). If a note
+cannot describe the result (of a loop, an indexed read), the function counts as elementwise: no
+function is refused that may be elementwise.
 """
 
 import math
@@ -14,10 +14,10 @@ from jax.extend.core import Literal
 
 
 class _Along(NamedTuple):
-    """Lists what lies along an axis, row-major: `parts` of input axes, from `start` on.
+    """The elements along one axis, row-major: `parts` of input axes, from index `start` on.
 
     A part (axis, low, high) counts index // low % (high // low) of an input axis of at least `high`
-    elements; (None, 1, n) are n copies.
+    elements; (None, 1, n) is n copies.
     """
 
     parts: tuple[tuple[int | None, int, int], ...]
@@ -47,7 +47,7 @@ _LOOPS = {"while", "scan"}
 
 
 def mixes(jaxpr: Any) -> bool:
-    """Whether an element of the only result depends on other elements of the only argument."""
+    """Returns whether an element of the only result depends on other elements of the argument."""
     shape = jaxpr.invars[0].aval.shape
     if not all(isinstance(n, int) for n in shape):  # a dimension of jax.export
         return False
@@ -61,7 +61,7 @@ def _axis(i: int | None, n: int) -> tuple[tuple[int | None, int, int], ...]:
 
 
 def _follow(jaxpr: Any, notes: list[_Note]) -> list[_Note]:
-    """The notes of the results of a jaxpr, from those of its arguments."""
+    """Derives the notes of a jaxpr's results from the notes of its arguments."""
     known: dict[Any, _Note] = dict(zip(jaxpr.invars, notes, strict=True))
 
     def read(atom: Any) -> _Note:
@@ -75,9 +75,9 @@ def _follow(jaxpr: Any, notes: list[_Note]) -> list[_Note]:
 
 
 def _apply(eqn: Any, given: list[_Note]) -> list[_Note]:
-    """The notes of the results of one operation of which an operand depends on the input."""
+    """Derives the notes of an operation's results; one operand at least depends on the input."""
     everywhere = len(eqn.outvars)
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):  # a function within
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):  # an inner function
         inner = eqn.params.get(key)
         inner = getattr(inner, "jaxpr", inner)
         if eqn.primitive.name not in _LOOPS and len(getattr(inner, "invars", ())) == len(given):
@@ -93,7 +93,7 @@ def _apply(eqn: Any, given: list[_Note]) -> list[_Note]:
 
 
 def _one(eqn: Any, given: list[Any]) -> _Note:
-    """The note of the result, where those of the operands say all."""
+    """Derives the note of an operation's result from the notes of the operands alone."""
     name, params, shape = eqn.primitive.name, eqn.params, eqn.outvars[0].aval.shape
     note = next(n for n in given if n is not None)
 
@@ -125,7 +125,7 @@ def _one(eqn: Any, given: list[Any]) -> _Note:
 
 
 def _moved(eqn: Any, given: list[Any], note: Any) -> _Note:
-    """The note of the result of an operation that brings elements to other places."""
+    """Derives the note of the result of an operation that moves elements."""
     name, params, shape = eqn.primitive.name, eqn.params, eqn.outvars[0].aval.shape
     if name == "transpose":
         return tuple(note[i] for i in params["permutation"])
@@ -153,7 +153,7 @@ def _moved(eqn: Any, given: list[Any], note: Any) -> _Note:
 
 
 def _same(notes: list[_Note]) -> _Note:
-    """Follows operands that are brought together element by element."""
+    """Joins the notes of values that are combined element by element."""
     found = {n for n in notes if n is not None}
     if len(found) < 2:
         return found.pop() if found else None
@@ -165,7 +165,7 @@ def _concatenated(eqn: Any, given: list[Any], dimension: int) -> _Note:
     for atom, note in zip(eqn.invars, given, strict=True):
         if note is not None:
             along = note[dimension]
-            if not along.of_input:  # copies beside copies
+            if not along.of_input:  # copies next to copies
                 size = eqn.outvars[0].aval.shape[dimension]
                 along = _Along(_axis(None, size))
             else:
@@ -176,7 +176,7 @@ def _concatenated(eqn: Any, given: list[Any], dimension: int) -> _Note:
 
 
 def _reshaped(note: Any, old: tuple[int, ...], new: tuple[int, ...]) -> _Note:
-    """The parts in their order, dealt out again; one that is too large is cut in two."""
+    """Distributes the parts, in order, over the new axes; divides a part that is too large."""
     whole = (
         math.prod(high // low for _, low, high in along.parts) == n and along.start == 0
         for along, n in zip(note, old, strict=True)
@@ -198,7 +198,7 @@ def _reshaped(note: Any, old: tuple[int, ...], new: tuple[int, ...]) -> _Note:
             elif n % size:
                 return _UNKNOWN
             before = taken[-1] if taken else (axis, 0, 0)
-            if before[0] == axis and before[1] == high:  # two cuts of one axis, side by side
+            if before[0] == axis and before[1] == high:  # two adjacent parts of one axis
                 taken[-1] = (axis, low, before[2])
             else:
                 taken.append((axis, low, high))

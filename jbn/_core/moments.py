@@ -7,9 +7,9 @@ sums of z = x - shift, where the shift is some value of x in the same channel. T
 exact where it matters (Sterbenz: x and shift within a factor of two), z is about as large as the
 standard deviation, and E[z^2] - E[z]^2 then loses nothing.
 
-(bfloat16 can do without a shift, see `jbn._xla.bfloat16`.)
+(bfloat16 needs no shift, see `jbn._xla.bfloat16`.)
 
-That is done for what one device has of the batch; `pooling` makes the moments of the whole of it.
+This file sums the part of the batch that one device has; `pooling` joins the moments of the parts.
 """
 
 import functools
@@ -45,7 +45,7 @@ def moments(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     groups: int | None = None,
 ) -> Moments:
-    """Count, mean and biased variance of every feature of x (Alg. 1, lines 1 and 2).
+    """Computes count, mean and biased variance of every feature of x (Alg. 1, lines 1 and 2).
 
     >>> import jax.numpy as jnp, jbn
     >>> m = jbn.moments(jnp.array([[1.0, 10.0], [3.0, 10.0]]))
@@ -76,14 +76,14 @@ def moments(
     return restore(measure(spec, inputs.x, inputs.weights), spec.axes)
 
 
-# The parts. Per-feature values keep x's rank here, (1, ..., C), so that they broadcast against x.
+# The internal functions. Per-feature values keep x's rank, (1, ..., C), to broadcast against x.
 
 
-# Jitted, so that without jit around it is one program, and layers of one shape are traced once.
+# Jitted: an eager call runs one program, and layers of equal shape are traced once.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def measure(spec: Spec, x: Array, weights: Array | None) -> ShiftedMoments:
-    """The moments of x over the batch and the scope, differentiable in x to any order."""
+    """Computes the moments of x over the batch and the scope, differentiable to any order."""
     blocks = spec.sums.in_blocks and x.dtype == jnp.bfloat16 and weights is None
     local = functools.partial(_moments_by_blocks if blocks else _moments_by_shift, spec.sums)
     m = measure_everywhere(local, spec.axes, x, weights)
@@ -102,9 +102,9 @@ def _measure_jvp(spec: Spec, primals, tangents):
 def derivative(
     spec: Spec, x: Array, weights: Array | None, m: ShiftedMoments, dx: Array
 ) -> tuple[Array, Array]:
-    """The derivative of the moments of z = x - shift along dx: (E[dx], E[(z - mean) dx]).
+    """Computes the derivative of the moments along dx: (E[dx], E[(z - mean) dx]), z = x - shift.
 
-    The second is half of dvar.
+    The second number is half of dvar.
     """
     batch = Batch(spec.axes, x, weights)
     mean_dx, mean_z_dx = spec.sums.pair(batch, spec.over, m.shift, m.count, dx)
@@ -114,7 +114,7 @@ def derivative(
 def _moments_by_blocks(
     sums: Sums, axes: Axes, x: Array, weights: Array | None = None
 ) -> ShiftedMoments:
-    """The moments of bfloat16 that one device has, by exact sums of blocks where these fit."""
+    """Computes the moments of bfloat16 x on one device, by exact sums of blocks if blocks fit."""
     by_shift = functools.partial(_moments_by_shift, sums, axes)
     inner = bfloat16.block(axes)
     return bfloat16.moments(x, axes, inner, by_shift) if inner else by_shift(x, weights)
@@ -123,19 +123,19 @@ def _moments_by_blocks(
 def _moments_by_shift(
     sums: Sums, axes: Axes, x: Array, weights: Array | None = None
 ) -> ShiftedMoments:
-    """The moments of what one device has, by sums of x - shift and of its square."""
+    """Computes the moments of x on one device, by sums of x - shift and of its square."""
     shift = shift_for(x, weights, axes)
     count = _count(jnp.finfo(shift.dtype).dtype, weights, axes)
     mean, mean_square = sums.sums(Batch(axes, x, weights), shift, count)
-    # Squares that overflow leave var = inf, not inf - inf: y is then the bias, and the running
-    # statistics leave the feature out.
+    # If squares overflow, var is inf, and not inf - inf = NaN: y is then the bias, and the running
+    # statistics of this feature do not change.
     var = lax.sub(mean_square, square(mean))
     var = lax.select(lax.eq(mean_square, np.asarray(jnp.inf, var.dtype)), mean_square, var)
     return ShiftedMoments(shift, count, mean, lax.max(var, np.asarray(0, var.dtype)))
 
 
 def _count(dtype: DTypeLike, weights: Array | None, axes: Axes) -> Array:
-    """How many values, or how much weight, each feature has."""
+    """Counts the values of each feature, or adds up their weights."""
     if weights is None:
         return jnp.asarray(axes.size, dtype).reshape((1,) * len(axes.shape))
     repeats = math.prod(axes.shape[i] for i in axes.reduction if weights.shape[i] == 1)

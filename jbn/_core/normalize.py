@@ -47,7 +47,7 @@ class Params(NamedTuple):
 
 
 def init_params(features: int | Sequence[int], dtype: DTypeLike = jnp.float32) -> Params:
-    """Scale 1 and bias 0 for `features` features (a tuple if there are several feature axes).
+    """Makes scale 1 and bias 0 for `features` features (a tuple for several feature axes).
 
     >>> import jbn
     >>> jbn.init_params(2)
@@ -91,7 +91,7 @@ def normalize(
       axis: the feature axis or axes, C.
       epsilon: is added to the variance, inside the root.
       mask: bool, of x's rank, broadcasts against x. False: the value takes no part in the moments,
-        and is normalised by those of the others.
+        and is normalised by the moments of the other values.
       weights: real and not negative, broadcasts like `mask`. Zero is the same as masked; a
         negative or NaN weight counts as zero.
       axis_name: take the moments over these named axes (of vmap, pmap, shard_map) as well.
@@ -103,10 +103,10 @@ def normalize(
 
     Returns:
       y, of x's shape, and the moments. Both are differentiable in x, scale and bias to any order,
-      masked positions included. What a masked position holds touches no other value and no other
-      gradient: where it is not finite, xhat is 0 there. A feature without any data gives its bias.
-      Of activation and residual a backward pass keeps the residual alone, or y where the activation
-      is `jax.nn.relu`: no mask, no sum.
+      masked positions included. A masked value changes no other value and no other gradient; where
+      it is not finite, xhat is 0. A feature without data gives its bias. For activation and
+      residual together one array is saved for backward: the residual, or y if the activation is
+      `jax.nn.relu`. No mask and no sum is saved.
 
     Raises:
       NameError: no vmap, pmap or shard_map binds axis_name.
@@ -134,24 +134,24 @@ def normalize(
 
 
 def normalized(spec: Spec, inputs: Inputs, *, pooled: bool = False) -> tuple[Array, Moments]:
-    """y, of the shape of the planned x, and the moments; `pooled`: of all groups together."""
+    """Computes y, of the planned x's shape, and the moments; `pooled` pools those of all groups."""
     if not isinstance(inputs.x, Tracer):
         return _as_one_program(spec, pooled, inputs)
     residual, weights = inputs.residual, inputs.weights
     if residual is not None and weights is not None:
-        # The backward pass keeps the residual, which others may keep as well, and no mask.
+        # Rematerialised, so that the residual (often saved anyway) is saved for backward, no mask.
         clean = recomputed(harmless)
         inputs = inputs._replace(residual=clean(residual, residual, weights))
     y, m = _normalize(spec, inputs)
     if not pooled:
         return y, restore(m, spec.axes)
-    # For running statistics, which carry no gradient: none is made of it here.
+    # These moments are for running statistics, which carry no gradient.
     return y, restore_pooled(jax.lax.stop_gradient(m), spec.axes, weights is not None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _as_one_program(spec: Spec, pooled: bool, inputs: Inputs) -> tuple[Array, Moments]:
-    """`normalized`, where it is called eagerly."""
+    """Runs an eager call of `normalized` as one program."""
     return normalized(spec, inputs, pooled=pooled)
 
 
@@ -161,18 +161,18 @@ def _normalize(spec: Spec, inputs: Inputs) -> tuple[Array, ShiftedMoments]:
     return y, known.moments
 
 
-# This and `differential` are not inlined: layers of one shape are then traced, differentiated and
-# lowered once a program.
+# This and `differential` are not inlined: layers of equal shape are then traced, differentiated and
+# lowered once per program.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(spec: Spec, inputs: Inputs) -> tuple[Array, Known]:
     x, scale, bias, weights, residual = inputs
-    # The moments by themselves, so that whoever computes y again need not measure again.
+    # The moments have a name: a checkpoint policy can save them, and rematerialise only y.
     m = named(measure(spec.of_moments, x, weights))
     scale, bias = expanded(scale, bias, spec.axes, accumulator(x.dtype))
     if weights is not None:
         scale = where_data(m.count, scale)  # without data y is the bias
     mean, rstd = location(m.mean, m.var, spec.epsilon)
-    # A shift of its own, or the compiler stores the x - shift of the sums for this pass.
+    # A copy of the shift: else the compiler stores the x - shift of the sums for this pass.
     shift, mean, rstd = materialize(m.shift, mean, rstd)
     at = affine(shift, mean, rstd, scale, bias)
     y = transform(displaced(x, weights, at), at.a, at.c, residual)
@@ -184,7 +184,7 @@ def _normalize_jvp(spec: Spec, primals, tangents):
     (inputs,), (along,) = primals, tangents
     y, known = _forward(spec, inputs)
     saved = Saved(inputs.x, inputs.weights, keep(spec, y, inputs.residual))
-    dx = placement.alongside(along.x, inputs.x)  # weights are constants, and so is the shift
+    dx = placement.alongside(along.x, inputs.x)  # weights and the shift are constants
     direction = Tangents(dx, along.scale, along.bias, along.residual)
     dy, dmean, dvar = differential(spec, saved, known, direction)
     m = known.moments

@@ -1,8 +1,8 @@
-"""Arguments -> (Spec, Inputs): what a user can get wrong about x, y, scale, bias, mask and groups.
+"""Arguments -> (Spec, Inputs): all checks of x, y, scale, bias, mask and groups.
 
-`Spec` holds what is static, and is the key of JAX's caches; `Inputs` holds the arrays. The
-functions that come after take these two and check nothing. x is an array of floating point already,
-by `check.floating`.
+`Spec` holds the static configuration, and is the key of JAX's caches; `Inputs` holds the arrays.
+The functions that take these two check nothing again. The caller has converted x by
+`check.floating`.
 """
 
 from collections.abc import Sequence
@@ -27,11 +27,11 @@ class Spec(NamedTuple):
     """The static part of one call: hashable, and equal for calls that run the same program.
 
     Attributes:
-      axes: of x, with an axis for the groups where there are any.
+      axes: the axes of x, with an axis for the groups if there are any.
       over: the program instances that share statistics.
-      sums: takes the sums over the batch.
+      sums: the implementation of the sums over the batch.
       epsilon: is added to the variance.
-      activation: of y; None for none.
+      activation: is applied to y; or None.
       dtype: of y.
     """
 
@@ -44,7 +44,7 @@ class Spec(NamedTuple):
 
     @property
     def of_moments(self) -> "Spec":
-        """The part that moments depend on: layers that differ in the rest share their program."""
+        """The part that moments depend on; layers with the same part share the program."""
         return Spec(self.axes, self.over, self.sums)
 
 
@@ -75,7 +75,7 @@ def plan_moments(
     weights: ArrayLike | None,
     groups: int | None,
 ) -> tuple[Spec, Inputs]:
-    """Checks the arguments of `moments`; with groups, x and weights get an axis for them."""
+    """Checks the arguments of `moments`; with groups, x and weights get an axis of groups."""
     axes = resolve(x.shape, axis)
     check.reduction_axis(axes, over.names)
     weights = check.participation(axes, mask, weights, accumulator(x.dtype))

@@ -1,20 +1,20 @@
-"""Moments of parts of a batch -> moments of the whole, in three ways.
+"""Moments of the parts of a batch -> moments of the batch, in three ways.
 
-**Gathered once** (`pool_blocks`, `pool_instances`): the parts of a layer while it runs, which are
-blocks, groups, devices or program instances. Each has a shift of its own, near its own data, so
-that choosing it needs no communication. What is sent is (shift, E[x - shift], var), and the count
-where counts differ, in one collective. The difference of two shifts is exact where it matters, so
-nothing cancels at any mean/std. Here statistics have the shape [C], or [parts, C].
+**Gathered once** (`pool_blocks`, `pool_instances`), for the parts of one layer while it runs:
+blocks, groups, devices or program instances. Each part has a shift of its own, near its own data,
+so that choosing it needs no communication. One collective sends (shift, E[x - shift], var), and the
+count if counts differ. The difference of two shifts is exact where it matters, so nothing cancels
+at any mean/std. Here statistics have the shape [C] or [parts, C].
 
-**Summed twice** (`pool_by_sums`): the moments of all layers after a step, which wait for the other
-devices. Two collectives for all of them together, of the size of one device's: gathering would send
-as many copies as there are devices.
+**Summed twice** (`pool_by_sums`), for the deferred moments of all layers after a step. Two
+collectives serve all layers together, and each has the size of one device's moments: gathering
+would send as many copies as there are devices.
 
-**On the host, in float64** (`HostSums`): the batches of a whole data set, which come one by one. In
-float32 single values are lost from a count of 2^24 on, which are five batches of 256 images of
-112 x 112; and of 5,000 batches, merged one by one, the variance would be off by some 1e-5, and at
-mean/std = 1e4 the mean by 0.01 std. The shift is the first batch's mean, near the others: the sums
-add a relative error of at most about (number of batches) * 2^-52.
+**On the host, in float64** (`HostSums`), for the batches of a data set, which come one by one. In
+float32 single values are lost from a count of 2^24 on, which is five batches of 256 images of
+112 x 112. After 5,000 batches, merged one by one, the variance would be wrong by about 1e-5, and at
+mean/std = 1e4 the mean by 0.01 std. The shift is the first batch's mean, near those of the later
+batches: the sums add a relative error of at most about (number of batches) * 2^-52.
 """
 
 import functools
@@ -34,7 +34,7 @@ from jbn._devices.placement import collect, together
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """The moments of two batches taken together (Chan, Golub & LeVeque 1979).
+    """Combines the moments of two batches (Chan, Golub & LeVeque 1979).
 
     Symmetric and associative up to rounding; an empty batch (count 0) changes nothing, whatever its
     mean and variance are.
@@ -46,8 +46,8 @@ def merge(a: Moments, b: Moments) -> Moments:
     [8. 8.] [8. 8.]
 
     Raises:
-      TypeError: a or b are no Moments, or of another kind of numbers.
-      ValueError: they are of different shapes.
+      TypeError: a or b is not Moments with a real count and floating-point mean and variance.
+      ValueError: the shapes do not fit each other.
     """
     a, b = _checked(a, "a"), _checked(b, "b")
     if a.mean.shape != b.mean.shape:
@@ -61,7 +61,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def pool(m: Moments) -> Moments:
-    """The moments of several batches taken together: `merge` of all along the leading axis.
+    """Combines the moments of several batches, by `merge` of all along the leading axis.
 
         count = sum n_i,  mean = sum n_i mean_i / count,
         var   = sum n_i (var_i + (mean_i - mean)^2) / count
@@ -72,14 +72,14 @@ def pool(m: Moments) -> Moments:
     Array([5., 6.], dtype=float32)
 
     Args:
-      m: mean and var are [k, C]; count is [k, C] or [k] or, the same for each, [].
+      m: mean and var are [k, C]; count is [k, C], [k] or, if all are equal, [].
 
     Returns:
       Moments of shape [C]. A part of count 0 changes nothing, whatever its mean and variance are;
       without any part, or any data, count, mean and variance are 0.
 
     Raises:
-      TypeError: m is no Moments, or of another kind of numbers.
+      TypeError: m is not Moments with a real count and floating-point mean and variance.
       ValueError: the shapes do not fit each other, or there is no leading axis.
     """
     m = _checked(m, "m")
@@ -92,7 +92,7 @@ def pool(m: Moments) -> Moments:
     one = count.ndim < rank or (count.size < m.mean.size and math.prod(count.shape[1:]) == 1)
     count = count.reshape(*(count.shape or (1,)), *(1 for _ in range(rank - max(count.ndim, 1))))
     count = jnp.broadcast_to(count, (m.mean.shape[0], *count.shape[1:]))
-    if len(m.mean) == 0:  # no parts: as if of one without data
+    if len(m.mean) == 0:  # no parts: the same as one part without data
         m, count = jax.tree.map(lambda v: jnp.zeros((1, *v.shape[1:]), v.dtype), (m, count))
     some = count > 0
     mean, var = (jnp.where(some, v, jnp.zeros_like(v)) for v in m[1:])
@@ -105,7 +105,7 @@ _STACK = "Of a list ms write jbn.pool(jax.tree.map(lambda *v: jnp.stack(v), *ms)
 
 
 def _checked(m: Moments, name: str) -> Moments:
-    """Moments that a user passes, as arrays; a count may be a Python number."""
+    """Checks the Moments that a user passes; a count may be a Python number."""
     if tuple(getattr(m, "_fields", ())) != Moments._fields:
         raise TypeError(
             f"{name} must be jbn.Moments(count, mean, var), such as jbn.moments(x); got "
@@ -140,7 +140,7 @@ def _checked(m: Moments, name: str) -> Moments:
 
 
 def pool_blocks(axes: Axes, m: ShiftedMoments, counts_differ: bool) -> ShiftedMoments:
-    """[groups * blocks, C] -> [groups, C], or [C] where x has no groups."""
+    """Pools [groups * blocks, C] to [groups, C], or to [C] if x has no groups."""
     m = _send(collect, 1, m, counts_differ)
 
     def blocks_first(v: Array) -> Array:
@@ -151,7 +151,7 @@ def pool_blocks(axes: Axes, m: ShiftedMoments, counts_differ: bool) -> ShiftedMo
 
 
 def pool_instances(over: Scope, m: ShiftedMoments, counts_differ: bool) -> ShiftedMoments:
-    """The moments of one instance -> those of all in the scope."""
+    """Pools the moments of all program instances in the scope."""
     m = _send(over.gather, 0, m, counts_differ)
     member = over.members()
     if member is not None:
@@ -163,13 +163,13 @@ def pool_instances(over: Scope, m: ShiftedMoments, counts_differ: bool) -> Shift
 def _send(
     collective: Callable[[Array], Array], at: int, m: ShiftedMoments, counts_differ: bool
 ) -> ShiftedMoments:
-    """The moments of all parts, [n, ...], by one collective; equal counts are not sent."""
-    # Plus zeros: of the shape and sharding of the others.
+    """Sends the moments of all parts, [n, ...], by one collective; equal counts are not sent."""
+    # Adding zeros gives the count the shape and sharding of the variance.
     sent = (m.shift, m.mean, m.var, *((m.count + jnp.zeros_like(m.var),) if counts_differ else ()))
     shift, mean, var, *counts = together(collective, at, *sent)
     rest = m.count.shape[at:]
     if counts:
-        # One count for all features was sent once for each.
+        # A count that all features share was sent once for each feature.
         same = tuple(i for i, n in enumerate(counts[0].shape[1:], 1) if rest[i - 1] != n)
         count = jnp.max(counts[0], same, keepdims=True)
     else:
@@ -178,14 +178,14 @@ def _send(
 
 
 def _pool(m: ShiftedMoments) -> ShiftedMoments:
-    """The moments of parts, each with a shift of its own -> those of all, with the best of them."""
+    """Pools moments of parts that have different shifts; the best of these shifts stays."""
 
     def total(values: Array) -> Array:
         return jnp.sum(values, axis=0, keepdims=True)
 
     count = total(m.count)
     share = (m.count / jnp.where(count > 0, count, jnp.ones_like(count))).astype(m.var.dtype)
-    # The shift nearest to the mean: its differences to the others are then small and exact.
+    # Keep the shift nearest to the mean: its differences to the other shifts are small and exact.
     distance = jnp.abs(m.shift - total(share * (m.shift + m.mean)))
     nearest = jnp.argmin(distance, axis=0, keepdims=True)
     chosen = lax.broadcasted_iota(nearest.dtype, m.shift.shape, 0) == nearest
@@ -200,9 +200,9 @@ def _pool(m: ShiftedMoments) -> ShiftedMoments:
 
 
 def pool_by_sums(moments: list[Moments], names: tuple[Any, ...]) -> list[Moments]:
-    """The moments of all instances together, of many layers at once.
+    """Pools the moments of all program instances, for many layers at once.
 
-    The mean comes first, so that nothing cancels in the variance.
+    The mean is computed first, so that nothing cancels in the variance.
     """
     sums = [(m.count, m.count.astype(m.mean.dtype) * m.mean) for m in moments]
     totals = lax.psum(vary(sums, names), names)
@@ -219,22 +219,22 @@ def pool_by_sums(moments: list[Moments], names: tuple[Any, ...]) -> list[Moments
 class HostSums(NamedTuple):
     """Sums over batches on the host, float64 (complex128 for complex means), [C] each."""
 
-    shift: np.ndarray  # the first mean that there is
-    batches: np.ndarray  # how many
-    weight: np.ndarray  # sum w: w is the count, or 1
+    shift: np.ndarray  # the mean of the first batch with data
+    batches: np.ndarray  # the number of batches
+    weight: np.ndarray  # sum w, where w is the count or 1
     offset: np.ndarray  # sum w (mean - shift)
     within: np.ndarray  # sum w var
     between: np.ndarray  # sum w |mean - shift|^2
 
     @classmethod
     def of_none(cls, m: Moments) -> "HostSums":
-        """Makes the sums over no batch, of the shapes of `m`."""
+        """Makes the sums over no batch, in the shapes of `m`."""
         mean = np.zeros(m.mean.shape, np.promote_types(m.mean.dtype, np.float64))
         var = np.zeros(m.var.shape)
         return cls(mean, var, var, mean, var, var)
 
     def add(self, m: Moments, *, weighted: bool) -> "HostSums":
-        """The sums with one more batch, feature by feature where it has data and is finite."""
+        """Adds one batch, for the features in which it has data and is finite."""
         count, var = np.asarray(m.count, np.float64), np.asarray(m.var, np.float64)
         mean = np.asarray(m.mean, np.promote_types(m.mean.dtype, np.float64))
         sound = (count > 0) & np.isfinite(count) & np.isfinite(mean) & np.isfinite(var)
@@ -251,7 +251,7 @@ class HostSums(NamedTuple):
         )
 
     def divide(self, *, pooled: bool) -> tuple[np.ndarray, np.ndarray]:
-        """(mean, var) of all batches; `pooled` with the variance between them."""
+        """Computes (mean, var) of all batches; `pooled` adds the variance between batches."""
         some = np.where(self.weight > 0, self.weight, 1.0)
         offset, var = self.offset / some, self.within / some
         if pooled:
@@ -260,18 +260,18 @@ class HostSums(NamedTuple):
 
 
 def restore(m: ShiftedMoments, axes: Axes) -> Moments:
-    """Moments of x - shift, of x's rank -> moments of x, of feature shape."""
+    """Converts moments of x - shift, of x's rank, to moments of x, of feature shape."""
     varies = any(m.count.shape[i] != 1 for i in range(len(axes.shape)))
     count = axes.squeeze(m.count) if varies else m.count.reshape(())
     return Moments(count, axes.squeeze(lax.add(m.mean, m.shift)), axes.squeeze(m.var))
 
 
 def restore_pooled(m: ShiftedMoments, axes: Axes, counts_differ: bool) -> Moments:
-    """`restore`, of all groups taken together."""
+    """Pools the moments of all groups, and applies `restore`."""
     return restore(m, axes) if axes.group is None else _restore_groups(axes, counts_differ, m)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # many operations to run one by one
+@functools.partial(jax.jit, static_argnums=(0, 1))  # eager, it would be many operations
 def _restore_groups(axes: Axes, counts_differ: bool, m: ShiftedMoments) -> Moments:
     pooled = pool_blocks(axes.whole, jax.tree.map(axes.squeeze, m), counts_differ)
     return restore(jax.tree.map(axes.whole.unsqueeze, pooled), axes.whole)

@@ -1,4 +1,4 @@
-"""RunningStats: what inference normalises with, and the rules by which batches enter it.
+"""RunningStats, the statistics for inference, and the rules by which batches enter them.
 
 A rule is any function (RunningStats, Moments) -> RunningStats. The built-in ones move the old
 statistics towards the batch's by a rate,
@@ -10,8 +10,8 @@ statistics towards the batch's by a rate,
 The debiased average is stored ready to use: its first rate is 1, so the initial value never shows,
 and it equals Adam's division of a zero-initialised average by 1 - d^t.
 
-A variance needs two values. A single value, which is what a mask may leave of a feature, says where
-the feature lies and not how far it spreads: it moves the mean, and the variance stays.
+A variance needs two values. If a mask leaves a single value of a feature, this value moves the
+mean, and the variance stays.
 """
 
 import dataclasses
@@ -39,9 +39,9 @@ class RunningStats(NamedTuple):
     Attributes:
       mean: [C], float32 or float64 (complex for complex x).
       var: [C], float32 or float64.
-      count: [C], float32 or float64: how many batches have entered the variance, for each feature,
-        as a batch without data or with NaN in a feature does not count there; nor does a single
-        value, which moves the mean alone.
+      count: [C], float32 or float64: the number of batches that have entered the variance of each
+        feature. A batch without data or with NaN in a feature does not count there. A single value
+        does not count either, because it moves only the mean.
     """
 
     mean: Array
@@ -53,7 +53,7 @@ UpdateRule = Callable[[RunningStats, Moments], RunningStats]
 
 
 def init_stats(features: int | Sequence[int], dtype: DTypeLike = jnp.float32) -> RunningStats:
-    """Mean 0 and variance 1 from no batch, for `features` features (a tuple for several axes).
+    """Makes mean 0, variance 1 and count 0 for `features` features (a tuple for several axes).
 
     >>> import jbn
     >>> stats = jbn.init_stats(2)
@@ -76,7 +76,7 @@ def init_stats(features: int | Sequence[int], dtype: DTypeLike = jnp.float32) ->
 
 
 def ema(decay: float = 0.99, *, debias: bool = False, unbiased: bool = False) -> UpdateRule:
-    """Exponential moving average: new = decay * old + (1 - decay) * batch.
+    """Makes the rule of an exponential moving average, new = decay * old + (1 - decay) * batch.
 
     `decay` is the weight of the old value: Flax's `momentum`, 1 minus PyTorch's.
 
@@ -88,8 +88,8 @@ def ema(decay: float = 0.99, *, debias: bool = False, unbiased: bool = False) ->
     Array([3.], dtype=float32)
 
     Args:
-      decay: in [0, 1]; or traced, and then not checked. A schedule is one program: the decay is an
-        argument of it.
+      decay: in [0, 1]; a traced decay is not checked. A schedule needs only one program, which has
+        the decay as an argument.
       debias: divide out the weight of the initial value, as Adam and Haiku do: constant batches
         give exactly their statistics from the first step on.
       unbiased: average var * count / (count - 1) (Alg. 2, line 10), as PyTorch does. Weights are
@@ -98,7 +98,7 @@ def ema(decay: float = 0.99, *, debias: bool = False, unbiased: bool = False) ->
         rounding, has no such estimate and is left out.
 
     Returns:
-      A rule: hashable, and equal to another made with the same arguments.
+      A rule. It is hashable, and equal to another rule with the same arguments.
 
     Raises:
       ValueError: decay is not in [0, 1], or is 1 with debias.
@@ -107,7 +107,7 @@ def ema(decay: float = 0.99, *, debias: bool = False, unbiased: bool = False) ->
 
 
 def cumulative(*, unbiased: bool = False) -> UpdateRule:
-    """The plain average over all batches, each with equal weight (PyTorch's `momentum=None`).
+    """Makes the rule of the plain average, with equal weights (PyTorch's `momentum=None`).
 
     >>> import jax.numpy as jnp, jbn
     >>> stats = jbn.init_stats(1)
@@ -120,7 +120,7 @@ def cumulative(*, unbiased: bool = False) -> UpdateRule:
       unbiased: as for `ema`.
 
     Returns:
-      A rule: hashable, and equal to another made with the same arguments.
+      A rule. It is hashable, and equal to another rule with the same arguments.
     """
     return _Cumulative(bool(unbiased))
 
@@ -140,12 +140,12 @@ class _Ema:
 
     @property
     def form(self) -> "_EmaForm":
-        """The rule but for its decay."""
+        """The rule without its decay."""
         return _EmaForm(self.debias, self.unbiased, self.single_values)
 
     @property
     def numbers(self) -> tuple[float | Array, float | Array]:
-        """(1 - d, log d), in double precision where d is a Python number."""
+        """The numbers (1 - d, log d), in double precision if d is a Python number."""
         decay = self.decay
         if isinstance(decay, Array):  # traced; statistics carry no gradient
             decay = lax.stop_gradient(decay)
@@ -154,7 +154,7 @@ class _Ema:
 
 @dataclasses.dataclass(frozen=True)
 class _EmaForm:
-    """An exponential moving average whose decay comes with each call."""
+    """An exponential moving average that takes its decay as an argument of each call."""
 
     debias: bool
     unbiased: bool
@@ -176,7 +176,7 @@ class _EmaForm:
 
 
 def ema_of_flax(decay: float) -> UpdateRule:
-    """`ema(decay)`, into which the variance of a single value enters, too."""
+    """Makes `ema(decay)` as in Flax: the variance of a single value, 0, enters too."""
     return _Ema(check.decay(decay, False), debias=False, unbiased=False, single_values=True)
 
 
@@ -198,14 +198,14 @@ class _Cumulative:
 
 
 def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningStats:
-    """`rule`, made safe: no gradient, no change of type, no empty or non-finite batch.
+    """Applies `rule` safely: no gradient, no change of type, no empty or non-finite batch.
 
-    The moments come without a gradient.
+    The moments must not carry a gradient.
 
     Raises:
-      TypeError: `rule` is not a rule, or returns something else than RunningStats, or complex
-        statistics in the place of real ones.
-      ValueError: it returns statistics of another shape.
+      TypeError: `rule` is not a rule, does not return RunningStats, or returns complex statistics
+        in place of real ones.
+      ValueError: `rule` returns statistics of another shape.
     """
     if rule is ema or rule is cumulative:
         raise TypeError(f"update is the function that makes a rule: write jbn.{rule.__name__}().")
@@ -215,14 +215,14 @@ def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningSt
             f"jbn.ema(0.99) or jbn.cumulative(); got {rule!r}."
         )
     stats = lax.stop_gradient(stats)
-    if is_explicitly_sharded(moments.mean):  # over features: the statistics go where it lies
+    if is_explicitly_sharded(moments.mean):  # over features: the statistics get this sharding
         where = jax.typeof(moments.mean).sharding
         stats = jax.tree.map(lambda values: jax.sharding.reshard(values, where), stats)
     if isinstance(rule, _Ema | _Cumulative):
         function, numbers = split(rule)
         traced = isinstance(moments.mean, Tracer)
         if traced and not any(isinstance(number, Array) for number in numbers):
-            function, numbers = rule, ()  # as constants: a shorter program
+            function, numbers = rule, ()  # constants make a shorter program
         return _absorb_once_a_shape(function, stats, moments, *numbers)
     new = rule(stats, moments)
     if not isinstance(new, type(stats)):
@@ -247,10 +247,10 @@ def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningSt
 
 
 def split(rule: UpdateRule) -> tuple[Callable[..., RunningStats], tuple[Any, ...]]:
-    """(function, numbers), so that rule(stats, moments) = function(stats, moments, *numbers).
+    """Splits a rule, so that rule(stats, moments) = function(stats, moments, *numbers).
 
-    The decay of an average is a number: neither a program for each value of a schedule, nor a
-    traced value among what is static.
+    The decay of an average is one of the numbers. So a schedule needs only one program, and no
+    traced value becomes static.
     """
     return (rule.form, rule.numbers) if isinstance(rule, _Ema) else (rule, ())
 
@@ -267,13 +267,13 @@ def _move(
     unbiased: bool,
     single_values: bool = False,
 ) -> RunningStats:
-    """A step of size `rate` from the old statistics to the batch's."""
+    """Moves the old statistics towards the batch's by `rate`."""
 
     def step(old: Array, new: Array) -> Array:
         dtype = accumulator(old.dtype)  # in bfloat16 a rate of 0.001 would move nothing
         old, new = old.astype(dtype), new.astype(dtype)
         moved = lax.add(old, lax.mul(jnp.asarray(rate, dtype), lax.sub(new, old)))
-        # At rate 1 exactly the new value: old + (new - old) would round.
+        # At rate 1 take exactly the new value: old + (new - old) would round.
         if isinstance(rate, float | int):
             return new if np.asarray(rate, dtype) == 1 else moved
         return jnp.where(jnp.asarray(rate, dtype) == 1, new, moved)
@@ -284,13 +284,13 @@ def _move(
     return _keep_sound(stats, moments, new, single_values)
 
 
-# Fewer than two observations, whatever rounding has made of their number: weights that are divided
-# by their sum add up to 1 - 1e-7 or to 1 + 1e-7, and these must not differ.
+# A count below this means fewer than two observations. Weights that were divided by their sum add
+# up to 1 - 1e-7 or to 1 + 1e-7 after rounding, and both must give the same result.
 _FEW = 1.5
 
 
 def unbiased_var(moments: Moments) -> Array:
-    """Bessel's correction, var * count / (count - 1); infinite where there is none.
+    """Applies Bessel's correction, var * count / (count - 1); infinite where there is none.
 
     Weights are frequencies: a weight says how often its value occurs, so that the count is the
     number of observations (`fweights` of `numpy.cov`). Where there are fewer than two of them, up
@@ -309,16 +309,16 @@ def _keep_sound(
     single_values: bool = False,
     seen: Sequence[Array] = (),
 ) -> RunningStats:
-    """`new` where the batch has data and all is finite, else `old`, feature by feature.
+    """Chooses `new` where the batch has data and all is finite, else `old`, for each feature.
 
-    Finite in the dtype of `old`: 1e5 is not in float16, and would stay infinite for good.
+    `new` must be finite in the dtype of `old`: 1e5 is infinite in float16, and would stay so.
 
-    A single value moves the mean alone, unless `single_values`. Its variance is exactly 0 (the
-    shift is the value itself) and its count 1. Many values whose weights add up to 1 have a
-    variance, which enters; where they are all equal, so that it is 0, they tell no more than one.
+    A single value moves only the mean, unless `single_values`. Its variance is exactly 0 (the shift
+    is the value itself) and its count 1. Many values whose weights add up to 1 have a variance,
+    which enters. If they are all equal, it is 0, and they count as a single value.
 
-    `seen` are what a rule need not show: of those of jbn a moment that is not finite makes
-    statistics that are not.
+    `seen` must be finite too. A user's rule may make finite statistics of moments that are not
+    finite, so its moments are checked; the rules of jbn never do.
     """
     stored = RunningStats(*(jnp.asarray(n).astype(o.dtype) for n, o in zip(new, old, strict=True)))
     sound = lax.ge(stored.var, np.asarray(0, stored.var.dtype))

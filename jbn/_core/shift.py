@@ -1,12 +1,12 @@
-"""The shift: a constant that is taken from every value of a feature before anything is summed.
+"""The shift, a constant per feature that is subtracted from x before any sum.
 
-Rounding makes an error of about eps (1 + (shift - mean)^2 / var) in the variance, so the shift has
-to lie within a few standard deviations of the mean (docs/mathematics). Most values do: at most
+Rounding causes an error of about eps (1 + (shift - mean)^2 / var) in the variance, so the shift has
+to be within a few standard deviations of the mean (docs/mathematics). Most values are: at most
 1/t^2 of them are further away than t standard deviations (Chebyshev). The shift is the median of
-seven values, drawn at different places of different examples, so that neither one odd place in
-every example (a token, a border, a row and a column) nor a few odd examples are the majority.
-(Where an example has eight places or fewer, one of them will do: an odd place then is so large a
-part of the batch that it is within three standard deviations of the mean.)
+seven values from different places of different examples. So neither one odd place in every example
+(a token, a border, a row and a column) nor a few odd examples are the majority. (If an example has
+eight places or fewer, one place is enough: an odd place is then so large a part of the batch that
+it is within three standard deviations of the mean.)
 """
 
 import functools
@@ -22,40 +22,41 @@ from jbn._xla.materialize import materialize
 from jbn._xla.rows import rows
 from jbn._xla.select import replaced
 
-_DRAWS = 7  # of which three may be odd
-# Pairs to put in order, one after the other, and what of each is needed: the median of seven is in
-# the middle then. Sorting, or counting the smaller ones, costs more in compiling and in running.
+_DRAWS = 7  # three of them may be odd
+# Pairs to put in order, one after the other, and which results are needed; the median of seven is
+# then in the middle. A sort, or a count of smaller values, takes longer to compile and to run.
 _MEDIAN = (
     *((0, 5, "both"), (0, 3, "both"), (1, 6, "both"), (2, 4, "both"), (0, 1, "larger")),
     *((3, 5, "both"), (2, 6, "both"), (2, 3, "larger"), (3, 6, "smaller"), (4, 5, "smaller")),
     *((1, 4, "both"), (1, 3, "larger"), (3, 4, "smaller")),
 )
-# From an axis to the next the draws change their order, so that no line meets two of them.
+# The order of the draws differs from axis to axis, so that no row or column holds two draws.
 _STRIDES = (1, 3, 2, 5, 4, 6)
-# The place of a draw in its seventh of the weight. Not in the same place of each: in a batch of
-# 7 n examples of one length, that would be the same place in all of them.
+# The place of a draw in its seventh of the weight. The offsets differ: in a batch of 7 n examples
+# of equal length, equal offsets would draw the same place of every example.
 _OFFSETS = (0.37, 0.71, 0.13, 0.59, 0.29, 0.83, 0.47)
 
 
 def shift_for(x: Array, weights: Array | None, axes: Axes) -> Array:
-    """A value of x that takes part, near the mean, for each feature. x is what one device has.
+    """Chooses a shift for each feature, near its mean, from the values that one device has.
 
-    A value of x, and no average, so that a constant channel becomes exactly 0; 0 if there is none.
-    The result of Batch Normalization does not depend on the shift, so it carries no gradient.
+    The shift is a value of x that takes part (0 if there is none), and not an average, so that a
+    constant channel becomes exactly 0. The result of Batch Normalization does not depend on the
+    shift, so it carries no gradient.
     """
     if axes.size == 0:
         return jnp.zeros(axes.per_feature, accumulator(x.dtype))
     drawn = _rows(x, axes) if weights is None else _weighted_rows(x, weights, axes)
     dtype = accumulator(x.dtype)
     shift = _median([row.astype(dtype) for row in drawn])
-    # From here on (1e31 for float32) x - shift could overflow, by half an ulp of the largest x.
+    # A shift of half an ulp of the largest x or more (1e31 for float32) could overflow x - shift.
     info, size = jnp.finfo(shift.dtype), lax.abs(shift)
     shift = replaced(shift, lax.ge(size, np.asarray(info.max * info.eps / 4, size.dtype)), 0.0)
     return materialize(shift)[0]
 
 
 def _median(rows: list[Array]) -> Array:
-    """The median of the draws; for complex ones that of each part."""
+    """Computes the median of the draws; for complex draws, of the real and imaginary parts."""
     if jnp.iscomplexobj(rows[0]):
         return lax.complex(_median([r.real for r in rows]), _median([r.imag for r in rows]))
     rows = list(rows)
@@ -69,7 +70,7 @@ def _median(rows: list[Array]) -> Array:
 
 
 def _index(n: int, order: int, draw: int) -> int:
-    """Places a draw along a reduction axis of size n, the `order`-th of them."""
+    """Returns the index of a draw along the `order`-th reduction axis, of size n."""
     if not isinstance(n, int):  # a dimension of jax.export
         return 0
     middle = _DRAWS // 2
@@ -78,7 +79,7 @@ def _index(n: int, order: int, draw: int) -> int:
 
 
 def _are_several(n: int) -> bool:
-    """Whether seven draws fit on an axis of size n with others between them."""
+    """Returns whether seven draws fit on an axis of size n with other values between them."""
     return isinstance(n, int) and n >= 2 * _DRAWS
 
 
@@ -88,10 +89,10 @@ def _is_prime(number: int) -> bool:
 
 @functools.lru_cache
 def _places(n: int) -> range:
-    """The places of seven draws along an axis of size n.
+    """Returns the indices of seven draws along an axis of size n.
 
-    The stride is a prime below a seventh of n that does not divide n. Where sequences of one length
-    were flattened into one axis, hardly any two draws then lie at one place of them.
+    The stride is a prime below a seventh of n that does not divide n. If sequences of equal length
+    were flattened into this axis, hardly any two draws are then at the same place of a sequence.
     """
     stride = n // _DRAWS - 1
     while stride > 1 and (n % stride == 0 or not _is_prime(stride)):
@@ -101,7 +102,7 @@ def _places(n: int) -> range:
 
 
 def _rows(x: Array, axes: Axes) -> list[Array]:
-    """The draws where every value weighs the same."""
+    """Returns the draws for values of equal weight."""
     if len(axes.reduction) == 1 and _are_several(axes.size):  # two operations instead of seven
         first, places = axes.reduction[0], _places(axes.size)
         drawn = lax.slice_in_dim(x, places.start, places.stop, places.step, first)
@@ -114,10 +115,10 @@ def _rows(x: Array, axes: Axes) -> list[Array]:
 
 
 def _weighted_rows(x: Array, weights: Array, axes: Axes) -> list[Array]:
-    """The draws at equal shares of the weight, for each feature; 0 where every weight is 0.
+    """Returns draws at equal shares of the weight, for each feature; 0 where every weight is 0.
 
-    So a value is drawn in proportion to its weight: one of a tiny weight may lie far from the
-    others, and the variance not show it.
+    So a value is drawn in proportion to its weight. A value of tiny weight may be far from all
+    other values without an effect on the variance, and must not become the shift.
     """
     varying = [i for i in axes.reduction if weights.shape[i] != 1]
     kept = [i for i in range(len(axes.shape)) if i not in axes.reduction and weights.shape[i] != 1]
@@ -140,9 +141,9 @@ def _weighted_rows(x: Array, weights: Array, axes: Axes) -> list[Array]:
 
 
 def _take(x: Array, at: dict[int, Array | int], kept: list[int], axes: Axes) -> Array:
-    """The values of x at these places along the reduction axes, which may differ along `kept`."""
+    """Reads x at these indices of the reduction axes; the indices may differ along `kept`."""
     zero = jnp.zeros((), jnp.int32)
-    if not kept:  # the same for all features
+    if not kept:  # the same indices for all features
         starts = [jnp.asarray(at.get(i, zero), jnp.int32) for i in range(x.ndim)]
         return lax.dynamic_slice(x, starts, axes.per_feature)
     places = []
@@ -158,10 +159,11 @@ def _take(x: Array, at: dict[int, Array | int], kept: list[int], axes: Axes) -> 
 
 
 def _draw(weights: Array) -> tuple[Array, Array]:
-    """([draws, ...] indices into [rows, ...] weights, [...] whether there is any weight).
+    """Draws rows by their weights, [rows, ...].
 
-    In two steps, first the block and then the row in it, because a running sum over all rows would
-    cost as much as the sums over x.
+    Returns the indices, [draws, ...], and whether there is any weight, [...]. A draw finds first
+    the block and then the row in it: a running sum over all rows would cost as much as the sums
+    over x.
     """
     n, rest = weights.shape[0], weights.shape[1:]
     length = math.isqrt(n - 1) + 1 if isinstance(n, int) and n > 1024 else n
@@ -169,7 +171,7 @@ def _draw(weights: Array) -> tuple[Array, Array]:
     if blocks * length != n:
         weights = jnp.pad(weights, [(0, blocks * length - n)] + [(0, 0)] * len(rest))
     weights = weights.reshape(blocks, length, *rest)
-    # Each share for itself: a function that XLA partitions must not hold an array.
+    # Made of scalars: a function that XLA partitions must not hold a constant array.
     share = lax.concatenate(
         [
             lax.full((1, *(1 for _ in rest)), (draw + offset) / _DRAWS, weights.dtype)
@@ -186,10 +188,11 @@ def _draw(weights: Array) -> tuple[Array, Array]:
 
 
 def _quantile(weights: Array, share: Array) -> tuple[Array, Array, Array]:
-    """(index, share within it, whether there is weight), at which a share of the weight is reached.
+    """Finds the index at which a share of the weight is reached.
 
-    The weights, [draws or 1, n, ...], are rounded to whole numbers, whose running sums are exact:
-    a value of no weight, or of a millionth of the largest, is never found.
+    Returns (index, share within it, whether there is weight). The weights, [draws or 1, n, ...],
+    are rounded to whole numbers, whose running sums are exact: a value of weight 0, or of a
+    millionth of the largest weight, is never found.
     """
     n = weights.shape[1]
     bits = 30 - n.bit_length() if isinstance(n, int) else 8
@@ -211,10 +214,10 @@ def _quantile(weights: Array, share: Array) -> tuple[Array, Array, Array]:
 
 
 def accumulator(dtype: DTypeLike) -> DTypeLike:
-    """The dtype of sums over values of `dtype`: at least float32."""
+    """Returns the dtype of sums over values of `dtype`, at least float32."""
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
 def active(weights: Array) -> Array:
-    """Where a value takes part: a mask as it is, or weights that are not 0."""
+    """Returns where a value takes part: the mask itself, or where weights are positive."""
     return weights if weights.dtype == jnp.bool_ else weights > 0

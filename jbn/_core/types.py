@@ -1,4 +1,4 @@
-"""Moments of a batch, and of x - shift; the squares that they are made of."""
+"""Containers for the moments of x and of x - shift, and the products that they average."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,12 @@ class Moments(NamedTuple):
     """Count, mean and variance of each feature in a batch.
 
     Attributes:
-      count: the number of values behind each mean, or the sum of their weights. []; or [C] (for
-        several feature axes, a shape that broadcasts to theirs) where these differ by feature.
+      count: the number of values in each mean, or the sum of their weights. [], or [C] if it
+        differs by feature (with several feature axes, a shape that broadcasts to theirs).
       mean: [C], float32 or float64 (complex for complex x). 0 where the count is 0.
       var: [C], float32 or float64: the biased variance, E[|x - mean|^2]. 0 where the count is 0.
 
-    With `groups=g`, mean and var are [g, C], and count broadcasts to that.
+    With `groups=g`, mean and var are [g, C], and count broadcasts to [g, C].
     """
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (of tuple.count)
@@ -24,13 +24,13 @@ class Moments(NamedTuple):
 
 
 class ShiftedMoments(NamedTuple):
-    """The moments of x - shift. Fields broadcast against x, (1, ..., C), or are [C] or [parts, C].
+    """The moments of x - shift. Fields broadcast against x, (1, ..., C), or to [C] or [parts, C].
 
     Attributes:
       shift: a number near the mean that is the same for all values of a feature.
       count: as in `Moments`.
       mean: E[x - shift], small beside the standard deviation.
-      var: the variance, of x as of x - shift.
+      var: the variance, the same for x and x - shift.
     """
 
     shift: Array
@@ -40,10 +40,10 @@ class ShiftedMoments(NamedTuple):
 
 
 def square(x: Array) -> Array:
-    """|x|^2, real."""
+    """Computes |x|^2, which is real."""
     return dot(x, x)
 
 
 def dot(x: Array, y: Array) -> Array:
-    """x y, elementwise; for complex numbers Re(conj(x) y)."""
+    """Computes x y, elementwise; for complex numbers Re(conj(x) y)."""
     return lax.real(lax.conj(x) * y) if jnp.iscomplexobj(x) else lax.mul(x, y)

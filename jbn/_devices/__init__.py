@@ -1,5 +1,5 @@
 """Statistics over several devices or program instances.
 
-`named_axes` for vmap, pmap and shard_map, whose axes the user names; `sharded_arrays` for arrays
-that lie on several devices under jit; `placement` for the shardings of arrays.
+`named_axes` is for vmap, pmap and shard_map, whose axes the user names; `sharded_arrays` is for
+arrays on several devices under jit; `placement` is for the shardings of arrays.
 """

@@ -1,8 +1,8 @@
-"""Named axes: which program instances share statistics, and how they tell each other.
+"""Named axes: the program instances that share statistics, and their collectives.
 
-Two operations do all the work. `Scope.gather` brings the moments of every instance to every
-instance, before `pooling` makes one of them; `Scope.sum` adds up numbers, and is linear, so that
-JAX can transpose it in a backward pass. Each is one collective.
+`Scope.gather` sends the moments of every instance to every instance, and `pooling` joins them.
+`Scope.sum` adds up numbers; it is linear, so that JAX can transpose it in a backward pass. Each is
+one collective.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class Scope(NamedTuple):
     groups: tuple[tuple[int, ...], ...] | None = None  # axis_index_groups of jax.lax.psum
 
     def gather(self, x: Array) -> Array:
-        """x of every instance, stacked: [...] -> [n, ...]; some may be no `members`."""
+        """Stacks x of every instance: [...] -> [n, ...]; some instances may not be `members`."""
         if self._native_groups(checked=True):
             return lax.all_gather(x, self.names, axis_index_groups=self.groups)
         shape = x.shape
@@ -40,9 +40,9 @@ class Scope(NamedTuple):
         for name in reversed(axes):
             x = lax.all_gather(x, name)
         if mesh:
-            # "invarying": the result is the same everywhere, and shard_map may know it. Along an
-            # axis that is there: of a new one JAX (to 0.12) mistakes the place, where vmap adds
-            # another that lies over an Explicit mesh axis.
+            # "invarying": the result is replicated, and shard_map may know it. tiled=True joins
+            # along an existing axis: JAX (to 0.12) puts a new axis in the wrong place if vmap adds
+            # another one that is sharded over an Explicit mesh axis.
             x = lax.all_gather(x[None], mesh, to="invarying", tiled=True)
         axes = [*mesh, *axes]
         x = x.reshape(*(lax.axis_size(name) for name in axes), *shape)
@@ -50,7 +50,7 @@ class Scope(NamedTuple):
         return x.reshape(-1, *shape)
 
     def members(self) -> Array | None:
-        """[n] bool: whose values in `gather`'s result are of this instance's group; None: all."""
+        """Returns [n] bool, which of `gather`'s values are of this group; None for all."""
         if self.groups is None or self._native_groups(checked=True):
             return None
         return jnp.asarray(self._table()) == self._group()
@@ -61,7 +61,7 @@ class Scope(NamedTuple):
             return tree
         if self.groups is None or self._native_groups(checked=False):
             return lax.psum(tree, self.names, axis_index_groups=self.groups)
-        # Every group adds up in a place of its own.
+        # Every group adds up in a row of its own.
         own = jnp.arange(len(self.groups), dtype=np.int32) == self._group()
 
         def place(x: Array) -> Array:
@@ -73,7 +73,7 @@ class Scope(NamedTuple):
         return jax.tree.map(take, lax.psum(jax.tree.map(place, tree), self.names))
 
     def _table(self) -> np.ndarray:
-        """[n]: the group of each instance."""
+        """Returns [n], the group of each instance."""
         assert self.groups is not None
         table = np.zeros(sum(map(len, self.groups)), np.int32)
         for i, group in enumerate(self.groups):
@@ -81,14 +81,14 @@ class Scope(NamedTuple):
         return table
 
     def _group(self) -> Array:
-        """The group of this instance."""
+        """Returns the group of this instance."""
         return jnp.asarray(self._table())[lax.axis_index(self.names)]
 
     def _native_groups(self, checked: bool) -> bool:
-        """Whether JAX's collectives take the groups here, so that only they communicate.
+        """Returns whether JAX's collectives take the groups here, so that only they communicate.
 
-        Not those of vmap, nor psum in a shard_map that checks what varies (jax 0.12), nor groups of
-        unequal sizes on every platform.
+        Collectives of vmap do not, nor does psum in a shard_map with check_vma (jax 0.12). Groups
+        of unequal sizes do not work on every platform.
         """
         if self.groups is None or len({len(group) for group in self.groups}) > 1:
             return False
@@ -105,8 +105,8 @@ def scope(
     Raises:
       NameError: no vmap, pmap or shard_map has bound a name.
       NotImplementedError: JAX has no collectives over this axis here.
-      TypeError: what is given is no name, or no groups of indices.
-      ValueError: a name stands twice, or the groups do not fit.
+      TypeError: axis_name is not a name, or axis_index_groups are not groups of indices.
+      ValueError: a name is given twice, or the groups do not fit.
     """
     names = () if axis_name is None else _names(axis_name)
     if not names:
@@ -137,7 +137,7 @@ def scope(
 def _names(axis_name: AxisName) -> tuple[Hashable, ...]:
     names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
     for name in names:
-        # To JAX's collectives a number is the position of an axis of the array.
+        # JAX's collectives take a number for the position of an axis of the array.
         if not isinstance(name, Hashable) or isinstance(name, int | float | np.generic | Array):
             raise TypeError(
                 f"axis_name is what a surrounding vmap, pmap or shard_map calls its axis, such as "
@@ -149,7 +149,7 @@ def _names(axis_name: AxisName) -> tuple[Hashable, ...]:
 def _index_groups(groups: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
     try:
         found = tuple(tuple(map(integer, group)) for group in groups)
-    except TypeError:  # no sequence, or none of sequences
+    except TypeError:  # not a sequence of sequences
         found = ((None,),)
     if any(index is None for group in found for index in group):
         raise TypeError(
@@ -177,23 +177,23 @@ def recorded() -> Iterator[dict[Hashable, None]]:
 
 
 def varying(x: Array) -> frozenset[Hashable]:
-    """The axes of a shard_map over which x is known to vary; none where that is not checked."""
+    """Returns the axes of a shard_map over which x is device-varying; none without check_vma."""
     return jax.typeof(x).manual_axis_type.varying
 
 
 def vary_as(x: Array, values: Array) -> Array:
-    """`values`, typed as varying over the axes over which x is known to vary."""
+    """Makes `values` device-varying over the axes over which x is device-varying."""
     missing = tuple(sorted(varying(x) - varying(values), key=str))
     return lax.pcast(values, missing, to="varying") if missing else values
 
 
 def is_typed(name: Any) -> bool:
-    """Whether arrays are typed by how they vary over an axis: not in pmap, nor in vmap."""
+    """Returns whether array types record variation over this axis; not in pmap and vmap."""
     return name in varying(lax.axis_index(name))
 
 
 def vary(tree: T, names: Sequence[Any]) -> T:
-    """The same values, typed as varying over the axes, where there are such types."""
+    """Makes values device-varying over the axes for which there are such types."""
     typed = [n for n in names if is_typed(n)]
 
     def mark(x: Any) -> Any:
@@ -204,7 +204,7 @@ def vary(tree: T, names: Sequence[Any]) -> T:
 
 
 def _mesh_axes() -> tuple[Hashable, ...]:
-    """The axes of shard_map and pmap, whose instances are devices; those of vmap are not here."""
+    """Returns the axes of shard_map and pmap, whose instances are devices; not those of vmap."""
     return jax.sharding.get_abstract_mesh().manual_axes
 
 
@@ -221,7 +221,7 @@ def _axis_size(name: Hashable) -> int:
 
 
 def _reduces_here(name: Hashable) -> None:
-    """Refuses an axis of vmap inside a checking shard_map, where JAX (to 0.12) only asserts."""
+    """Refuses an axis of vmap in a shard_map with check_vma, where JAX (to 0.12) only asserts."""
     checked = any(varying(lax.axis_index(axis)) for axis in _mesh_axes())
     if checked and name not in _mesh_axes():
         raise NotImplementedError(
@@ -232,6 +232,6 @@ def _reduces_here(name: Hashable) -> None:
 
 
 def bound_axes() -> tuple[Hashable, ...]:
-    """The names of all axes here, for messages."""
+    """Returns the names of all bound axes, for messages."""
     names = getattr(jax.extend.core, "unsafe_get_axis_names_DO_NOT_USE", _mesh_axes)
     return tuple(names())

@@ -13,7 +13,7 @@ from jbn._core.axes import Axes
 
 
 def alongside(values: Array, x: Array) -> Array:
-    """`values`, which broadcast against x, where x lies, if its type says so."""
+    """Shards `values`, which broadcast against x, like x if x is explicitly sharded."""
     if (spec := full_spec(x)) is None:
         return values
     spec = (s if n > 1 else None for s, n in zip(spec, values.shape, strict=True))
@@ -21,7 +21,7 @@ def alongside(values: Array, x: Array) -> Array:
 
 
 def divide(values: Array, axes: Axes) -> Array:
-    """Values that broadcast against x -> the same with the axis of groups that `axes` has."""
+    """Adds the axis of groups of `axes` to values that broadcast against x."""
     at = axes.group
     if at is None:
         return values
@@ -39,9 +39,10 @@ def divide(values: Array, axes: Axes) -> Array:
 
 
 def _divided(entry: Any, mesh: Any, shape: Sequence[int]) -> tuple[tuple, tuple]:
-    """The mesh axes of [groups, examples], made of an axis that lies over those of `entry`.
+    """Distributes the mesh axes in `entry`, those of one array axis, over [groups, examples].
 
-    From the first mesh axis on that a group would lie over in part, there is no such sharding.
+    It stops at the first mesh axis that divides neither the groups nor a single group evenly,
+    because one mesh axis cannot shard both.
     """
     lies_over, (groups, examples) = ([], []), shape
     for name in names(entry):
@@ -58,7 +59,7 @@ def _divided(entry: Any, mesh: Any, shape: Sequence[int]) -> tuple[tuple, tuple]
 
 
 def join(y: Array, x: Array, axes: Axes) -> Array:
-    """The inverse of `divide`: y, of the shape of `axes`, in x's shape and place."""
+    """Inverts `divide`: gives y, of the shape of `axes`, the shape and sharding of x."""
     if axes.group is None:
         return y
     if not is_explicitly_sharded(x):
@@ -72,24 +73,24 @@ def join(y: Array, x: Array, axes: Axes) -> Array:
 
 
 def collect(x: Array) -> Array:
-    """x, [blocks, ...], brought whole to every device, in one collective."""
+    """Gathers all of x, [blocks, ...], on every device, by one collective."""
     spec, mesh = full_spec(x), jax.sharding.get_abstract_mesh()
     if spec is not None:
         whole = PartitionSpec(None, *spec[1:])
         return reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, whole))
     if not mesh.empty and not mesh.manual_axes:
         if AxisType.Auto not in mesh.axis_types:
-            return x  # explicitly everywhere
+            return x  # explicitly replicated
         rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
         return lax.with_sharding_constraint(x, PartitionSpec(None, *rest))
-    # The compiler alone knows where x lies. A sum over all rows of one row and zeros is a sum over
-    # devices to it, and exact.
+    # Only the compiler knows how x is sharded. A sum over all rows, of one row and zeros, is exact,
+    # and the compiler makes it a sum over devices.
     own = jnp.eye(x.shape[0], dtype=bool).reshape(*x.shape[:1] * 2, *(1 for _ in x.shape[1:]))
     return jnp.sum(jnp.where(own, x[None], jnp.zeros_like(x[None])), axis=1)
 
 
 def together(operation: Callable[[Array], Array], at: int, *arrays: Array) -> list[Array]:
-    """`operation` on all arrays as one, stacked along axis `at`; in its result they lie along 1."""
+    """Applies `operation` to arrays stacked along axis `at`; its result has them along axis 1."""
     parts = []
     for a in arrays:
         parts += [a.real, a.imag] if jnp.iscomplexobj(a) else [a]
@@ -101,12 +102,12 @@ def together(operation: Callable[[Array], Array], at: int, *arrays: Array) -> li
 
 
 def is_explicitly_sharded(x: Array) -> bool:
-    """Whether x lies over a mesh axis of type Explicit, which makes sharding a part of its type."""
+    """Returns whether x is sharded over an Explicit mesh axis, so that its type has a sharding."""
     return any(axis is not None for axis in jax.typeof(x).sharding.spec)
 
 
 def full_spec(x: Array) -> list | None:
-    """For each axis of x the mesh axes it lies over; None where the compiler decides."""
+    """Returns, for each axis of x, the mesh axes that shard it; None if the compiler decides."""
     if not is_explicitly_sharded(x):
         return None
     spec = list(jax.typeof(x).sharding.spec)
@@ -114,5 +115,5 @@ def full_spec(x: Array) -> list | None:
 
 
 def names(entry: Any) -> tuple:
-    """An entry of a PartitionSpec as a tuple of mesh axes."""
+    """Converts an entry of a PartitionSpec to a tuple of mesh axes."""
     return entry if isinstance(entry, tuple) else () if entry is None else (entry,)

@@ -1,19 +1,19 @@
-"""Reductions over one array that lies on several devices, by one collective each.
+"""Reductions over an array that is sharded over several devices, by one collective each.
 
-Every device first reduces the part of x that it has, and then the results are joined: statistics
-by `pooling`, each device with a shift of its own, the sums of a backward pass by adding them up.
-The part of a device is known
+Every device first reduces its own part of x. Then the results are joined: `pooling` joins
+statistics, where each device has a shift of its own, and a sum joins the sums of a backward pass.
+How the part of a device becomes known depends on the mesh axes:
 
-- for mesh axes of type Explicit while tracing: `shard_map` over these axes;
-- for Auto axes once the compiler has decided it: a primitive, for which XLA's partitioner asks for
-  the program of one device (`jax.experimental.custom_partitioning`), on CPUs and GPUs;
-- inside shard_map and pmap by the user, who names the axes.
+- Axes of type Explicit are known while tracing: `shard_map` over these axes.
+- Auto axes are known when the compiler has decided: on CPUs and GPUs XLA's partitioner asks a
+  primitive for the program of one device (`jax.experimental.custom_partitioning`).
+- Inside shard_map and pmap the user names the axes.
 
 XLA for TPUs has no custom partitioning (libtpu 0.0.42: "Custom emitter for CustomSPMDPartitioning
-not found"), a serialised program cannot call back into Python, and in a mesh of several types of
-axes the compiler decides on some of them only. There, and for float64, the first reduction axis is
-cut into as many blocks as there are devices, and the compiler adds up: one collective if x lies
-over that axis.
+not found"), a serialised program cannot call back into Python, and in a mesh with several types of
+axes the compiler decides only on some of them. In these cases, and for float64, the first reduction
+axis is divided into as many blocks as there are devices, and the compiler adds up: one collective
+if x is sharded over that axis.
 """
 
 import functools
@@ -43,12 +43,12 @@ from jbn._core.types import ShiftedMoments
 from jbn._devices import placement
 from jbn._devices.named_axes import Scope, vary_as
 
-# (axes, x, weights) -> the moments of arrays that lie on one device.
+# (axes, x, weights) -> the moments of arrays on one device.
 Local = Callable[[Axes, Array, Array | None], ShiftedMoments]
 
 
 def measure_everywhere(local: Local, axes: Axes, x: Array, weights: Array | None) -> ShiftedMoments:
-    """`local` of the whole of x, wherever it lies; the results broadcast against x, (1, ..., C)."""
+    """Applies `local` to x, however x is sharded; results broadcast against x, (1, ..., C)."""
     if placement.is_explicitly_sharded(x):
         return _measure_over_explicit_axes(local, axes, x, weights)
     devices = _automatic_devices(axes)
@@ -61,18 +61,18 @@ def measure_everywhere(local: Local, axes: Axes, x: Array, weights: Array | None
 
 
 def join_instances(over: Any, axes: Axes, m: ShiftedMoments, counts_differ: bool) -> ShiftedMoments:
-    """`pool_instances` of statistics that broadcast against x."""
+    """Applies `pool_instances` to statistics that broadcast against x."""
     pooled = pool_instances(over, jax.tree.map(axes.squeeze, m), counts_differ)
     return jax.tree.map(axes.unsqueeze, pooled)
 
 
 def spread(axes: Axes, x: Array, values: Array) -> Array:
-    """`values`, (1, ..., C), for a pass over x; as large as x where that saves a collective.
+    """Prepares `values`, (1, ..., C), for a pass over x, as large as x if that saves collectives.
 
-    Backwards it is a sum over all axes of x but those of features and groups. XLA has one
-    all-reduce for each axis that lies on several devices, where one does for all. And in a
-    shard_map that checks what varies, the sum over devices has to come after that over an
-    instance: so `values` vary before they are broadcast, or devices would send as much as x.
+    The transpose is a sum over all axes of x but those of features and groups. XLA makes one
+    all-reduce for each sharded axis, although one is enough for all. In a shard_map with check_vma
+    each instance must sum before the devices sum, or they would send arrays of x's size: so
+    `values` become device-varying before they are broadcast.
     """
     values = vary_as(x, values)
     if len(axes.reduction) < 2:
@@ -94,7 +94,7 @@ def spread(axes: Axes, x: Array, values: Array) -> Array:
 
 
 class _Explicit(NamedTuple):
-    """Over which mesh axes an array lies."""
+    """The Explicit mesh axes over which an array is sharded."""
 
     mesh: Any
     spec: tuple[Any, ...]
@@ -110,15 +110,15 @@ class _Explicit(NamedTuple):
         )
 
     def place(self, shape: Sequence[int]) -> PartitionSpec:
-        """Places an array of that shape, which broadcasts against x."""
+        """Returns the spec of an array of that shape, which broadcasts against x."""
         return PartitionSpec(*(s if n > 1 else None for s, n in zip(self.spec, shape, strict=True)))
 
     def reduce(self, spec: PartitionSpec, axes: Axes) -> PartitionSpec:
-        """Places what is left of an array when the reduction axes are gone."""
+        """Returns the spec of an array after a sum over its reduction axes."""
         return PartitionSpec(*(None if i in axes.reduction else s for i, s in enumerate(spec)))
 
     def map(self, f: Callable[..., Any], into: Any, out: Any) -> Callable[..., Any]:
-        # Not checked, as it cannot know that one count for all features is the same everywhere.
+        # check_vma=False, because JAX cannot infer that one count for all features is replicated.
         every = {name for s in self.spec for name in placement.names(s)}
         return jax.shard_map(
             f, mesh=self.mesh, in_specs=into, out_specs=out, axis_names=every, check_vma=False
@@ -152,7 +152,7 @@ def _measure_over_explicit_axes(
 
 
 def _automatic_devices(axes: Axes) -> int:
-    """Over how many devices the compiler may share out what it computes here."""
+    """Counts the devices over which the compiler may partition this computation."""
     if not axes.reduction or axes.size == 0 or not all(isinstance(n, int) for n in axes.shape):
         return 1  # nothing to reduce, or a dimension of jax.export
     mesh = jax.sharding.get_abstract_mesh()
@@ -163,17 +163,17 @@ def _automatic_devices(axes: Axes) -> int:
 
 
 def _partitions(x: Array) -> bool:
-    """Whether the compiler alone decides what lies where, and can be told what to do with it.
+    """Returns whether custom partitioning works: all mesh axes are Auto, and x is not float64.
 
-    When it asks for the program of one device, JAX may have left the `with jax.enable_x64()` in
-    which this one was traced, and cannot make one for float64.
+    When the compiler asks for the program of one device, JAX may have left the
+    `with jax.enable_x64()` of this trace, and cannot make a program for float64.
     """
     kinds = jax.sharding.get_abstract_mesh().axis_types
     return all(kind == AxisType.Auto for kind in kinds) and jnp.finfo(x.dtype).bits <= 32
 
 
 class _Measure(NamedTuple):
-    """The moments, as a reduction. All results are (1, ..., C)."""
+    """The reduction to moments. All results are (1, ..., C)."""
 
     local: Local
 
@@ -189,7 +189,7 @@ class _Measure(NamedTuple):
 
 
 class _Sum(NamedTuple):
-    """The sum, as a reduction."""
+    """The reduction to a sum."""
 
     def of_part(self, axes: Axes, x: Array) -> tuple[Array, ...]:
         return (jnp.sum(x, axes.reduction, keepdims=True),)
@@ -202,10 +202,10 @@ class _Sum(NamedTuple):
 
 
 class _Devices(NamedTuple):
-    """As a `Scope`: groups of devices, each of which shares one result."""
+    """Groups of devices that share one result each, with the methods of a `Scope`."""
 
     groups: tuple[tuple[int, ...], ...]
-    NAME = "devices"  # of one axis of all of them
+    NAME = "devices"  # of one axis of all devices
 
     def gather(self, x: Array) -> Array:
         return lax.all_gather(x, self.NAME, axis_index_groups=self.groups)
@@ -220,7 +220,7 @@ def _bind(primitive: Any, reduction: Any, axes: Axes, *args: Array) -> list[Arra
 
 
 def _partitioned(reduction: Any, axes: Axes, args: Sequence[Array]) -> Callable[..., Any]:
-    """The reduction as a function that XLA partitions as `_partition` says."""
+    """Makes a function of the reduction that XLA partitions by `_partition`."""
 
     @custom_partitioning
     def whole(*args):
@@ -230,7 +230,7 @@ def _partitioned(reduction: Any, axes: Axes, args: Sequence[Array]) -> Callable[
     ones = (f"one{i}" for i in range(len((*args, *results)) * len(axes.shape)))
 
     def mapping(a: Any) -> ArrayMapping:
-        """Names the axes of a as those of x that they follow; an axis of size 1 by itself."""
+        """Gives the axes of `a` the names of x's axes; an axis of size 1 has its own name."""
         alike = zip(a.shape, axes.shape, strict=True)
         return ArrayMapping(
             *(f"axis{i}" if m == n > 1 else next(ones) for i, (m, n) in enumerate(alike))
@@ -239,14 +239,14 @@ def _partitioned(reduction: Any, axes: Axes, args: Sequence[Array]) -> Callable[
     whole.def_partition(
         functools.partial(_partition, reduction, axes),
         functools.partial(_result_shardings, axes),
-        decode_shardings=False,  # as they may have parts of a mesh axis
+        decode_shardings=False,  # shardings may use parts of a mesh axis
         sharding_rule=SdyShardingRule(tuple(map(mapping, args)), tuple(map(mapping, results))),
     )
     return whole
 
 
 def _partition(reduction: Any, axes: Axes, mesh: Any, args: Any, results: Any) -> Any:
-    """(mesh, program of one device, shardings of its results and arguments)."""
+    """Returns (mesh, program of one device, shardings of its results, and of its arguments)."""
     like, layout = args[0].sharding, _layout(axes, args[0])
     members = np.moveaxis(layout, axes.reduction, range(-len(axes.reduction), 0))
     members = members.reshape(-1, math.prod(members.shape[-len(axes.reduction) :]))
@@ -270,10 +270,10 @@ def _result_shardings(axes: Axes, mesh: Any, args: Any, results: Any) -> Any:
 
 
 def _layout(axes: Axes, x: Any) -> np.ndarray:
-    """Which device has which part of x: [parts along each axis of x ..., copies].
+    """Returns the devices that have each part of x: [parts along each axis of x ..., copies].
 
-    An axis that is not divided evenly is not divided: the compiler would fill it up, with values
-    that are not of the batch.
+    An axis that cannot be divided evenly is not divided: the compiler would pad it with values that
+    do not belong to the batch.
     """
     ndim, hlo = len(axes.shape), x.sharding._to_xla_hlo_sharding(len(axes.shape))
     if not hlo.is_tiled():
@@ -284,7 +284,7 @@ def _layout(axes: Axes, x: Any) -> np.ndarray:
 
 
 def _restrict(layout: np.ndarray, kept: set[int]) -> np.ndarray:
-    """The layout of an array that is divided along the axes `kept` only."""
+    """Returns the layout of an array that is divided only along the axes `kept`."""
     ndim = layout.ndim - 1
     others = [i for i in range(ndim) if i not in kept]
     moved = np.moveaxis(layout, others, range(-1 - len(others), -1))
@@ -292,7 +292,7 @@ def _restrict(layout: np.ndarray, kept: set[int]) -> np.ndarray:
 
 
 def _sharding_of(shape: Sequence[int], whole: Sequence[int], layout: np.ndarray, like: Any) -> Any:
-    """The sharding, of the type of `like`, of an array that broadcasts against x, [whole]."""
+    """Makes the sharding, of `like`'s type, of an array that broadcasts against x, [whole]."""
     layout = _restrict(layout, {i for i, n in enumerate(whole) if shape[i] == n})
     hlo = like._to_xla_hlo_sharding(len(shape))
     proto = hlo.to_proto()
@@ -308,7 +308,7 @@ def _lower(partitions: bool, ctx, *args, jaxpr, reduction, axes):
     module = ctx.module_context
     devices = getattr(module.axis_context, "num_devices", 1)
     if devices == 1 or (partitions and not module.lowering_parameters.for_export):
-        f = jax.extend.core.jaxpr_as_fun(jaxpr)  # of one device: as it stands
+        f = jax.extend.core.jaxpr_as_fun(jaxpr)  # of one device, or for the partitioner
     else:
         f = functools.partial(reduction.unpartitioned, axes, devices)
     results = mlir.lower_fun(f, multiple_results=True)(ctx, *args)
@@ -319,12 +319,12 @@ def _lower(partitions: bool, ctx, *args, jaxpr, reduction, axes):
 
 
 def _name_by_content(ctx, result: Any, content: Any) -> None:
-    """Makes the call that `result` is of the same text in each process.
+    """Gives the custom call that computes `result` the same text in each process.
 
-    JAX writes an address into it, by which it finds the functions of `_partition`, and its
-    persistent cache of compiled programs would miss every time. The address gives way to a hash of
-    all that these functions depend on. Where JAX is other than it was (0.10 to 0.12), nothing is
-    done.
+    Cause: JAX (0.10 to 0.12) writes an address into the call, by which it finds the functions of
+    `_partition`. Effect: its persistent cache of compiled programs would never hit. So a hash of
+    all that these functions depend on replaces the address. If JAX has changed, nothing is done.
+    Check: tests/devices/test_sharded_arrays.py, `..._has_the_same_text_every_time`.
     """
     call = result.owner
     known = getattr(sys.modules.get("jax._src.custom_partitioning"), "_sharding_callbacks", {})
@@ -337,7 +337,7 @@ def _name_by_content(ctx, result: Any, content: Any) -> None:
         return
     content = (_sources(), content, [d.id for d in devices], module.platforms)
     name = "jbn_" + hashlib.sha256(repr(content).encode()).hexdigest()
-    # The table holds what somebody else keeps: another program's may be there, and is as good.
+    # The table does not keep its values alive. A value of another program may be there: also good.
     module.add_keepalive(known.setdefault(name.encode(), partitioning))
     call.attributes["backend_config"] = mlir.ir.StringAttr.get(name)
 
@@ -349,18 +349,18 @@ def _sources() -> str:
 
 
 def _batch(primitive: Any, args, dims, *, jaxpr, reduction, axes):
-    """Keeps the axis that vmap adds: every element of it has results of its own."""
+    """Keeps the axis that vmap adds: every element along it has results of its own."""
     del jaxpr
     axes, args = _batched(axes, args, dims)
     args[0] = jnp.broadcast_to(args[0], axes.shape)
     results = _bind(primitive, reduction, axes, *args)
-    # The count may be the same for all.
+    # The count may be the same for all elements.
     dims = [0 if r.shape[0] == axes.shape[0] else None for r in results]
     return [r[0] if d is None else r for r, d in zip(results, dims, strict=True)], dims
 
 
 def _batched(axes: Axes, args: Any, dims: Any) -> tuple[Axes, list[Array]]:
-    """The axes of x with one of vmap in front, and the arguments so that they fit."""
+    """Adds vmap's axis in front of the axes of x, and moves it to the front of the arguments."""
     pairs = list(zip(args, dims, strict=True))
     size = next(a.shape[d] for a, d in pairs if d is not None)
     more = Axes(
@@ -400,7 +400,7 @@ def _batch_spread(args, dims, *, axes):
     return _spread.bind(values, axes=axes), 0
 
 
-# The two are linear, and each is the transpose of the other.
+# `_spread` and `_sum` are linear, and each is the transpose of the other.
 _spread = jax.extend.core.Primitive("jbn_spread")
 _spread.def_impl(_spread_out)
 _spread.def_abstract_eval(lambda v, *, axes: v.update(shape=axes.shape, weak_type=False))
@@ -416,13 +416,13 @@ ad.primitive_transposes[_sum] = lambda cts, _, *, axes, **__: [
 ]
 
 
-# --- Where the compiler does not ask -------------------------------------------------------------
+# --- Without custom partitioning -----------------------------------------------------------------
 
 
 def _in_blocks(
     local: Local, axes: Axes, devices: int, x: Array, weights: Array | None
 ) -> ShiftedMoments:
-    """`local` of `devices` blocks, into which the first reduction axis, or each group, is cut."""
+    """Divides the first reduction axis, or each group, into blocks, and pools `local` of each."""
     n = axes.shape[axes.reduction[0]]
     blocks = math.gcd(n, devices // math.gcd(devices, axes.groups))
     if blocks == 1:

@@ -1,5 +1,5 @@
-"""The sums over a batch, which are all that Batch Normalization costs: `Sums`, and who takes them.
+"""Implementations of the sums over a batch, which make up the cost of Batch Normalization.
 
-`protocol` says what there is to compute, `xla` does it by operations of JAX, `kernel` by a kernel
-that was registered, such as the C++ kernel of `jbn.native`, and `choose` picks one for each layer.
+`protocol` defines the interface, `Sums`. `xla` implements it by operations of JAX, `kernel` by a
+registered kernel such as the C++ kernel of `jbn.native`. `choose` picks one for each layer.
 """

@@ -1,4 +1,4 @@
-"""Chooses who takes the sums of a layer: the first registered kernel that fits, or XLA."""
+"""The choice of an implementation of the sums: the first registered kernel that fits, or XLA."""
 
 from jbn._devices.named_axes import Scope
 from jbn._sums.kernel import KernelSums
@@ -21,5 +21,5 @@ def unregister(kernel: KernelSums) -> None:
 
 
 def choose(batch: Batch, over: Scope) -> Sums:
-    """The implementation for these values and the instances that share their sums."""
+    """Chooses the implementation for these values and for the instances that share their sums."""
     return next((kernel for kernel in _registered if kernel.fits(batch, over)), XlaSums())

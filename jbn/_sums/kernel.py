@@ -1,4 +1,4 @@
-"""The sums by a kernel for x of [..., C] on one device, such as the C++ kernel of `jbn.native`."""
+"""Sums by a kernel, for x of [..., C] on one device, such as the C++ kernel of `jbn.native`."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from jbn._sums.xla import XlaSums
 
 
 class KernelSums(NamedTuple):
-    """`Sums` by a kernel, and for what it does not compute by XLA.
+    """`Sums` by a kernel, and by XLA for all that the kernel does not compute.
 
     Attributes:
       maps: has `usable`, `sums`, `pair` and `spread`, as `jbn.native` documents them.
@@ -25,7 +25,7 @@ class KernelSums(NamedTuple):
     in_blocks: bool = False
 
     def fits(self, batch: Batch, over: Scope) -> bool:
-        """Whether these are sums over all axes but the last, of every value, on one device."""
+        """Returns whether all axes but the last are summed, without weights, on one device."""
         axes, x, weights = batch
         plain = axes.features == (len(axes.shape) - 1,) and axes.group is None and weights is None
         return plain and not over.names and 0 not in x.shape and self.maps.usable(x)
@@ -48,7 +48,7 @@ class KernelSums(NamedTuple):
         activation: Activation | None,
         dtype: np.dtype,
     ) -> Array:
-        """See `Sums`. In one pass without an activation, and with ReLU."""
+        """See `Sums`. Without an activation, or with ReLU, the kernel does it in one pass."""
         if activation not in (None, jax.nn.relu):
             return XlaSums().spread(batch, at, line, activation, dtype)
         row = batch.axes.squeeze

@@ -1,6 +1,6 @@
 """The interface of an implementation of the sums: `sums`, `pair` and `spread`.
 
-In all of them z = x - shift, 0 where masked in the sums, and E is the mean over the batch.
+In all three z = x - shift, and E is the mean over the batch. In the means z is 0 where masked.
 """
 
 from typing import NamedTuple, Protocol
@@ -14,7 +14,7 @@ from jbn._devices.named_axes import Scope
 
 
 class Batch(NamedTuple):
-    """The values that are normalised, and how they are laid out."""
+    """The values that are normalised, with their axes and weights."""
 
     axes: Axes
     x: Array
@@ -22,7 +22,7 @@ class Batch(NamedTuple):
 
 
 class Line(NamedTuple):
-    """own + u + v z, a derivative of y's argument; per-feature vectors are (1, ..., C)."""
+    """The derivative own + u + v z of the activation's input; vectors are (1, ..., C)."""
 
     own: Array  # a dx + dresidual, of x's shape
     u: Array
@@ -31,7 +31,7 @@ class Line(NamedTuple):
 
 
 class Sums(Protocol):
-    """An implementation: hashable, because programs differ by it."""
+    """The interface of an implementation, which is hashable, because programs depend on it."""
 
     @property
     def in_blocks(self) -> bool:
@@ -39,13 +39,13 @@ class Sums(Protocol):
         ...
 
     def sums(self, batch: Batch, shift: Array, count: Array) -> tuple[Array, Array]:
-        """(E[z], E[|z|^2]) of what one device has, (1, ..., C) each. Without a derivative."""
+        """Computes (E[z], E[|z|^2]) on one device, (1, ..., C) each. It is never differentiated."""
         ...
 
     def pair(
         self, batch: Batch, over: Scope, shift: Array, count: Array, dx: Array
     ) -> tuple[Array, Array]:
-        """(E[dx], E[z dx]) over the batch and the scope, (1, ..., C) each; linear in dx."""
+        """Computes (E[dx], E[z dx]) over batch and scope, (1, ..., C) each; linear in dx."""
         ...
 
     def spread(
@@ -56,8 +56,8 @@ class Sums(Protocol):
         activation: Activation | None,
         dtype: np.dtype,
     ) -> Array:
-        """The derivative of activation(a z + c) along `line`, of x's shape, in `dtype`.
+        """Computes the derivative of activation(a z + c) along `line`, of x's shape, in `dtype`.
 
-        Without an activation that is own + u + v z; linear in `line`, the transpose of `pair`.
+        Without an activation this is own + u + v z; linear in `line`, the transpose of `pair`.
         """
         ...

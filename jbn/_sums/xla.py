@@ -18,7 +18,7 @@ from jbn._xla.hints import unshared
 
 
 class XlaSums(NamedTuple):
-    """`Sums`, as XLA compiles them."""
+    """`Sums` by operations of JAX, compiled by XLA."""
 
     in_blocks: bool = True
 
@@ -26,8 +26,8 @@ class XlaSums(NamedTuple):
         """See `Sums`."""
         axes, x, weights = batch
         z = shifted(x, shift, weights)
-        # Each sum from an x - shift of its own: a compiler that takes the sums one by one would
-        # store one that they share.
+        # Each sum has an x - shift of its own: a compiler that takes the sums one by one would
+        # store a shared one.
         apart = shifted(x, unshared(shift), weights)
         return _average((z, square(apart)), count, weights, axes, Scope())
 
@@ -49,8 +49,9 @@ class XlaSums(NamedTuple):
         dtype: np.dtype,
     ) -> Array:
         """See `Sums`."""
-        # Else XLA for CPUs keeps the z of the forward pass until the backward pass: as much as x
-        # again. It keeps even a z of its own that enters a choice, that of an activation or a mask.
+        # Without `unshared` XLA for CPUs stores the z of the forward pass until the backward pass:
+        # an array of x's size. If an activation or a mask selects by z, XLA stores even a new z,
+        # and `late` prevents that.
         chosen = activation is not None or batch.weights is not None
         own = at if chosen else at._replace(shift=unshared(at.shift))
         z = displaced(batch.x, batch.weights, own)
@@ -63,8 +64,8 @@ class XlaSums(NamedTuple):
 def _of_the_batch(batch: Batch, at: Affine, line: Line, z: Array, *, late: bool) -> Array:
     """Computes u + v z, the part that comes through the moments, scale and bias.
 
-    `late` makes XLA for CPUs compute z when v is known. For finite z the choice is v whatever z is,
-    so that every derivative is that of z v.
+    `late` makes XLA for CPUs compute z only when v is known, by a selection of v by z. For finite z
+    it always selects v, so that every derivative is that of z v.
     """
     u, v = (spread(batch.axes, batch.x, values) for values in (line.u, line.v))
     if late:
@@ -77,11 +78,11 @@ def _of_the_batch(batch: Batch, at: Affine, line: Line, z: Array, *, late: bool)
 
 
 def _activated(activation: Activation, at: Affine, z: Array, own: Array, others: Array) -> Array:
-    """The derivative of the activation along own + others, each by itself.
+    """Computes the derivative of the activation along own + others, each term separately.
 
-    Backwards, `others` gives the sums over the batch, and `own` the pass over x that follows. The
-    input of the activation is computed in each by itself: to the compiler the barrier makes them
-    two. Else it keeps the mask, or the masked cotangent, for the second, which is more traffic.
+    In the backward pass `others` gives the sums over the batch, and `own` the later pass over x.
+    Each computes the input of the activation for itself: a barrier makes two inputs for the
+    compiler. Else it stores the mask, or the masked cotangent, for the second: more traffic.
     """
     first = transform(z, at.a, at.c)
     a, c = unshared((at.a, at.c))
@@ -91,28 +92,27 @@ def _activated(activation: Activation, at: Affine, z: Array, own: Array, others:
 
 
 def only_active(values: Array, weights: Array | None) -> Array:
-    """`values`, 0 where masked."""
+    """Sets `values` to 0 where masked."""
     if weights is None:
         return values
     return jnp.where(active(weights), values, jnp.zeros_like(values))
 
 
 def shifted(x: Array, shift: Array, weights: Array | None) -> Array:
-    """x - shift in the accumulator's dtype; 0 where masked, whatever x holds there."""
+    """Computes x - shift in the accumulator's dtype; 0 where masked, whatever x is there."""
     return only_active(lax.sub(x.astype(shift.dtype), shift), weights)
 
 
 def _average(
     values: tuple[Array, ...], count: Array, weights: Array | None, axes: Axes, over: Scope
 ) -> tuple[Array, Array]:
-    """The weighted mean of each of `values` over the reduction axes and the scope.
+    """Takes the weighted mean of each of `values` over the reduction axes and the scope.
 
-    `values` are 0 where masked. One collective carries both. Division comes last, by the whole
-    count, so uneven instances are averaged exactly and not as a mean of means.
+    `values` are 0 where masked. One collective sums both. Division by the total count comes last,
+    so uneven instances are averaged exactly, and not by a mean of means.
     """
     if weights is not None:
-        # A constant, as without weights, but one whose derivative, times 0, would be divided by its
-        # square.
+        # The count is a constant, as without weights. Autodiff would divide 0 by its square.
         count = lax.stop_gradient(count)
     if weights is not None or not isinstance(axes.size, int) or axes.size == 0:
         count = jnp.where(count > 0, count, jnp.ones_like(count))
@@ -126,10 +126,11 @@ def _average(
 
 
 def _inverse(count: Array) -> Array:
-    """1 / count, rounded to a power of two, by which weights are multiplied without an error.
+    """Computes 1 / count, rounded to a power of two, which multiplies weights without an error.
 
-    So weights of any common factor, such as 1e30, neither overflow nor vanish in w z^2. Not
-    a division by a power of two: XLA turns a / (b / c) into a c / b, which may overflow.
+    So weights with any common factor, such as 1e30, neither overflow nor vanish in w z^2. The code
+    does not divide by a power of two, because XLA turns a / (b / c) into a c / b, which may
+    overflow.
     """
     numbers = jnp.finfo(count.dtype)
     inverse = lax.reduce_precision(1 / count, exponent_bits=numbers.nexp, mantissa_bits=0)

@@ -1,4 +1,4 @@
-"""What a backward pass keeps, where `jax.checkpoint` asks."""
+"""The policy of `jax.checkpoint` by which the moments are saved for backward."""
 
 from typing import Any
 
@@ -13,15 +13,15 @@ _policy = jax.checkpoint_policies.save_from_both_policies(
 
 
 def named(moments: Any) -> Any:
-    """`moments`, any tree of arrays, under the name by which checkpoint policies know them."""
+    """Gives `moments`, any tree of arrays, the name by which checkpoint policies know them."""
     return jax.tree.map(lambda values: checkpoint_name(values, _NAME), moments)
 
 
 def checkpoint_policy(primitive: Any, *args: Any, **params: Any) -> Any:
-    """What to keep for the backward pass: for `jax.checkpoint(f, policy=jbn.checkpoint_policy)`.
+    """Chooses what `jax.checkpoint(f, policy=jbn.checkpoint_policy)` saves for backward.
 
-    Keeps the results of convolutions and matrix products, and the moments of every Batch
-    Normalization in f, [C] each; normalisation, activations and the rest are computed again. No
+    It saves the results of convolutions and matrix products, and the moments of every Batch
+    Normalization in f, [C] each. Normalisation, activations and all else are rematerialised; no
     convolution and no reduction over a batch is.
 
     >>> import jax, jax.numpy as jnp, jbn

@@ -1,6 +1,6 @@
 """Hints that change what a compiler stores, and no value.
 
-Each says its cause, its effect, and the command by which it is measured again.
+Each docstring names the cause, the effect, and the command that measures the effect again.
 """
 
 import functools
@@ -16,34 +16,34 @@ T = TypeVar("T")
 
 
 def unshared(values: T) -> T:
-    """`values`, which the compiler takes for others: what is made of them is made anew.
+    """Returns `values`, but as new values to the compiler, so that their results are not shared.
 
-    Cause: XLA (jax 0.10 to 0.12) finds equal expressions and stores the result for all that use it,
-    even an array of x's size that costs one subtraction. Effect: on CPUs each of the two sums of
-    the forward pass reads x and nothing else, in 0.56 of the time; no array of x's size waits from
-    the forward to the backward pass; on an H100 no mask is stored. Check:
+    Cause: XLA (jax 0.10 to 0.12) computes equal expressions once and stores the result, even an
+    array of x's size that costs one subtraction. Effect: on CPUs each of the two sums of the
+    forward pass reads only x, in 0.56 of the time; no array of x's size is stored from the forward
+    to the backward pass; on an H100 no mask is stored. Check:
     `python -m experiments.speed --part op`, `--target h100`, and tests/xla.
     """
     return lax.optimization_barrier(values)
 
 
 def recomputed(function: Callable[..., T]) -> Callable[..., T]:
-    """`function`, of which a backward pass keeps the arguments and nothing else.
+    """Rematerialises `function`: only its arguments are saved for backward.
 
-    Cause: autodiff keeps what each operation needs, such as a float32 xhat of bfloat16 x. Effect:
-    x in its own dtype is the only array of its size that is kept. prevent_cse=False: the compiler
-    may keep what it wants; only autodiff must not. Check: tests/core/test_residuals.py.
+    Cause: autodiff saves what each operation needs, such as a float32 xhat of bfloat16 x. Effect:
+    x in its own dtype is the only array of its size that is saved. prevent_cse=False lets the
+    compiler store what it wants; only autodiff must not. Check: tests/core/test_residuals.py.
     """
     return jax.checkpoint(function, prevent_cse=False)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def widened(values: Array, dtype: np.dtype) -> Array:
-    """`values` in a wider dtype; from bfloat16 by its bits.
+    """Converts `values` to a wider dtype; bfloat16 to float32 by its bits.
 
-    Cause: XLA knows that a conversion to bfloat16 and back may be dropped, and keeps the float32
-    sums of a whole residual network in memory, at twice the size. Effect: ResNet-50 on an H100
-    moves 0.93 of Flax's bytes, not 0.97. Check: `python -m experiments.speed --target h100`.
+    Cause: XLA drops a conversion to bfloat16 and back, and then stores the float32 sums of a
+    residual network, at twice the size. Effect: ResNet-50 on an H100 moves 0.93 of Flax's bytes,
+    not 0.97. Check: `python -m experiments.speed --target h100`.
     """
     if values.dtype != jnp.bfloat16 or dtype != jnp.float32:
         return values.astype(dtype)

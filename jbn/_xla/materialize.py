@@ -1,16 +1,17 @@
-"""Storing per-feature vectors before a pass over x reads them.
+"""A primitive that stores per-feature vectors before a pass over x reads them.
 
 Cause: XLA for CPUs (jax 0.10 to 0.12) fuses the computation of a vector [C] into the loop over
 [N, ..., C] that uses it, and so repeats it for every element; it removes optimization barriers
 before it fuses. Effect: without `materialize` the forward pass over [4096, 1024] takes 1.3 times as
-long, and the shift, the median of seven draws, is found anew for each element. No fusion crosses
-a call to a function that may not be inlined, and it is cheap to compile: a concatenation of the
-vectors, which is not fused either, made training steps 15 to 25 % slower to compile.
+long, and the shift, the median of seven draws, is computed again for each element. On CPUs the
+primitive calls a function that may not be inlined. No fusion crosses this call, and it is cheap to
+compile: a concatenation of the vectors, which is not fused either, made training steps 15 to 25 %
+slower to compile.
 
 Check: `python -m experiments.speed --part op compile`.
 
-This is a primitive of JAX, an identity, because with a choice by `jax.lax.platform_dependent` the
-training step of ResNet-50 took a quarter longer to trace.
+It is a primitive of JAX, an identity, because a choice by `jax.lax.platform_dependent` made the
+training step of ResNet-50 take a quarter longer to trace.
 """
 
 import jax.extend.core
@@ -21,15 +22,15 @@ from jax.interpreters import ad, batching, mlir
 
 
 def materialize(*vectors: Array) -> tuple[Array, ...]:
-    """`vectors`, to be used in a pass over x: stored, and different values to the compiler.
+    """Stores `vectors` for a pass over x; to the compiler the results are new values.
 
-    Linear, so that backwards it does the same.
+    It is linear, and its transpose stores the cotangents in the same way.
     """
     return tuple(_materialize.bind(*vectors))
 
 
 def _lower_on_cpu(ctx, *operands):
-    """A call of a function that returns its arguments, which XLA may not inline."""
+    """Makes a call of a function that returns its arguments and that XLA may not inline."""
     types, module = [operand.type for operand in operands], ctx.module_context
     with ir.InsertionPoint.at_block_begin(module.module.body):
         stored = func.FuncOp("jbn_stored", (types, types), visibility="private")

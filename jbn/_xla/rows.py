@@ -1,9 +1,9 @@
-"""Cutting single rows out of x, without a copy of x.
+"""Slices of single rows of x, without a copy of x.
 
-Cause: XLA for TPUs keeps the examples of a narrow layer side by side, and copies x to cut there
-(jax 0.10.2, libtpu 0.0.42). Effect: 12 bytes for each value of x. So on TPUs the axes within an
-example are cut first, and a barrier keeps both cuts from becoming one. Check:
-`python -m experiments.speed --target v5e --part op`.
+Cause: XLA for TPUs stores the examples of a narrow layer side by side, and copies x to slice along
+them (jax 0.10.2, libtpu 0.0.42). Effect: the copy moves 12 bytes for each value of x. So on TPUs
+the axes within an example are sliced first, and a barrier keeps XLA from merging the two slices.
+Check: `python -m experiments.speed --target v5e --part op`.
 """
 
 import math
@@ -14,11 +14,11 @@ from jax import Array, lax
 
 from jbn._core.axes import Axes
 
-_LANES = 128  # values that a TPU keeps side by side
+_LANES = 128  # values that a TPU stores side by side
 
 
 def rows(x: Array, axes: Axes, where: Sequence[dict[int, int]]) -> list[Array]:
-    """The value of every feature at each of several places, (1, ..., C).
+    """Reads the value of every feature at each of several places, (1, ..., C) each.
 
     Args:
       x: of the shape of `axes`.

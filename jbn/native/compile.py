@@ -14,7 +14,7 @@ import tempfile
 import jax
 
 _SOURCE = pathlib.Path(__file__).with_name("kernel.cc")
-# No -ffast-math: NaN and infinity are data here. The kernel says itself what may be reordered.
+# No -ffast-math: NaN and infinity are data here. The kernel itself marks what may be reordered.
 _FLAGS = (
     "-std=c++17",
     "-O3",
@@ -30,7 +30,7 @@ _HANDLERS = ("jbn_sums", "jbn_pair", "jbn_gated_pair")
 def build() -> pathlib.Path:
     """Compiles the kernel for this machine, if that has not been done.
 
-    The compiler is $CXX or else the first of c++, g++ and clang++ that there is.
+    The compiler is $CXX or else the first of c++, g++ and clang++ that exists.
 
     Returns:
       The library's path: in $JBN_CACHE, $XDG_CACHE_HOME/jbn or ~/.cache/jbn, named by what it
@@ -46,7 +46,7 @@ def build() -> pathlib.Path:
 
 
 def library() -> pathlib.Path:
-    """Names the path where `build` puts the library, whether or not it is there."""
+    """Returns the path where `build` puts the library, whether or not it exists."""
     jaxlib = importlib.metadata.version("jaxlib")
     parts = (_SOURCE.read_text(), *_flags(), jaxlib, platform.system(), _processor())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -61,14 +61,14 @@ def _cache() -> pathlib.Path:
 
 
 def _flags() -> tuple[str, ...]:
-    """All for this very processor: the library does not travel."""
+    """Returns the flags for this processor: the library is not used on another one."""
     if platform.machine().lower() in ("x86_64", "amd64"):
         return (*_FLAGS, "-march=native")
     return (*_FLAGS, "-mcpu=native")
 
 
 def _processor() -> str:
-    """What -march=native goes by: the architecture and, on Linux, the features of the processor."""
+    """Describes what -march=native depends on: the architecture and, on Linux, its features."""
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     features = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
@@ -111,7 +111,7 @@ def _compile(path: pathlib.Path) -> None:
         if done.returncode != 0:
             last = "\n".join((done.stderr or done.stdout).splitlines()[-20:])
             raise RuntimeError(f"The C++ compiler failed: {shlex.join(command)}\n{last}")
-        output.replace(path)  # at once: another process sees all of it or nothing
+        output.replace(path)  # atomic: another process sees the complete file or none
 
 
 def load(path: pathlib.Path) -> dict[str, str]:
@@ -135,7 +135,7 @@ def load(path: pathlib.Path) -> dict[str, str]:
         raise RuntimeError(
             f"{path} cannot be loaded: {error}. Remove it and run `python -m jbn.native` again."
         ) from error
-    # By the library's name as well: JAX's persistent cache of programs tells kernels apart.
+    # The name includes the library's, so that JAX's persistent cache tells kernels apart.
     targets = {handler: f"{handler}.{path.stem}" for handler in handlers}
     for handler, function in handlers.items():
         jax.ffi.register_ffi_target(targets[handler], jax.ffi.pycapsule(function), "cpu")

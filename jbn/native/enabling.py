@@ -1,4 +1,4 @@
-"""Whether jbn uses the kernel: chosen by a call, or by JBN_NATIVE in the environment."""
+"""Functions that make jbn use the kernel or not: by a call, or by JBN_NATIVE in the environment."""
 
 import os
 import warnings
@@ -17,14 +17,14 @@ _targets: dict[str, str] = {}  # of the library, which is loaded once
 def enable(build: bool = False) -> None:
     """Makes jbn use the kernel on CPU, in programs that are traced from now on.
 
-    JAX's caches are cleared, so that what was traced before is traced again.
+    JAX's caches are cleared, so that earlier functions are traced again.
 
     Args:
       build: compile the kernel first if that has not been done.
 
     Raises:
-      FileNotFoundError: it has not been built.
-      RuntimeError: it cannot be built (see `build`), or not be loaded.
+      FileNotFoundError: the kernel has not been built.
+      RuntimeError: the kernel cannot be built (see `build`), or cannot be loaded.
     """
     path = library()
     if not path.exists():
@@ -51,12 +51,12 @@ def disable() -> None:
 
 
 def is_enabled() -> bool:
-    """Whether `enable` was called last, and not `disable`."""
+    """Returns whether `enable` was called last, and not `disable`."""
     return primitives.in_use()
 
 
 def from_environment() -> None:
-    """Calls `enable()` if JBN_NATIVE is set to other than 0; a warning where that fails."""
+    """Calls `enable()` if JBN_NATIVE is set and is not 0; warns if that fails."""
     if os.environ.get("JBN_NATIVE", "0") in ("", "0"):
         return
     try:

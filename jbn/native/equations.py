@@ -12,12 +12,12 @@ def row(vector: Array, x: Array) -> Array:
 
 
 def shifted(x: Array, shift: Array) -> Array:
-    """z = x - K, in the dtype of K."""
+    """Computes z = x - shift, in the dtype of shift."""
     return x.astype(shift.dtype) - row(shift, x)
 
 
 def gated(values: Array, x: Array, shift: Array, gate: Sequence[Array]) -> Array:
-    """`values` where the gate (A, B) is open, z A + B > 0, and 0 elsewhere; () is no gate."""
+    """Sets `values` to 0 unless the gate (A, B) is open, z A + B > 0; () is no gate."""
     if not gate:
         return values
     scale, bias = (row(vector, x) for vector in gate)
@@ -30,19 +30,19 @@ def _sum(values: Array) -> Array:
 
 
 def plain_sums(x: Array, shift: Array) -> list[Array]:
-    """[sum z, sum z^2]."""
+    """Computes [sum z, sum z^2]."""
     z = shifted(x, shift)
     return [_sum(z), _sum(z * z)]
 
 
 def plain_pair(x: Array, shift: Array, t: Array, *gate: Array) -> list[Array]:
-    """[sum t, sum z t], of t where the gate is open."""
+    """Computes [sum t, sum z t], with t = 0 unless the gate is open."""
     t = gated(t.astype(shift.dtype), x, shift, gate)
     return [_sum(t), _sum(shifted(x, shift) * t)]
 
 
 def plain_spread(x, shift, u, v, *rest: Array, dtype, added: bool) -> Array:
-    """w + u + z v where the gate is open; `rest` is w, if `added`, and the gate."""
+    """Computes w + u + z v, 0 unless the gate is open; `rest` is w, if `added`, and the gate."""
     values = row(u, x) + shifted(x, shift) * row(v, x)
     if added:
         values = rest[0].astype(shift.dtype) + values

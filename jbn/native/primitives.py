@@ -25,22 +25,22 @@ _targets: dict[str, str] = {}  # handler -> its name in XLA; empty while the ker
 def use(targets: Mapping[str, str]) -> None:
     """Lowers to these handlers from now on (see `compile.load`); to the equations if there is none.
 
-    What has been traced and compiled before stays as it is, until JAX's caches are cleared.
+    Programs that were compiled before do not change until JAX's caches are cleared.
     """
     _targets.clear()
     _targets.update(targets)
 
 
 def in_use() -> bool:
-    """Whether there are handlers to lower to."""
+    """Returns whether there are handlers to lower to."""
     return bool(_targets)
 
 
 def usable(x: Array) -> bool:
-    """Whether to use `sums`, `pair` and `spread` for the sums of x over all axes but the last.
+    """Returns whether `sums`, `pair` and `spread` can sum x over all axes but the last.
 
-    The kernel is then enabled, x is of a dtype that it reads, and the program is for one CPU
-    device: the primitives say nothing about sharding, and what varies over which axis.
+    The kernel is then enabled, x has a dtype that it reads, and the program is for one CPU device:
+    the primitives have no rules for sharded or device-varying arrays.
     """
     if not in_use() or x.ndim == 0 or jnp.dtype(x.dtype).name not in _ELEMENTS:
         return False
@@ -58,11 +58,11 @@ def usable(x: Array) -> bool:
 
 
 def sums(x: Array, shift: Array) -> tuple[Array, Array]:
-    """(sum z, sum z^2) of z = x - K over all axes but the last. Not differentiable.
+    """Computes (sum z, sum z^2), z = x - shift, over all axes but the last. Not differentiable.
 
     Args:
       x: [..., C], floating point.
-      shift: [C], K; its dtype is that of z and of the results.
+      shift: [C]; its dtype is that of z and of the results.
 
     Raises:
       ValueError: shift is not [C].
@@ -72,11 +72,11 @@ def sums(x: Array, shift: Array) -> tuple[Array, Array]:
 
 
 def pair(x: Array, shift: Array, t: Array, *, gate: Gate | None = None) -> tuple[Array, Array]:
-    """(sum t, sum z t) over all axes but the last, of z = x - K.
+    """Computes (sum t, sum z t), z = x - shift, over all axes but the last.
 
     Args:
       x: [..., C], floating point.
-      shift: [C], K; its dtype is that of z and of the results.
+      shift: [C]; its dtype is that of z and of the results.
       t: [..., C], floating point of any size.
       gate: (A, B), [C] each. t counts as 0 unless z A + B > 0.
 
@@ -97,16 +97,16 @@ def spread(
     gate: Gate | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> Array:
-    """w + u + z v, [..., C], of z = x - K: the transpose of `pair`.
+    """Computes w + u + z v, [..., C], z = x - shift: the transpose of `pair`.
 
     Args:
       x: [..., C], floating point.
-      shift: [C], K; its dtype is that of z and of the sum.
+      shift: [C]; its dtype is that of z and of the sum.
       u: [C], of shift's dtype.
       v: [C], of shift's dtype.
-      w: [..., C], floating point; None for 0. Here so that the sum is rounded to dtype only once.
+      w: [..., C], floating point; None for 0. With it the sum is rounded to dtype only once.
       gate: (A, B), [C] each, of shift's dtype. The result is 0 unless z A + B > 0.
-      dtype: of the result. A cotangent of it goes into `pair` as it is.
+      dtype: of the result. A cotangent of this dtype goes into `pair` without a conversion.
 
     Raises:
       ValueError: shift, u, v or gate are not [C], or w is not of x's shape.
@@ -126,11 +126,11 @@ def _check(x: Array, **others: Array | Gate | None) -> None:
                 )
 
 
-# What JAX has to know about them: types, eager evaluation, vmap, lowering.
+# Rules of JAX for the three maps: types, eager evaluation, vmap, lowering.
 
 
 def _primitive(name: str, plain: Callable[..., Any], result: Callable[..., Any], several: bool):
-    """A primitive with results of the types that `result` gives, computed by `plain`."""
+    """Makes a primitive with results of the types that `result` gives, computed by `plain`."""
     primitive = jax.extend.core.Primitive(name)
     primitive.multiple_results = several
     primitive.def_abstract_eval(result)
@@ -165,14 +165,14 @@ _spread = _primitive(
 
 
 def _spread_apart(x, shift, u, v, *rest: Array, dtype, added: bool) -> Array:
-    """`plain_spread` by vectors that are computed once."""
+    """Computes `plain_spread` from vectors that are stored before the pass over x."""
     vectors = materialize(shift, u, v, *rest[added:])
     shift, u, v, *gate = vectors
     return plain_spread(x, shift, u, v, *rest[:added], *gate, dtype=dtype, added=added)
 
 
 def _handled_by(handler: Callable[..., str]):
-    """A lowering to one of the kernel's handlers, which is chosen by the operands."""
+    """Makes a lowering to one of the kernel's handlers; `handler` chooses it by the operands."""
 
     def lowering(ctx, *operands, **_):
         return jax.ffi.ffi_lowering(_targets[handler(*operands)])(ctx, *operands)
@@ -181,7 +181,7 @@ def _handled_by(handler: Callable[..., str]):
 
 
 def _lower_on_cpu(primitive, native, plain, several: bool = True) -> None:
-    """The lowering `native` where the kernel can be had, and the function `plain` elsewhere."""
+    """Registers for CPUs the lowering `native` where the kernel fits, and `plain` elsewhere."""
     in_jax_numpy = mlir.lower_fun(plain, multiple_results=several)
 
     def lowering(ctx, *operands, **params):
@@ -196,7 +196,7 @@ def _kernel_fits(ctx) -> bool:
         in_use()
         and all(aval.dtype.name in _ELEMENTS for aval in ctx.avals_in)
         and all(shift.dtype == jnp.float32 for shift in ctx.avals_in[1:2])
-        and getattr(module.axis_context, "num_devices", 0) == 1  # none inside shard_map and pmap
+        and getattr(module.axis_context, "num_devices", 0) == 1  # 0 inside shard_map and pmap
         and not module.lowering_parameters.for_export  # another process may not have the kernel
     )
 
@@ -247,7 +247,7 @@ def _spread_jvp(primals, tangents, *, dtype, added):
     if not isinstance(dx, ad.Zero) or not isinstance(dshift, ad.Zero):
         dz = shifted(ad.instantiate_zeros(dx), ad.instantiate_zeros(dshift))
         parts.append(gated(dz * row(v, x), x, shift, gate).astype(dtype))
-    if not parts:  # of a gate alone
+    if not parts:  # only the gate has a tangent
         return out, jnp.zeros_like(out)
     return out, functools.reduce(jnp.add, parts)
 

@@ -40,6 +40,6 @@ __all__ = [
 ]
 
 for _container in (TrainState, Mean, LossScaleState):
-    _container.__module__ = __name__  # by which pickles find it, wherever its file may be
+    _container.__module__ = __name__  # pickle finds the class by this name, not by its file
 
 _serializable(TrainState, Mean, LossScaleState)

@@ -1,4 +1,4 @@
-"""The sums over all microbatches and devices, and the statistics after them: pooled or in turn."""
+"""Sums over all microbatches and devices, and new statistics: pooled once, or updated in turn."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +17,8 @@ from jbn.training.types import Tree
 def pooled(parts: Microbatches, stats: Tree) -> tuple[Sums, Tree]:
     """Updates the statistics once, by the moments of the whole batch.
 
-    Every part starts from the same statistics. Of state that is not deferred, that of the last part
-    stays.
+    Every part starts from the same statistics. State that is not deferred is taken from the last
+    part.
     """
     names = parts.names
     given = vary(stats, names)
@@ -47,7 +47,7 @@ def in_turn(parts: Microbatches, stats: Tree) -> tuple[Sums, Tree]:
 
 
 def _collect(parts: Microbatches, stats: Tree) -> tuple[Sums, Tree]:
-    """Stacks what the parts make of deferred statistics; of other state, returns the last."""
+    """Stacks the deferred updates of all parts; takes all other state from the last part."""
     leaves, structure = jax.tree.flatten(stats, is_leaf=is_waiting)
     waiting = [is_waiting(leaf) for leaf in leaves]
     others = vary([jnp.asarray(v) for v in _split(leaves, waiting)[1]], parts.names)
@@ -55,7 +55,7 @@ def _collect(parts: Microbatches, stats: Tree) -> tuple[Sums, Tree]:
     def part(i: Array, _: Tree) -> tuple[Sums, Tree, Tree]:
         sums, new_stats = parts.differentiate(i, stats)
         updates, rest = _split(jax.tree.leaves(new_stats, is_leaf=is_waiting), waiting)
-        # Of the types that the carry of the scan has.
+        # Convert to the types of the scan's carry.
         rest = [jnp.asarray(new, old.dtype) for new, old in zip(rest, others, strict=True)]
         return sums, vary(rest, parts.names), updates
 
@@ -66,7 +66,7 @@ def _collect(parts: Microbatches, stats: Tree) -> tuple[Sums, Tree]:
 def _scan(
     part: Callable[[Array, Tree], tuple[Sums, Tree, Tree]], parts: Microbatches, carry: Tree
 ) -> tuple[Sums, Tree, Tree]:
-    """Adds up over the parts: `part` is (i, carry) -> (sums, carry, what is to be stacked)."""
+    """Adds up the sums of all parts; `part` is (i, carry) -> (sums, carry, arrays to stack)."""
 
     def body(state: tuple[Tree, Tree], i: Array) -> tuple[tuple[Tree, Tree], Tree]:
         grads, carry = state

@@ -1,4 +1,4 @@
-"""Errors that teach: what is wrong with an argument, or with what loss_fn returns."""
+"""Checks of arguments and of loss_fn's results; every error tells what to write instead."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,13 +14,13 @@ from jbn.training.types import Tree
 
 
 def check_function(name: str, value: Any, signature: str) -> None:
-    """Refuses what cannot be called."""
+    """Refuses a value that cannot be called."""
     if not callable(value):
         raise TypeError(f"{name} must be a function {signature}; got {type(value).__name__}.")
 
 
 def check_optimizer(value: Any) -> None:
-    """Refuses other than an optimizer, such as the function of Optax that makes one."""
+    """Refuses a value that is no optimizer, such as the function of Optax that makes one."""
     if not (hasattr(value, "init") and hasattr(value, "update")):
         name = getattr(value, "__name__", type(value).__name__)
         raise TypeError(
@@ -30,7 +30,7 @@ def check_optimizer(value: Any) -> None:
 
 
 def check_microbatches(value: Any) -> int:
-    """Refuses other than a positive integer."""
+    """Refuses a value that is not a positive integer."""
     number = integer(value)
     if number is None:
         raise TypeError(
@@ -43,7 +43,7 @@ def check_microbatches(value: Any) -> int:
 
 
 def check_output(returned: Any) -> tuple[Mean, Tree, dict[str, Mean]]:
-    """Refuses other than (loss, stats, metrics) from loss_fn; makes every number a Mean."""
+    """Checks that loss_fn returned (loss, stats, metrics); makes every number a Mean."""
     if not isinstance(returned, tuple) or len(returned) != 3:
         what = (
             f"a tuple of {len(returned)}" if isinstance(returned, tuple) else repr(type(returned))
@@ -74,13 +74,13 @@ def check_output(returned: Any) -> tuple[Mean, Tree, dict[str, Mean]]:
 
 
 def _varying_leaves(tree: Tree, names: tuple[Any, ...]) -> list[str]:
-    """Paths of the arrays that differ between devices, as far as JAX knows."""
+    """Returns the paths of the arrays that JAX knows to be device-varying."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [jax.tree_util.keystr(path) for path, leaf in leaves if varying(leaf) & set(names)]
 
 
 def check_replicated(state: Tree, names: tuple[Any, ...]) -> None:
-    """Refuses a state that differs between the devices."""
+    """Refuses a device-varying state."""
     for path in _varying_leaves(state, names):
         raise ValueError(
             f"state{path} varies over axis_name={names}: every device must hold the same state. "
@@ -89,7 +89,7 @@ def check_replicated(state: Tree, names: tuple[Any, ...]) -> None:
 
 
 def check_synchronised(stats: Tree, names: tuple[Any, ...]) -> None:
-    """Refuses new statistics that differ between the devices."""
+    """Refuses device-varying new statistics."""
     for path in _varying_leaves(stats, names):
         raise ValueError(
             f"the new statistics at {path} differ between the devices of axis_name={names}: the "

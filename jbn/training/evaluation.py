@@ -32,9 +32,9 @@ def evaluate(
 
     Args:
       metric_fn: (params, stats, batch) -> a dictionary of values of `Mean`, or of plain means over
-        the batch, which then weigh as much as the batch has examples. It is compiled once for each
-        shape of a batch; pass the same function each time. Batches sharded over devices are fine.
-      state: of which params and stats are used.
+        the batch, whose weight is then the number of examples. It is compiled once for each shape
+        of a batch; pass the same function each time. Batches sharded over devices are fine.
+      state: its params and stats are used.
       batches: any iterable; the last one may be smaller. Pad batches that must fill all devices,
         and return `Mean((values * mask).sum(), mask.sum())`.
 
@@ -55,7 +55,7 @@ def evaluate(
     previous = None
     for batch in batches:
         current = _measure(metric_fn, state.params, state.stats, batch)
-        if previous is not None:  # while the device works on this one
+        if previous is not None:  # added while the device computes the current one
             sums = _add(sums, previous)
         previous = current
     if previous is None:

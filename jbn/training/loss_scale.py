@@ -1,4 +1,4 @@
-"""A factor of the loss, in the state of the optimizer, that saves small gradients in float16."""
+"""A scale of the loss, in the optimizer's state, so that float16 gradients do not vanish."""
 
 import functools
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ class LossScaleState(NamedTuple):
     Attributes:
       scale: [], float32: the factor of the loss.
       good_steps: [], int32: finite steps since the scale last changed.
-      inner: the state of the optimizer within.
+      inner: the state of the wrapped optimizer.
     """
 
     scale: Array
@@ -33,11 +33,11 @@ def dynamic_loss_scale(
     factor: float = 2.0,
     minimum: float = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps float16 gradients from vanishing: for `make_train_step`, which finds it in opt_state.
+    """Keeps float16 gradients from vanishing; `make_train_step` finds the scale in opt_state.
 
     The loss is multiplied by a scale, and the gradients are divided by it, in float32. A step whose
     gradients overflow is skipped and divides the scale by `factor`; `growth_interval` finite steps
-    in a row multiply it. Of a skipped step the scale is all that is kept.
+    in a row multiply it. A skipped step changes only this scale and its counter of finite steps.
 
     >>> import jax.numpy as jnp, jbn.training, optax
     >>> optimizer = jbn.training.dynamic_loss_scale(optax.sgd(0.1), initial=1024)
@@ -45,11 +45,11 @@ def dynamic_loss_scale(
     1024.0
 
     Args:
-      optimizer: receives the gradients proper.
+      optimizer: receives the unscaled gradients.
       initial: the first scale.
-      growth_interval: how many finite steps make the scale grow.
-      factor: by which it grows and shrinks; a power of 2 rounds nothing.
-      minimum: below which it does not shrink.
+      growth_interval: the number of finite steps after which the scale grows.
+      factor: the scale grows and shrinks by it; a power of 2 rounds nothing.
+      minimum: the smallest scale.
 
     Returns:
       An optimizer. bfloat16 has float32's range and does not need it.
@@ -76,7 +76,7 @@ def dynamic_loss_scale(
 
 
 def all_finite(tree: Tree) -> Array:
-    """Whether every number of the tree is finite: [], bool."""
+    """Returns whether every number of the tree is finite: [], bool."""
     return functools.reduce(jnp.logical_and, (jnp.isfinite(x).all() for x in jax.tree.leaves(tree)))
 
 

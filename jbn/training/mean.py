@@ -1,4 +1,4 @@
-"""Mean: sums and their weights, which add up over parts and are divided last."""
+"""Mean, a sum with its weight, which add up over parts and are divided last."""
 
 from typing import Any, NamedTuple
 
@@ -9,11 +9,11 @@ from jbn._core.shift import accumulator
 
 
 class Mean(NamedTuple):
-    """A weighted mean that is not divided yet: such means of parts add up to that of the whole.
+    """A weighted mean that is not divided yet; the Means of parts add up to the Mean of the batch.
 
     Attributes:
       total: the sum of weight * value over the examples.
-      weight: the sum of the weights; for a mask, how many examples take part.
+      weight: the sum of the weights; for a mask, the number of examples that take part.
     """
 
     total: Array
@@ -24,7 +24,7 @@ def as_mean(name: str, value: Any) -> Mean:
     """Converts a Mean, or a plain mean, which weighs 1, to a Mean of float32 or wider.
 
     Raises:
-      TypeError: it is complex.
+      TypeError: `value` is complex.
     """
     total, weight = value if isinstance(value, Mean) else (value, jnp.float32(1))
     return Mean(_real(name, total), lax.stop_gradient(_real(f"the weight of {name}", weight)))
@@ -40,5 +40,5 @@ def _real(name: str, value: Any) -> Array:
 
 
 def divide(mean: Mean) -> Array:
-    """total / weight; NaN where nothing has weight."""
+    """Computes total / weight, which is NaN where the weight is 0."""
     return mean.total / mean.weight.astype(mean.total.dtype)

@@ -15,9 +15,9 @@ from jbn.training.types import LossFn, Tree
 
 
 class Sums(NamedTuple):
-    """What adds up, over microbatches and devices."""
+    """The results of a step that add up over microbatches and devices."""
 
-    grads: Tree  # of the total
+    grads: Tree  # of the loss's total
     loss: Mean
     metrics: dict[str, Mean]
 
@@ -27,10 +27,10 @@ class Microbatches(NamedTuple):
 
     Attributes:
       loss_fn: (params, stats, batch[, key]) -> (loss, stats, metrics).
-      params: varying over `names`, so that no psum hides in their gradient.
+      params: device-varying over `names`, so that autodiff adds no psum to their gradient.
       batch: a tree with leaves [N, ...].
-      number: how many parts there are.
-      names: of the axes that the step runs over.
+      number: the number of parts.
+      names: the names of the axes that the step runs over.
       scale: [], float32: the factor of the loss; None for 1.
       key: i -> the key of part i; None where loss_fn takes none.
     """
@@ -44,7 +44,7 @@ class Microbatches(NamedTuple):
     key: Callable[[Array | int], Array] | None
 
     def arguments(self, i: Array | int) -> tuple[Any, ...]:
-        """Collects what loss_fn takes after params and stats: part i, and its key."""
+        """Returns the arguments of loss_fn after params and stats: part i, and its key."""
         part = examples(self.batch, i, self.number)
         return (part,) if self.key is None else (part, self.key(i))
 
@@ -66,7 +66,7 @@ class Microbatches(NamedTuple):
 
 
 def examples(batch: Tree, i: Array | int, microbatches: int) -> Tree:
-    """Takes the examples i, i + microbatches, ...: of every device, where the batch is sharded.
+    """Takes the examples i, i + microbatches, ...; a sharded batch gives some of every device.
 
     Raises:
       ValueError: the batch cannot be divided into so many parts.
@@ -94,10 +94,10 @@ def part_key(rng: Array, step: Array, names: tuple[Any, ...], i: Array | int) ->
 
 
 def writable(stats: Tree) -> Tree:
-    """Copies the tree: its nnx Variables are then of this trace, and so can be written."""
+    """Copies the tree: its nnx Variables then belong to this trace, and can be written."""
     return jax.tree.map(lambda v: v, stats)
 
 
 def summed(sums: Sums, names: tuple[Any, ...]) -> Sums:
-    """Adds up over the axes `names`, in one collective."""
+    """Adds up all sums over the axes `names`, by one collective."""
     return lax.psum(vary(sums, names), names) if names else sums

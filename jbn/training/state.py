@@ -1,4 +1,4 @@
-"""TrainState: what a training step takes in and hands back, and its first value."""
+"""TrainState, the state that a training step takes and returns, and its initial value."""
 
 from typing import NamedTuple
 
@@ -11,14 +11,15 @@ from jbn.training.types import Tree
 
 
 class TrainState(NamedTuple):
-    """All that a training step takes in and hands back; a checkpoint of it resumes the training.
+    """The state that a training step takes and returns; a checkpoint of it resumes the training.
 
     Attributes:
-      step: [], int32: how many steps have been made, skipped ones included.
-      params: what the optimizer changes, such as linen's `params` or nnx's State of Param.
+      step: [], int32: the number of steps so far, skipped steps included.
+      params: the arrays that the optimizer changes, such as linen's `params` or nnx's State of
+        Param.
       stats: the running statistics, such as linen's `batch_stats`, nnx's State of BatchStat, or a
         tree of jbn.RunningStats. Other layers may keep their state here, too.
-      opt_state: Optax's.
+      opt_state: the state of Optax's optimizer.
     """
 
     step: Array

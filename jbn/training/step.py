@@ -55,28 +55,29 @@ def make_train_step(
       loss_fn: (params, stats, batch) -> (loss, stats, metrics); with `rng` it takes a key as fourth
         argument. The loss is the mean over the batch's examples, [], or a `Mean`, for batches with
         masks or of uneven size. Metrics are a dictionary of such values, perhaps empty.
-      optimizer: any of Optax's; in `dynamic_loss_scale`, if the model computes in float16.
-      axis_name: of the pmap or shard_map that the step runs in. None on one device, and under `jit`
-        with sharded arrays, where the batch is the global one.
-      microbatches: how many parts of the batch go through the model one after the other, with one
-        update at the end. Part i holds the examples i, i + microbatches, i + 2 microbatches, ...
-        so that under `jit` with a sharded batch every device has its share of each part.
+      optimizer: any of Optax's; wrapped in `dynamic_loss_scale` if the model computes in float16.
+      axis_name: the axis of the pmap or shard_map that the step runs in. None on one device, and
+        under `jit` with sharded arrays, where the batch is the global one.
+      microbatches: the number of parts of the batch that go through the model one after the other,
+        with one update at the end. Part i holds the examples i, i + microbatches, i + 2
+        microbatches, ... so that under `jit` with a sharded batch every device has its share of
+        each part.
       pool_stats: whether the running statistics are updated once a step, by the moments of the
-        whole batch, also where layers normalise by microbatch or by device; it takes layers of
-        jbn's. Other state in `stats` is as the last microbatch returns it, and the mean (of
-        integers the largest value) over the devices. False: each microbatch updates them in turn,
-        as the layers do by themselves; then layers must be synchronised over `axis_name`. By
-        default True where there is something to pool: several microbatches, or an axis_name.
+        whole batch, even if layers normalise by microbatch or by device. All layers must be jbn's.
+        Other state in `stats` comes from the last microbatch; over the devices it is the mean (for
+        integers the largest value). False: each microbatch updates the statistics in turn, as the
+        layers do by themselves; then layers must be synchronised over `axis_name`. By default True
+        if there is something to pool: several microbatches, or an axis_name.
       rng: a key. Each step, microbatch and instance of axis_name draws its own from it.
 
     Returns:
       A function of a TrainState and a batch, whose leaves are [N, ...]. It returns the new state
-      and the metrics, by their names, of the whole batch; with "loss" and "skipped". The state is
-      the same on all devices: out_specs=P().
+      and a dictionary of the metrics of the whole batch, with "loss" and "skipped". The state is
+      replicated: out_specs=P().
 
       A step whose loss or gradient is not finite anywhere, or whose weight is 0, is skipped:
-      params, stats and opt_state stay as they were. `step` counts it, and metrics["skipped"] says
-      so.
+      params, stats and opt_state (but for a loss scale) do not change. `step` counts it, and
+      metrics["skipped"] is True.
 
     Raises:
       NameError: axis_name is not bound.
@@ -96,7 +97,7 @@ def make_train_step(
         names = scope(axis_name).names
         check_replicated(state, names)
         scale = current_scale(state.opt_state)
-        params = vary(state.params, names)  # so that no psum hides in their gradient
+        params = vary(state.params, names)  # so that autodiff adds no psum to their gradient
         key = None if rng is None else functools.partial(part_key, rng, state.step, names)
         parts = Microbatches(loss_fn, params, batch, number, names, scale, key)
         sums, stats = (pooled if pool_stats else in_turn)(parts, state.stats)
@@ -107,7 +108,7 @@ def make_train_step(
         with recorded() as shared:
             try:
                 new = run(state, batch)
-            except MissingCounts as missing:  # statistics of a model that did not count, so far
+            except MissingCounts as missing:  # the model counts batches, these statistics do not
                 new = run(state._replace(stats=missing.filled(state.stats)), batch)
         check_axes(new, [name for name in shared if name in outside], scope(axis_name).names)
         return new

@@ -1,4 +1,4 @@
-"""The end of a step: the sums are divided, and Optax's update is taken or left."""
+"""The end of a step: divides the sums, and applies or skips Optax's update."""
 
 import functools
 
@@ -21,14 +21,14 @@ def update(
     sums: Sums,
     scale: Array | None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Divides, and takes the step unless something is not finite; the same on all devices.
+    """Divides the sums, and applies the update unless it must be skipped; alike on all devices.
 
     Args:
       optimizer: Optax's.
-      state: before the step.
+      state: the state before the step.
       stats: the new running statistics.
-      sums: of all microbatches and devices.
-      scale: of the loss, [], float32; None without one.
+      sums: the sums over all microbatches and devices.
+      scale: the scale of the loss, [], float32; None without one.
 
     Returns:
       The state after the step, and the metrics of the whole batch.
@@ -58,5 +58,5 @@ def update(
 
 
 def _choose(condition: Array, new: Array, old: Array) -> Array:
-    # The new dtype: the statistics of the first complex batch are complex.
+    # Take the new dtype: the first complex batch makes the statistics complex.
     return jnp.where(condition, new, old if new.dtype == old.dtype else old.astype(new.dtype))

@@ -1,4 +1,4 @@
-"""The parameters that weight decay is of use for."""
+"""A mask of the parameters for which weight decay is useful."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from jbn.training.types import Tree
 
 
 def decay_mask(params: Tree) -> Tree:
-    """Marks where weight decay is of use: everywhere but in what is named `scale` or `bias`.
+    """Marks the arrays for which weight decay is useful: all that are not named `scale` or `bias`.
 
-    Before a normalisation the size of a kernel only sets its effective learning rate, and decay
-    keeps that up; the scale and bias after it have no such part, and neither have other biases.
+    Before a normalisation the size of a kernel only sets its effective learning rate, which decay
+    keeps high. The scale and bias after it have no such role, nor do other biases.
 
     >>> import jax.numpy as jnp, jbn.training, optax
     >>> params = {"conv": {"kernel": jnp.ones(3)}, "norm": {"scale": jnp.ones(3)}}
@@ -23,7 +23,7 @@ def decay_mask(params: Tree) -> Tree:
       params: linen's `params`, nnx's State of Param, or a tree with jbn.Params.
 
     Returns:
-      A tree of the same structure, of bools: True where decay is of use.
+      A tree of bools, of the same structure: True where decay is useful.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, _: _name(path) not in ("scale", "bias"), params
@@ -31,7 +31,7 @@ def decay_mask(params: Tree) -> Tree:
 
 
 def _name(path: tuple[Any, ...]) -> str | None:
-    """Finds the innermost name in a path; not that of the array within an nnx.Variable."""
+    """Finds the innermost name in a path, but not the `value` of an nnx.Variable."""
     for entry in reversed(path):
         name = getattr(entry, "key", getattr(entry, "name", None))
         if isinstance(name, str) and name != "value":
