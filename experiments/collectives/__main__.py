@@ -11,8 +11,8 @@ Command::
     python -m experiments.collectives                       # eight virtual CPU devices
     python -m experiments.collectives --target v5e:16x16    # 256 TPUs; needs pip install libtpu
 
-Expected: see docs/collectives.md, which ``--markdown`` and ``--json`` write. It takes about a minute
-for each target on two CPU cores.
+Expected: see docs/collectives.md, which ``--markdown`` and ``--json`` write. A target takes about a
+minute on two CPU cores.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line, or, from Python, a list of arguments."""
+    """Runs the experiment with `argv`, or with the arguments of the command line."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
     prepare(CPU_DEVICES)

@@ -53,8 +53,7 @@ def whole_net(total: Traffic) -> str:
 
 
 def each_layer(layers: Sequence[Traffic]) -> tuple[str, str]:
-    """Returns operations, "1 all-reduce", and bytes sent (and received, if they differ) of each
-    layer.
+    """Returns "1 all-reduce" and the bytes sent (and received, if they differ) of each layer.
 
     Operations that name no layer form one more entry, the last.
     """

@@ -36,8 +36,8 @@ ENVIRONMENT = {
 def restart_with_environment(module: str, argv: Sequence[str]) -> None:
     """Replaces this process by ``python -m module argv``, if it lacks variables of `ENVIRONMENT`.
 
-    Call it before JAX is imported: JAX would still hold a TPU or the memory of a GPU. Variables
-    that the user has set keep their values.
+    Call it before JAX is imported: after that JAX could still hold a TPU or the memory of a GPU.
+    Variables that the user has set keep their values.
     """
     missing = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     if missing and sys.platform == "linux":
