@@ -204,7 +204,7 @@ def eval_batches(
     process_count: int = 1,
     strict: bool = False,
 ) -> Batches:
-    """Makes batches of every image once, in order; each process gets as many batches.
+    """Makes batches of every image once, in order; equally many in each process.
 
     ``{"image": [batch, size, size, 3] uint8, "label": [batch] int32, "mask": [batch] bool}``; with
     crops "144" images are ``[batch, 144, size, size, 3]``. The mask is False where there is no
