@@ -93,7 +93,7 @@ train_chunk = jax.jit(train_steps, static_argnames="steps", donate_argnames="lea
 
 @jax.jit
 def evaluate(learner: Learner, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns accuracy by running statistics, ``[]``; last sigmoids' inputs, ``[N, units]``."""
+    """Returns accuracy ``[]``, by running statistics, and last sigmoids' inputs ``[N, units]``."""
     logits, inputs = apply_test(learner.mlp, learner.stats, images.astype(jnp.float32))
     return (logits.argmax(-1) == labels).mean(dtype=jnp.float32), inputs
 
