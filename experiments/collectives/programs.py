@@ -99,7 +99,7 @@ def infer(x, layers) -> Array:
 
 
 def program(part: str, mode: Mode, statistics: str, devices: int) -> Callable[..., Any]:
-    """Makes a function of (x, dy, mask, layers) that computes what the name of the part says:
+    """Makes a function of (x, dy, mask, layers) that computes the results named by `part`:
 
     forward: the output; statistics: also the running statistics; backward: the output, and the
     gradient of <dy, output> in x; parameters: also the gradient in the parameters; inference: the

@@ -22,7 +22,7 @@ def at_least_one(text: str) -> int:
 def as_typed(name: str, argv: Sequence[str], data_dir: str | None = None) -> str:
     """Returns the command ``python -m experiments.NAME ARGV``, for the header of a file of results.
 
-    It shows DIR in the place of `data_dir`, the folder of the images, whose path tells nothing.
+    It shows DIR in the place of `data_dir`, the folder of the images: its path does not matter.
     """
     shown = ["DIR" if arg == data_dir else arg for arg in argv]
     return shlex.join(["python", "-m", f"experiments.{name}", *shown])

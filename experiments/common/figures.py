@@ -1,4 +1,4 @@
-"""Makes empty figures and saves them; the folders of the questions draw what they show."""
+"""Makes empty figures and saves them; the files of each question draw the curves."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def collectives(hlo_text: str) -> list[Collective]:
         origin: dict[str, str] = {}  # op_name of each value
         for i in computation:
             size[i.name] = n_bytes(i.result)
-            # An operation that XLA inserted may have no name: it inherits that of an operand.
+            # An operation that replaces another may have lost its name: it inherits an operand's.
             # Names nest, so the longest is the most precise; a constant's may be just "jit(f)".
             inherited = max((origin.get(value, "") for value in i.values), key=len, default="")
             own = _OP_NAME.search(i.attributes)

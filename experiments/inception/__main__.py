@@ -195,7 +195,7 @@ def add_device_options(group: argparse._ArgumentGroup) -> None:
 
 
 def options_of(args: argparse.Namespace) -> Options:
-    """Returns the options of the command line that say how the runs are computed."""
+    """Returns the command line's options for the computation of the runs."""
     return Options(**{name: getattr(args, name) for name in Options._fields})
 
 

@@ -12,7 +12,7 @@ STATISTICS = ("synchronised", "ghost", "local")
 
 
 class Options(NamedTuple):
-    """How a run is computed and what it leaves."""
+    """The settings of a run that decide how it is computed and what it leaves."""
 
     workers: int = 0
     devices: int | None = None  # None: all

@@ -1,4 +1,4 @@
-"""Measures the gradient on its way back through 31 layers, with and without normalisation.
+"""Measures the gradient in the backward pass through 31 layers, with and without normalisation.
 
 Without Batch Normalization each layer multiplies the signal by the size of its kernels in the
 forward pass, and the gradient in the backward pass: both grow or vanish as a power of the depth.

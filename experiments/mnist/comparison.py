@@ -19,7 +19,7 @@ PERCENTILES = (15, 50, 85)
 
 
 class Config(NamedTuple):
-    """All that a run of Figure 1 depends on, besides the images."""
+    """The settings of a run of Figure 1, besides the images."""
 
     steps: int = 50_000
     every: int = 250  # steps from one measurement to the next

@@ -24,7 +24,7 @@ from experiments.mnist.training import Learner, chunks, evaluate, train_steps
 
 
 class Grid(NamedTuple):
-    """All that the sweep depends on, besides the images."""
+    """The settings of the sweep, besides the images."""
 
     init_stds: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
     learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)

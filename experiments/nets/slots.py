@@ -1,4 +1,4 @@
-"""Fills the slots of a network, the makers of its normalisation layers and other parts."""
+"""The slots of a network: the makers of its normalisation layers, convolutions and blocks."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ STATISTICS = ("local", "synchronised", "ghost")
 
 
 class Config(NamedTuple):
-    """All that the runs depend on, besides the photographs."""
+    """The settings of the runs, besides the photographs."""
 
     devices: tuple[int, ...] = (1, 2, 4, 8)
     per_device: int = 2  # images a device and step

@@ -1,4 +1,4 @@
-"""Runs `experiments.targets`, also for ``experiments.speed --target``."""
+"""The command line of `experiments.targets`, which ``experiments.speed --target`` uses, too."""
 
 from __future__ import annotations
 
