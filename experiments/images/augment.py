@@ -30,9 +30,7 @@ RESIZED = 256 / 224  # shorter side of an image, relative to its centre crop
 SCALES_144 = (256 / 224, 288 / 224, 320 / 224, 352 / 224)
 SHIFT = 4 / 32  # pixels that `shift_crop` moves an image, relative to its side
 
-GRAY = np.array(
-    [0.299, 0.587, 0.114], np.float32
-)  # weights of red, green, blue in ITU-R 601 and Pillow
+GRAY = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green, blue, in ITU-R 601 and Pillow
 
 # The colours of ImageNet vary along these directions (columns) by these deviations [0..255]:
 # Krizhevsky et al. 2012, section 4.1; numbers from github.com/facebookarchive/fb.resnet.torch.
@@ -164,9 +162,7 @@ def recoloured(images: np.ndarray, factors: np.ndarray, light: np.ndarray) -> np
     matrix = b * c * (s * np.eye(3, dtype=np.float32) + (1 - s) * to_grey)
     # Sums as a product with ones, and additions to rows instead of pixels, are five times faster.
     mean = np.ones((1, pixels), np.float32) @ x @ GRAY[:, None] / pixels
-    offset = (
-        b * (1 - c) * mean + light[:, None, :] + np.float32(0.5)
-    )  # astype then rounds, and does not truncate
+    offset = b * (1 - c) * mean + light[:, None, :] + np.float32(0.5)  # so that astype rounds
     rows = (x @ matrix).reshape(n, height, width * 3)
     rows += np.tile(offset, (1, 1, width))
     return rows.clip(0, 255, out=rows).astype(np.uint8).reshape(images.shape)

@@ -102,7 +102,7 @@ def variants_table(curves: Sequence[Curve], names: Iterable[str]) -> str:
 
 
 def init_table(curves: Sequence[Curve]) -> str:
-    """Formats the runs with smaller initial kernels; the baseline is the plain one at its best."""
+    """Formats the runs with smaller initial kernels; the baseline is the best plain network."""
     plain, _ = INITS
     baseline: dict[int, Curve] = {}
     for curve in sorted((c for c in curves if c.name == plain), key=lambda c: c.best):

@@ -106,7 +106,7 @@ class Tally:
         return sum(skipped for _, skipped in self._seen)
 
     def forget(self) -> None:
-        """Starts again, after a measurement."""
+        """Drops the losses of the steps, after a measurement."""
         self._seen = []
 
 

@@ -35,9 +35,7 @@ def summaries(config: Config, rows: list[dict[str, Any]]) -> list[dict[str, Any]
                 "test_accuracy": float(np.mean(accuracies)),
                 "train_accuracy_by_batch": float(np.mean(values("train_by_batch_accuracy"))),
                 "train_accuracy_by_running": float(np.mean(values("train_by_running_accuracy"))),
-                "agreements": values(
-                    "agreement"
-                ),  # of predictions by batch and by running statistics
+                "agreements": values("agreement"),  # of predictions by batch and by running
                 "agreement": float(np.mean(values("agreement"))),
                 "gaps": gaps.tolist(),  # nats
                 "gap": float(gaps.mean()),
