@@ -29,7 +29,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def make_loss(net: bn_inception.Inception) -> Callable[..., Any]:
-    """Makes the mean cross-entropy of a batch, to which that of auxiliary heads is added."""
+    """Makes a loss function: mean cross-entropy of a batch, plus that of auxiliary heads."""
 
     def loss_fn(params: Any, stats: Any, batch: Any, key: Array) -> Any:
         variables, rngs = {"params": params, "batch_stats": stats}, {"dropout": key}
@@ -45,7 +45,7 @@ def make_loss(net: bn_inception.Inception) -> Callable[..., Any]:
 
 
 def make_judge(net: bn_inception.Inception) -> Callable[..., Any]:
-    """Makes the loss and the accuracies over the images that the mask of a batch keeps."""
+    """Makes a function that sums loss and accuracies over the images that the mask keeps."""
 
     def judge(params: Any, stats: Any, batch: Any) -> Any:
         variables = {"params": params, "batch_stats": stats}

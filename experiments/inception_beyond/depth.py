@@ -108,7 +108,7 @@ def probe(
 
 
 def rms(x: jax.Array) -> float:
-    """Computes in float64: in float32 the squares of vanishing gradients would be 0."""
+    """Computes the root mean square in float64: tiny squares would be 0 in float32."""
     return float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
 
 

@@ -22,7 +22,7 @@ DEPTH = {
     "kernel_gradient": "RMS gradient of its kernel",
     "output": "RMS of its output",
 }
-DASHES = ((0, (1, 1)), "solid", (0, (4, 1.5)))  # small, middle and large kernels
+DASHES = ((0, (1, 1)), "solid", (0, (4, 1.5)))  # small, middle and large kernels; distinct in print
 
 
 def depth(path: Path, profiles: Sequence[Profile]) -> None:

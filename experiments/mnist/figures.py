@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TITLES = {"plain": "without BN", "batch_norm": "with BN"}
 COLORS = {"plain": "#b2182b", "batch_norm": "#2166ac"}  # colour-blind readers can tell them apart
-DASHES = {"plain": (0, (4, 1.5)), "batch_norm": "solid"}  # and so can readers of a print
+DASHES = {"plain": (0, (4, 1.5)), "batch_norm": "solid"}  # distinct in print
 STEPS = "training steps [thousands]"
 
 

@@ -33,7 +33,7 @@ def init(key: jax.Array) -> tuple[Any, Any]:
 
 
 def make_loss(axis_name: str | None) -> jbn.training.LossFn:
-    """Makes the cross-entropy of a network of dense layers; `axis_name` under shard_map."""
+    """Makes a loss function: cross-entropy of dense layers; `axis_name` is for shard_map."""
 
     def loss_fn(params: Any, stats: Any, batch: Any) -> tuple[Any, Any, Any]:
         x, new = batch["images"].astype(jnp.float32), []

@@ -42,7 +42,7 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``x: [N, H, W, C]`` to ``[N, H / stride, W / stride, channels of the last]``."""
+        """Maps ``x: [N, H, W, C]`` to ``[N, H / stride, W / stride, channels of the output]``."""
         *inner, (channels, last_size, _) = self.convolutions()
         y = x
         for features, size, stride in inner:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     pass
 
 
-STATISTICS = {  # colour, dashes, marker; colour-blind readers can tell them apart
+STATISTICS = {  # colour, dashes, marker: distinct for colour-blind readers and in print
     "local": ("#b2182b", (0, (4, 1.5)), "s"),
     "ghost": ("#7f7f7f", (0, (1, 1)), "D"),
     "synchronised": ("#2166ac", "solid", "o"),

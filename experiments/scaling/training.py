@@ -58,7 +58,7 @@ def make_optimizer(config: Config, devices: int) -> optax.GradientTransformation
 
 
 def make_loss(net: ResNet) -> Callable[..., tuple[Array, Any, dict[str, Array]]]:
-    """Makes the mean softmax cross-entropy [nats], with the updated running statistics."""
+    """Makes a loss function: mean softmax cross-entropy [nats], and updated running statistics."""
 
     def loss_fn(params: Any, stats: Any, batch: tuple[Array, Array]) -> Any:
         images, labels = batch
