@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
 
 def measure(target: str, devices: Sequence[Any], mode: Mode, statistics: str) -> Row:
-    """Compiles programs, each of which computes more than the one before, and subtracts them."""
+    """Compiles programs that each compute more than the last, and subtracts their traffic."""
 
     def found(part: str) -> list[Collective]:
         return collectives(compiled(part, mode, statistics, devices))

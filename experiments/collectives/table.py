@@ -53,7 +53,7 @@ def whole_net(total: Traffic) -> str:
 
 
 def each_layer(layers: Sequence[Traffic]) -> tuple[str, str]:
-    """Returns "1 all-reduce" and the bytes sent (and received, if they differ) of each layer.
+    """Formats operations ("1 all-reduce") and bytes sent (and received, if different) by layer.
 
     Operations that name no layer form one more entry, the last.
     """
