@@ -1,5 +1,5 @@
-"""Questions about Batch Normalization, one folder each: ``python -m experiments.NAME``.
+"""Experiments on Batch Normalization, one question a folder: ``python -m experiments.NAME``.
 
-A question's ``__main__.py`` says what is claimed, and holds its command line only. What several
-questions share is in ``common``, ``images`` and ``nets``, which know of no question.
+A question's ``__main__.py`` states the claim and holds the command line. Code that several
+questions share is in ``common``, ``images`` and ``nets``, which do not depend on any question.
 """

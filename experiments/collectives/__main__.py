@@ -1,18 +1,18 @@
 """How much do devices communicate? Collectives and bytes a layer, from XLA's own compiler.
 
-Compiles a network of three layers, relu(batch_norm(x w)) with 64, 128 and 256 channels, for a mesh
-of devices that need not be there, and reads the collectives out of the optimised program.
+The program compiles a network of three layers, relu(batch_norm(x w)) with 64, 128 and 256 channels,
+for a mesh of devices that need not be there, and reads the collectives out of the result.
 
 Claim: in every mode a layer needs one collective forward and one backward, with or without a mask;
-ghost batches (statistics of groups that lie on one device each) and inference need none.
+ghost batches (statistics of groups that are on one device each) and inference need none.
 
 Command::
 
     python -m experiments.collectives                       # eight virtual CPU devices
     python -m experiments.collectives --target v5e:16x16    # 256 TPUs; needs pip install libtpu
 
-Expected: see docs/collectives.md, which ``--markdown`` and ``--json`` write. About a minute a
-target on two CPU cores.
+Expected: see docs/collectives.md, which ``--markdown`` and ``--json`` write. A target takes about a
+minute on two CPU cores.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CPU_DEVICES = 8
 
 
 def target_devices(target: str) -> Sequence[Any]:
-    """The devices of "cpu", or of a TPU pod such as "v5e:16x16"."""
+    """Returns the devices of "cpu", or of a TPU pod such as "v5e:16x16"."""
     return jax.devices("cpu")[:CPU_DEVICES] if target == "cpu" else tpus(target)
 
 
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run from the command line, or from Python with a list of arguments."""
+    """Runs the experiment with `argv`, or with the arguments of the command line."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
     prepare(CPU_DEVICES)

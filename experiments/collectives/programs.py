@@ -1,4 +1,4 @@
-"""The network, and how it is spread over the devices."""
+"""Compiles the network, for each way to spread it over the devices."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class Layer(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Which axes of the batch lie over which axes of the mesh."""
+    """The axes of the batch that are split over axes of the mesh."""
 
     spec: P
     mesh: tuple[int, ...] = (-1,)  # -1: all devices that are left
     names: tuple[str, ...] = (AXIS,)
-    steps: int | None = None  # the length of a second axis of the batch, before that of examples
+    steps: int | None = None  # length of a second axis of the batch, before that of examples
 
 
 class Mode(NamedTuple):
-    """How the program is spread over the devices."""
+    """One way to spread the program over the devices."""
 
     name: str
     axis_type: AxisType = AxisType.Auto
@@ -65,24 +65,24 @@ STATISTICS = ("plain", "masked", "ghost", "halves", "inference")  # halves: two 
 
 
 def applies(mode: Mode, statistics: str, target: str) -> bool:
-    """Whether that combination exists, and the compiler can be asked about it."""
+    """Returns whether the combination exists and can be compiled for the target."""
     if statistics == "halves" and mode.check_vma is None:
         return False
     if mode.place != Place(P(AXIS)):
-        # XLA for TPUs does not say where such an array lies (see docs/collectives.md).
+        # XLA for TPUs does not tell jbn how such an array is split (see docs/collectives.md).
         known = target == "cpu" or mode.axis_type == AxisType.Explicit
         return known and statistics in ("plain", "masked")
     if mode.set_mesh:
         return True
-    # jax.device_count() counts the devices that are here: nothing to learn about others.
+    # jax.device_count() counts the devices of this machine, so a target elsewhere is left out.
     return target == "cpu" and statistics in ("plain", "masked")
 
 
 def train(x, mask, layers, **options) -> tuple[Array, list[Any]]:
-    """The network's output and its updated running statistics."""
+    """Returns the network's output and its updated running statistics."""
     stats = []
     for i, layer in enumerate(layers):
-        with jax.named_scope(f"layer{i}"):  # by which a collective is found again
+        with jax.named_scope(f"layer{i}"):  # `by_layer` finds collectives by it
             z = x @ layer.kernel
             y, new = jbn.batch_norm(z, layer.params, layer.stats, mask=mask, **options)
             x = jax.nn.relu(y)
@@ -99,15 +99,16 @@ def infer(x, layers) -> Array:
 
 
 def program(part: str, mode: Mode, statistics: str, devices: int) -> Callable[..., Any]:
-    """A function of (x, dy, mask, layers) that computes, by the name of the part:
+    """Makes a function of (x, dy, mask, layers) that computes the results named by `part`:
 
     forward: the output; statistics: also the running statistics; backward: the output, and the
-    gradient of <dy, output> in x; parameters: also in the parameters; inference: the output.
+    gradient of <dy, output> in x; parameters: also the gradient in the parameters; inference: the
+    output.
     """
     options: dict[str, Any] = {}
     if mode.check_vma is None:
         options["groups"] = devices if statistics == "ghost" else None
-    elif statistics != "ghost":  # ghost: every device on its own, so no axis_name
+    elif statistics != "ghost":  # ghost: every device normalises alone, so no axis_name
         options["axis_name"] = AXIS
     if statistics == "halves":
         options["axis_index_groups"] = np.arange(devices).reshape(2, -1).tolist()
@@ -123,7 +124,7 @@ def program(part: str, mode: Mode, statistics: str, devices: int) -> Callable[..
             return outputs(x, layers=layers)[0]
         if part == "statistics":
             y, running = outputs(x, layers=layers)
-            if is_local(mode, statistics):  # devices keep their own
+            if is_local(mode, statistics):  # each device keeps its own
                 running = jax.tree.map(lambda s: s[None], running)
             return y, running
         trained = [(layer.kernel, layer.params) for layer in layers]
@@ -140,7 +141,7 @@ def program(part: str, mode: Mode, statistics: str, devices: int) -> Callable[..
             return y, pull(dy)[0]
         y, pull = jax.vjp(output, x, trained)
         dx, dtrained = pull(dy)
-        if mode.check_vma is False:  # with True, JAX has added them up
+        if mode.check_vma is False:  # with True, JAX has summed them
             dtrained = lax.psum(dtrained, AXIS)
         return y, dx, dtrained
 
@@ -148,12 +149,12 @@ def program(part: str, mode: Mode, statistics: str, devices: int) -> Callable[..
 
 
 def is_local(mode: Mode, statistics: str) -> bool:
-    """Whether the running statistics differ from device to device."""
+    """Returns whether the running statistics differ from device to device."""
     return statistics in ("ghost", "halves") and mode.check_vma is not None
 
 
 def out_specs(part: str, mode: Mode, statistics: str) -> Any:
-    """How the results of `program` lie on the devices."""
+    """Returns the PartitionSpecs of the results of `program`."""
     rows = mode.place.spec
     return {
         "inference": rows,
@@ -165,7 +166,7 @@ def out_specs(part: str, mode: Mode, statistics: str) -> Any:
 
 
 def compiled(part: str, mode: Mode, statistics: str, devices: Sequence[Any]) -> str:
-    """The optimised program, as text."""
+    """Compiles the program, and returns the optimised one as text."""
     place = mode.place
     grid = np.asarray(devices).reshape(place.mesh)
     mesh = Mesh(grid, place.names, axis_types=(mode.axis_type,) * grid.ndim)
@@ -189,7 +190,7 @@ def compiled(part: str, mode: Mode, statistics: str, devices: Sequence[Any]) -> 
     if mode.check_vma is not None:
         into = P(AXIS), P(AXIS), P(AXIS), P()
         f = jax.shard_map(f, mesh=mesh, in_specs=into, out_specs=specs, check_vma=mode.check_vma)
-    elif mode.axis_type == AxisType.Auto:  # or XLA may give every device all of a result
+    elif mode.axis_type == AxisType.Auto:  # else XLA may replicate a result
         shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     with jax.set_mesh(mesh) if mode.set_mesh else contextlib.nullcontext():
         text = jax.jit(f, out_shardings=shardings).lower(*args).compile().as_text()

@@ -1,4 +1,4 @@
-"""Collectives of every layer, read out of the compiled programs."""
+"""Reads the collectives of every layer out of the compiled programs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from experiments.common.hlo import Collective, Traffic, collectives, traffic
 
 
 class Row(NamedTuple):
-    """One line of the table: a mode, and which statistics."""
+    """One line of the table: a mode, and a kind of statistics."""
 
     target: str
     devices: int
@@ -19,12 +19,12 @@ class Row(NamedTuple):
     statistics: str
     forward: list[Traffic]  # of each layer
     backward: list[Traffic]  # of each layer
-    running: Traffic  # what the running statistics add, in all layers together
-    parameters: Traffic  # what the gradients of the parameters add, in all layers together
+    running: Traffic  # added by the running statistics, in all layers together
+    parameters: Traffic  # added by the parameters' gradients, in all layers together
 
 
 def measure(target: str, devices: Sequence[Any], mode: Mode, statistics: str) -> Row:
-    """Compiles program after program, each of which computes more than the one before."""
+    """Compiles programs that each compute more than the last, and subtracts their traffic."""
 
     def found(part: str) -> list[Collective]:
         return collectives(compiled(part, mode, statistics, devices))
@@ -44,7 +44,7 @@ def measure(target: str, devices: Sequence[Any], mode: Mode, statistics: str) ->
 
 
 def by_layer(found: Sequence[Collective]) -> list[Traffic]:
-    """Sorts collectives by the layer that they come from; last those that say no layer."""
+    """Groups the collectives by their layer; the last group has those that name no layer."""
     layers: list[list[Collective]] = [[] for _ in (*WIDTHS, "no layer")]
     for c in found:
         scope = re.search(r"layer(\d+)", c.op_name)
@@ -53,7 +53,7 @@ def by_layer(found: Sequence[Collective]) -> list[Traffic]:
 
 
 def to_json(row: Row) -> dict[str, Any]:
-    """A row as numbers, texts, lists and dictionaries."""
+    """Converts a row to numbers, texts, lists and dictionaries."""
     values = row._asdict()
     for part in ("forward", "backward"):
         values[part] = [t._asdict() for t in values[part]]
@@ -63,7 +63,7 @@ def to_json(row: Row) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> Row:
-    """The inverse of `to_json`."""
+    """Inverts `to_json`."""
     layers = {k: [Traffic(**t) for t in values[k]] for k in ("forward", "backward")}
     whole = {k: Traffic(**values[k]) for k in ("running", "parameters")}
     fields: dict[str, Any] = {k: values[k] for k in Row._fields} | layers | whole

@@ -1,4 +1,4 @@
-"""The measurements as a table in Markdown."""
+"""Formats the measurements as a table in Markdown."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLUMNS = (
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown that a terminal shows well, too: a table for each target."""
+    """Formats Markdown that a terminal shows well, too: a table for each target."""
     parts = []
     for target in dict.fromkeys(row.target for row in rows):
         own = [row for row in rows if row.target == target]
@@ -37,7 +37,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def columns(row: Row) -> tuple[str, ...]:
-    """A line of the table."""
+    """Returns the cells of a line of the table."""
     return (
         row.mode,
         row.statistics,
@@ -53,9 +53,9 @@ def whole_net(total: Traffic) -> str:
 
 
 def each_layer(layers: Sequence[Traffic]) -> tuple[str, str]:
-    """Operations, "1 all-reduce", and bytes sent (and received, if that differs) of each layer.
+    """Formats operations ("1 all-reduce") and bytes sent (and received, if different) by layer.
 
-    If some operation says no layer, it stands last, as one more.
+    Operations that name no layer form one more entry, the last.
     """
     *own, elsewhere = layers
     if elsewhere.counts:

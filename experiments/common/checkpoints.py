@@ -1,12 +1,12 @@
-"""Checkpoints of a whole training state with Orbax: stop anywhere, go on anywhere.
+"""Saves and restores a whole training state with Orbax, so that a run can stop at any step.
 
 A `jbn.training.TrainState` holds all that a step needs, running statistics, optimizer state and
 loss scale included. So a run that is killed and resumed ends as if it had never stopped: bit for
-bit on the same devices, to rounding on others. What a program must add is a batch that depends on
-nothing but the number of the step::
+bit on the same devices, to rounding on other ones. The program must make each batch from nothing
+but the number of the step::
 
     with checkpoints.manager(folder) as manager:
-        state = checkpoints.resume(manager, state)  # as it is, if there is no checkpoint yet
+        state = checkpoints.resume(manager, state)  # unchanged if there is no checkpoint yet
         for i in range(int(state.step), steps):
             state, metrics = step(state, batch(i))
             checkpoints.save(manager, state)
@@ -24,33 +24,33 @@ from jbn.training import TrainState
 
 
 def manager(folder: str | Path, *, every: int = 1, keep: int = 3) -> ocp.CheckpointManager:
-    """Of the checkpoints in a folder, of which it keeps the newest; close it, or use it in `with`.
+    """Makes a manager that keeps the newest checkpoints of a folder; close it, or use it in `with`.
 
     Args:
-      folder: made if it is missing. With several processes, one that all of them see.
-      every: of how many steps `save` saves one.
-      keep: how many checkpoints stay.
+      folder: created if it is missing. Several processes must all see the same folder.
+      every: the number of steps from one checkpoint of `save` to the next.
+      keep: how many checkpoints to keep.
     """
     options = ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=keep)
     return ocp.CheckpointManager(Path(folder).resolve(), options=options)
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState) -> bool:
-    """Saves the state, if its step is one to be saved, while training goes on.
+    """Saves the state in the background, if its step is one of those to be saved.
 
-    The arrays are copied before this returns, so they may be donated. A checkpoint counts once it
-    is complete: one that was being written when the program died is not seen again.
+    The arrays are copied before this function returns, so they may be donated. Only a complete
+    checkpoint counts: `resume` ignores one that was being written when the program died.
     """
     return manager.save(int(state.step), args=ocp.args.StandardSave(state))
 
 
 def resume(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
-    """The newest checkpoint, placed on devices as `state` is; `state` itself if there is none.
+    """Returns the newest checkpoint, on devices as `state` is; `state` itself if there is none.
 
     Args:
-      manager: of the folder.
-      state: a fresh state of the same model and optimizer. Its devices and shardings may be others
-        than those of the run that saved the checkpoint.
+      manager: the manager of the folder.
+      state: a fresh state of the same model and optimizer. Its devices and shardings may differ
+        from those of the run that saved the checkpoint.
 
     Raises:
       ValueError: the checkpoint is of another model or optimizer; Orbax says what differs.

@@ -1,4 +1,4 @@
-"""Which devices a program runs on: virtual ones of this machine, or those of several processes."""
+"""Sets up the devices of a program: virtual ones of this machine, or those of several processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 
 
 def virtual_devices(n: int) -> None:
-    """Ask for n devices on this machine's CPU; to be called before JAX computes anything."""
+    """Requests n devices on this machine's CPU; call it before JAX computes anything."""
     flag = "--xla_force_host_platform_device_count"
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={n}"
@@ -24,7 +24,7 @@ def virtual_devices(n: int) -> None:
 
 
 def add_options(group: argparse._ArgumentGroup) -> None:
-    """What one process of several must know; `join` reads it."""
+    """Adds the options that each of several processes needs; `join` reads them."""
     add = group.add_argument
     add("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     add("--num-processes", type=int, default=1, help="of all machines together")
@@ -33,7 +33,7 @@ def add_options(group: argparse._ArgumentGroup) -> None:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the program, in words, if the options do not fit together."""
+    """Ends the program with a message if the options do not fit together."""
     if args.num_processes > 1 and args.coordinator is None:
         parser.error("--num-processes needs --coordinator HOST:PORT, the address of process 0")
     if not 0 <= args.process_id < args.num_processes:
@@ -41,8 +41,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def join(args: argparse.Namespace) -> None:
-    """Makes this process one of several, if the options say so; before JAX computes anything."""
+    """Makes this process one of several, if the options say so; call it before JAX computes."""
     if args.auto:
         jax.distributed.initialize()
-    elif args.num_processes > 1:  # gloo carries what CPU devices say
+    elif args.num_processes > 1:  # CPU devices communicate by gloo
         jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)

@@ -13,16 +13,16 @@ NO_IMAGES = (
 
 
 def at_least_one(text: str) -> int:
-    """A count, the type of an argument."""
+    """Parses a whole number, 1 or more: the type of a command-line argument."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}. Expected a whole number, 1 or more.")
     return int(text)
 
 
 def as_typed(name: str, argv: Sequence[str], data_dir: str | None = None) -> str:
-    """The command ``python -m experiments.NAME ARGV``, for the header of a file of results.
+    """Returns the command ``python -m experiments.NAME ARGV``, for the header of a file of results.
 
-    The folder of the images, `data_dir`, is called DIR: where it lay says nothing.
+    It shows DIR in the place of `data_dir`, the folder of the images: its path does not matter.
     """
     shown = ["DIR" if arg == data_dir else arg for arg in argv]
     return shlex.join(["python", "-m", f"experiments.{name}", *shown])

@@ -1,4 +1,4 @@
-"""Devices that need not be there: XLA's compilers for GPUs and TPUs run without them."""
+"""Describes devices to XLA's compilers for GPUs and TPUs, which run without the hardware."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-# Describes NVIDIA's H100 with 80 GB to XLA, which cannot ask a GPU that is not there (protobuf).
+# NVIDIA's H100 with 80 GB, as protobuf text: XLA cannot query a GPU that is not there.
 H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 minor: 0 }
@@ -48,10 +48,10 @@ NAMES = ("h100", *ONE_CHIP, "cpu")
 
 
 def device(name: str) -> Any:
-    """One device of the kind, which need not be there.
+    """Returns one device of the kind, which need not be there.
 
     Raises:
-      ImportError: XLA's compiler for it is not installed.
+      ImportError: XLA's compiler for the device is not installed.
     """
     if name == "cpu":
         return jax.devices("cpu")[0]
@@ -59,7 +59,7 @@ def device(name: str) -> Any:
 
 
 def gpu() -> Any:
-    """An H100."""
+    """Returns an H100, which need not be there."""
     plugins = importlib.util.find_spec("jax_plugins")
     if plugins is None or importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
         raise ImportError(
@@ -71,11 +71,11 @@ def gpu() -> Any:
 
 
 def tpus(topology: str) -> Sequence[Any]:
-    """The devices of a TPU pod such as "v5e:16x16".
+    """Returns the devices of a TPU pod such as "v5e:16x16", which need not be there.
 
     Raises:
       ImportError: libtpu is not installed.
-      ValueError: it has no such devices.
+      ValueError: libtpu knows no such pod.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(
@@ -94,7 +94,7 @@ def tpus(topology: str) -> Sequence[Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what libtpu, a C++ library, writes to stderr when it finds no TPU."""
+    """Silences stderr, where libtpu, a C++ library, writes messages when it finds no TPU."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -107,17 +107,17 @@ def quiet() -> Iterator[None]:
 
 
 def prepare(cpu_devices: int = 1) -> None:
-    """Has to run before JAX looks for devices."""
+    """Configures JAX to compile without the hardware; call it before JAX looks for devices."""
     jax.config.update("jax_platforms", "cpu")
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask a cloud which TPU this is
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # there is no TPU to quarrel over
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # nor a GPU with a driver
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU to compete for
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # no GPU driver to check
 
 
 def version(package: str) -> str | None:
-    """The installed version of a package, if it is installed."""
+    """Returns the installed version of a package, or None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,7 +1,7 @@
-"""What downloads share: pooch, which fetches a file once and checks it, and its errors in words.
+"""Imports pooch, which fetches a file once and checks it, and explains its errors.
 
-The commands that download know the options ``--download [URL]`` and ``--data-dir DIR``, and the
-messages name them.
+The error messages name the options ``--download [URL]`` and ``--data-dir DIR``, which every command
+that downloads has.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def import_pooch(instead: str) -> Any:
-    """The package that downloads; without it an error that says what to do instead."""
+    """Imports pooch; if it is missing, raises an error that says what to do instead."""
     try:
         import pooch
     except ImportError as error:
@@ -25,7 +25,7 @@ def import_pooch(instead: str) -> Any:
 
 @contextlib.contextmanager
 def download_explained(name: str, url: str) -> Iterator[None]:
-    """What pooch raises within, in words that say what to do."""
+    """Adds advice for the user to the errors that pooch raises within the block."""
     instead = "name another mirror (--download URL), or give a folder that has the files with"
     try:
         yield
@@ -34,7 +34,7 @@ def download_explained(name: str, url: str) -> Iterator[None]:
         raise OSError(
             f"Could not fetch {name} from {url}: {reason}. Try again, {instead} --data-dir."
         ) from error
-    except ValueError as error:  # for a wrong checksum
+    except ValueError as error:  # pooch's for a wrong checksum
         reason = str(error).rstrip(".")
         raise ValueError(
             f"{url} does not serve the published {name}: {reason}. Instead, {instead} --data-dir."

@@ -1,4 +1,4 @@
-"""A figure and its file; what the figures show is in the folders of the questions."""
+"""Makes empty figures and saves them; the files of each question draw the curves."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure (inches) without pyplot: no window, no global state."""
+    """Makes an empty figure (sizes in inches) without pyplot: no window, no global state."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the PNG; the folder is made if missing."""
+    """Writes the PNG, and creates its folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)

@@ -1,4 +1,4 @@
-"""A compiled program, as text -> its collectives and its kernels: which, and of how many bytes."""
+"""Reads the collectives and the kernels, and their bytes, out of a compiled program's text."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Instruction(NamedTuple):
     name: str
     result: str  # its type
     operation: str
-    operands: list[str]  # names, from some printers with types
-    attributes: str  # all that follows on the first bracket
+    operands: list[str]  # names; some printers add types
+    attributes: str  # all text after the first bracket
 
     @property
     def values(self) -> list[str]:
@@ -38,29 +38,29 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One operation in which devices talk to each other."""
+    """One operation in which devices communicate."""
 
     kind: str  # one of KINDS
-    sent: int  # bytes of the operands: what a device contributes
-    received: int  # bytes of the results: what a device ends up with
-    op_name: str  # where it, or what it sends, is in the traced program: "jit(f)/layer0/psum"
+    sent: int  # bytes of the operands, which a device contributes
+    received: int  # bytes of the results, which a device gets
+    op_name: str  # its place, or its operand's, in the traced program: "jit(f)/layer0/psum"
 
 
 def collectives(hlo_text: str) -> list[Collective]:
-    """The collectives of an optimised program, ``jax.jit(f).lower(...).compile().as_text()``.
+    """Lists the collectives of an optimised program, ``jax.jit(f).lower(...).compile().as_text()``.
 
-    An asynchronous operation counts once, at its ``-start``; one that carries several arrays counts
-    once, with the bytes of them all; and one inside a loop counts once, however often that runs.
+    An asynchronous operation counts once, at its ``-start``. An operation on several arrays counts
+    once, with the bytes of all of them. An operation inside a loop counts once, however often the
+    loop runs.
     """
     found = []
     for computation in computations(hlo_text).values():
-        size: dict[str, int] = {}  # of the values of one computation, in bytes
-        origin: dict[str, str] = {}  # of these values, an op_name
+        size: dict[str, int] = {}  # bytes of each value of the computation
+        origin: dict[str, str] = {}  # op_name of each value
         for i in computation:
             size[i.name] = n_bytes(i.result)
-            # An operation that XLA has put in the place of another may have lost its name. Names
-            # nest, so the longest of the operands' says the most; a constant's may be just
-            # "jit(f)".
+            # An operation that replaces another may have lost its name: it inherits an operand's.
+            # Names nest, so the longest is the most precise; a constant's may be just "jit(f)".
             inherited = max((origin.get(value, "") for value in i.values), key=len, default="")
             own = _OP_NAME.search(i.attributes)
             origin[i.name] = own[1] if own else inherited
@@ -69,8 +69,8 @@ def collectives(hlo_text: str) -> list[Collective]:
                 continue
             result = i.result
             if i.operation.endswith("-start") and kind != "all-reduce":
-                result = elements(result)[1]  # of (operands, results, contexts ...)
-            # Some printers repeat the types of the operands, some give their names alone.
+                result = elements(result)[1]  # in (operands, results, contexts ...)
+            # Some printers repeat the types of the operands, some print their names only.
             sent = sum(map(n_bytes, i.operands)) or sum(size.get(v, 0) for v in i.values)
             found.append(Collective(kind, sent, n_bytes(result), origin[i.name]))
     return found
@@ -78,7 +78,7 @@ def collectives(hlo_text: str) -> list[Collective]:
 
 # --- Kernels -------------------------------------------------------------------------------------
 
-# What moves nothing: names for what is there already.
+# Operations that move no bytes: they name values that exist already.
 _FREE = {
     "parameter",
     "constant",
@@ -88,7 +88,7 @@ _FREE = {
     "after-all",
     "opt-barrier",
 }
-_PARTS = {"slice", "dynamic-slice", "gather"}  # of the first operand they read what they return
+_PARTS = {"slice", "dynamic-slice", "gather"}  # read of their first operand only what they return
 _CALLED = re.compile(r"\b(?:calls|to_apply|body)=(%[\w.\-]+)")
 _RUNS_OTHERS = {"call", "while"}
 _ENTRY = "ENTRY"
@@ -108,12 +108,12 @@ class Kernel(NamedTuple):
 
 
 def kernels(hlo_text: str) -> list[Kernel]:
-    """The steps of an optimised program, each with the bytes of its operands and its results.
+    """Lists the steps of an optimised program, each with the bytes of its operands and its results.
 
-    That is what moves if nothing stays in a cache from one step to the next. Of an operand that a
-    step only takes slices of, the slices count, as in XLA's own cost analysis. Asynchronous copies
-    into a memory on the chip, which TPUs make ahead of a step, are no steps. The steps inside a
-    loop count once, however often that runs.
+    These bytes move if nothing stays in a cache from one step to the next. If a step reads only
+    slices of an operand, only the slices count, as in XLA's own cost analysis. Asynchronous copies
+    into on-chip memory, which TPUs make ahead of a step, are not steps. The steps inside a loop
+    count once, however often the loop runs.
     """
     return list(_kernels(_ENTRY, computations(hlo_text)))
 
@@ -138,7 +138,7 @@ def _kernels(computation: str, found: dict[str, list[Instruction]]) -> Iterator[
 
 
 def _parts_read(fusion: Sequence[Instruction]) -> dict[int, int]:
-    """Index of a parameter -> bytes, for those of which a fusion reads nothing but slices."""
+    """Maps the index of a parameter to the bytes read, if a fusion reads only slices of it."""
     users: dict[str, list[tuple[Instruction, int]]] = {}
     for i in fusion:
         for position, value in enumerate(i.values):
@@ -162,7 +162,7 @@ def _parts_read(fusion: Sequence[Instruction]) -> dict[int, int]:
 
 
 def computations(hlo_text: str) -> dict[str, list[Instruction]]:
-    """Name of a computation -> its instructions; the one that a program starts with is "ENTRY"."""
+    """Maps each computation's name to its instructions; "ENTRY" is where a program starts."""
     found: dict[str, list[Instruction]] = {}
     own: list[Instruction] = []
     for line in hlo_text.splitlines():
@@ -178,7 +178,7 @@ def computations(hlo_text: str) -> dict[str, list[Instruction]]:
 
 
 def n_bytes(shape: str) -> int:
-    """The size of an HLO type, ``f32[8,128]{1,0}`` or a tuple ``(f32[8], bf16[4])`` of such."""
+    """Returns the bytes of an HLO type, ``f32[8,128]{1,0}`` or a tuple ``(f32[8], bf16[4])``."""
     total = 0
     for dtype, bits, dims in _ARRAY.findall(shape):
         size = 8 if dtype == "pred" else int(bits or 0)
@@ -189,7 +189,7 @@ def n_bytes(shape: str) -> int:
 
 
 def elements(text: str) -> list[str]:
-    """What stands in the first pair of brackets, cut at the commas that no inner brackets hold."""
+    """Splits the text in the first pair of brackets at the commas outside of inner brackets."""
     parts, depth = [""], 0
     for char in text:
         depth -= char in ")]}"
@@ -204,7 +204,7 @@ def elements(text: str) -> list[str]:
 
 
 class Traffic(NamedTuple):
-    """What some part of a program says to other devices; parts can be subtracted."""
+    """The communication of some part of a program; parts can be subtracted."""
 
     counts: dict[str, int]  # number of operations of each kind
     sent: int

@@ -1,9 +1,9 @@
-"""How long do competing programs take? Interleaved rounds in one process; ratios within a round.
+"""Times competing programs in interleaved rounds of one process, and compares them within a round.
 
-A machine that does something else for a second slows all competitors of that round, so the ratio of
-two times of one round says more than either, and the median of many such ratios more than the ratio
-of two averages. This file knows nothing of JAX: a competitor is a function that returns when its
-work is done.
+A machine that is busy for a second slows all competitors of that round. So the ratio of two times
+of one round is more reliable than either time, and the median of many such ratios is more reliable
+than the ratio of two averages. This file does not depend on JAX: a competitor is a function that
+returns when its work is done.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-# What the process has to be started with, as glibc and OpenMP read it once. By default glibc asks
-# the kernel for new, empty pages for every large array and hands them back with it: on a CPU a
-# program that writes 25 MB then waits for 6,000 page faults in each call, up to nine times its own
-# work, and that is what would be measured. So freed memory is kept for the next array. OpenMP's
-# threads, PyTorch's, spin while they wait: into the next competitor's turn, and, where something
-# else runs beside the benchmark, for up to 100 ms at each call. So they sleep.
+# The process must start with these variables: glibc and OpenMP read them only once. By default
+# glibc requests new, empty pages from the kernel for every large array and returns them when it is
+# freed: on a CPU a program that writes 25 MB then waits for 6,000 page faults in each call, up to
+# nine times its own work, and the benchmark would measure that. So glibc keeps freed memory for the
+# next array. The threads of OpenMP, which PyTorch uses, spin while they wait: into the next
+# competitor's turn and, if another program runs beside the benchmark, for up to 100 ms at each
+# call. So they sleep.
 ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",  # no array gets a mapping of its own
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",  # bytes: nothing is handed back
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",  # bytes: no memory is returned
     "MALLOC_TOP_PAD_": "536870912",  # bytes: grow by half a gigabyte at once
-    "OMP_WAIT_POLICY": "passive",  # PyTorch's threads then have to wake up: tiny layers show it
+    "OMP_WAIT_POLICY": "passive",  # PyTorch's threads must wake up, which slows tiny layers
 }
 
 
 def restart_with_environment(module: str, argv: Sequence[str]) -> None:
-    """Starts ``python -m module argv`` again in place of this process, if it lacks `ENVIRONMENT`.
+    """Replaces this process by ``python -m module argv``, if it lacks variables of `ENVIRONMENT`.
 
-    To be called before JAX is imported: a JAX that had a TPU or the memory of a GPU would still
-    hold it. What the user has set stays as it is.
+    Call it before JAX is imported: after that JAX could still hold a TPU or the memory of a GPU.
+    Variables that the user has set keep their values.
     """
     missing = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     if missing and sys.platform == "linux":
@@ -45,7 +46,7 @@ def restart_with_environment(module: str, argv: Sequence[str]) -> None:
 
 
 class Samples(NamedTuple):
-    """Seconds a call of each competitor: one number a round, in the order of the rounds."""
+    """The seconds per call of each competitor: one number a round, in the order of the rounds."""
 
     seconds: Mapping[str, Sequence[float]]
 
@@ -53,7 +54,7 @@ class Samples(NamedTuple):
         return float(np.median(self.seconds[name]))
 
     def ratio(self, name: str, baseline: str) -> Ratio:
-        """How many times the baseline's time `name` takes: below 1 it is the faster one."""
+        """Returns the time of `name` relative to the baseline's: below 1 `name` is faster."""
         mine, other = (np.asarray(self.seconds[n]) for n in (name, baseline))
         low, median, high = np.percentile(mine / other, (25, 50, 75))
         return Ratio(float(median), float(low), float(high))
@@ -70,16 +71,16 @@ class Ratio(NamedTuple):
 def interleave(
     competitors: Mapping[str, Callable[[], object]], rounds: int, at_least: float = 2e-3
 ) -> Samples:
-    """Times every competitor once a round, in an order that is shuffled anew for each round.
+    """Times every competitor once a round, in a new random order each round.
 
     Args:
       competitors: functions that return when their work is done.
-      rounds: how often each is measured.
-      at_least: seconds that one measurement takes; a shorter call is repeated and divided.
+      rounds: how often each competitor is measured.
+      at_least: seconds that one measurement takes; a shorter call is repeated and averaged.
 
     Returns:
-      Seconds a call. Before each measurement a competitor runs once without being timed: the
-      threads that another library leaves spinning come to rest, and the caches hold its own arrays.
+      The seconds per call. Before each measurement a competitor runs once untimed, so that the
+      threads that another library left spinning stop and the caches hold its own arrays.
     """
     calls = {name: calls_for(call, at_least) for name, call in competitors.items()}
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
@@ -91,14 +92,14 @@ def interleave(
 
 
 def shuffled(names: Iterable[str], seed: int) -> list[str]:
-    """The names in an order that depends on the seed: nobody always comes after the same other."""
+    """Shuffles the names by the seed, so that no name always follows the same other one."""
     order = list(names)
     random.Random(seed).shuffle(order)
     return order
 
 
 def time_calls(call: Callable[[], object], calls: int) -> float:
-    """Seconds a call, over that many."""
+    """Returns the mean seconds of so many calls."""
     began = time.perf_counter()
     for _ in range(calls):
         call()
@@ -106,7 +107,7 @@ def time_calls(call: Callable[[], object], calls: int) -> float:
 
 
 def calls_for(call: Callable[[], object], at_least: float) -> int:
-    """How many calls take `at_least` seconds; the first call, which may compile, is not counted."""
+    """Counts the calls that take `at_least` seconds, after a first one, which may compile."""
     call()
     calls = 1
     while (seconds := time_calls(call, calls) * calls) < at_least / 2:
@@ -115,7 +116,7 @@ def calls_for(call: Callable[[], object], at_least: float) -> int:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """The mean of ratios: that of 2 and 1/2 is 1.
+    """Returns the geometric mean of ratios: that of 2 and 1/2 is 1.
 
     Raises:
       ValueError: there are no values, or one is not above 0.

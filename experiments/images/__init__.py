@@ -1,1 +1,1 @@
-"""Reading, changing, ordering and serving images."""
+"""Reads, changes, orders and serves images."""

@@ -1,7 +1,7 @@
-"""A sequence of batches, made by Grain in worker processes or threads, from any of them on.
+"""Makes a sequence of batches with Grain, in worker processes or threads, from any batch on.
 
-Batch k is a function of k alone, ``Source.__getitem__``. All that is left is to make batches in
-time, to know how many were taken, and to leave nothing behind.
+Batch k is a function of k alone, ``Source.__getitem__``. This file makes batches in time, counts
+those that were taken, and ends its workers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ENDLESS = sys.maxsize
 
 
 class Source:
-    """What Grain reads from: batch k, for every k."""
+    """The source that Grain reads from: batch k, for every k."""
 
     def __len__(self) -> int:
         return ENDLESS
@@ -31,12 +31,13 @@ class Source:
 
 
 class Batches(grain.DatasetIterator):
-    """Batches from a given one on; a Grain iterator whose state is the number of the next.
+    """Batches from a given one on; a Grain iterator whose state is the number of the next batch.
 
-    Grain's own iterator over worker processes has a state for each of them, which another number of
-    workers cannot take up, and cannot begin in the middle. Since batch k depends on nothing but k,
-    this one sets out anew from there. Nor does it ask Grain for more than ``length`` batches, since
-    the end of Grain's keeps the last batch of every worker in memory that is shared.
+    Grain's own iterator over worker processes has a state for each worker. Another number of
+    workers cannot restore it, and it cannot begin in the middle. Since batch k depends on nothing
+    but k, this iterator starts a new one of Grain's at the batch it needs. It does not ask Grain
+    for more than ``length`` batches: at its end Grain's iterator keeps the last batch of every
+    worker in shared memory.
     """
 
     def __init__(
@@ -44,8 +45,8 @@ class Batches(grain.DatasetIterator):
     ) -> None:
         super().__init__()
         self._make, self.length, self._next = make, length, start
-        self._inner: list[grain.DatasetIterator] = []  # one, or none once closed
-        # At the latest when the program ends, as long as workers can still be told so.
+        self._inner: list[grain.DatasetIterator] = []  # one, or none after `close`
+        # Closes at the end of the program at the latest, while workers can still be stopped.
         weakref.finalize(self, _close_all, self._inner)
         self.set_state({"next": start})
 
@@ -56,8 +57,8 @@ class Batches(grain.DatasetIterator):
             raise StopIteration
         batch = next(self._inner[0])
         self._next += 1
-        # Workers send memory that they share. A copy (1 % of the time) is an array like any other:
-        # it may outlive the workers, and JAX may use it without copying.
+        # Workers send arrays in shared memory. A copy (1 % of the time) is an ordinary array: it
+        # may outlive the workers, and JAX may use it without copying.
         return {name: np.array(values) for name, values in batch.items()}
 
     def get_state(self) -> dict[str, int]:
@@ -69,8 +70,8 @@ class Batches(grain.DatasetIterator):
         self._inner.append(self._make(self._next))
 
     def close(self) -> None:
-        """Ends the workers. There are no more batches, unless a state is set."""
-        while self._inner:  # no function of this module: it may be gone when Python ends
+        """Ends the workers. No batches follow, unless a state is set."""
+        while self._inner:  # calls no function of this module: Python may have removed it at exit
             self._inner.pop().close()
 
 
@@ -80,7 +81,7 @@ def _close_all(iterators: list[grain.DatasetIterator]) -> None:
 
 
 def iterate(source: Source, length: int, workers: int, threads: int, start: int = 0) -> Batches:
-    """Batches ``start`` to ``length`` of ``source``, made by worker processes or by threads."""
+    """Makes batches ``start`` to ``length`` of ``source``, in worker processes or threads."""
     if workers < 0:
         raise ValueError(f"workers={workers}. Expected 0, for threads, or more.")
     if start < 0:
@@ -88,11 +89,11 @@ def iterate(source: Source, length: int, workers: int, threads: int, start: int 
 
     def make(first: int) -> grain.DatasetIterator:
         dataset = grain.MapDataset.source(source)[first:]
-        if not workers:  # ready: one batch a thread, and one to take
+        if not workers:  # read ahead: one batch a thread, and one more
             options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
             return iter(dataset.to_iter_dataset(options))
-        # Grain 0.2.18 asks for a flag of absl's, which fails unless the program has parsed its
-        # command line with absl: https://github.com/google/grain/issues/1355.
+        # Grain 0.2.18 reads a flag of absl, which fails unless absl has parsed the command line of
+        # the program: https://github.com/google/grain/issues/1355.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
@@ -104,9 +105,9 @@ def iterate(source: Source, length: int, workers: int, threads: int, start: int 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Which positions of the global sequence of images belong to a process."""
+    """The positions of the global sequence of images that belong to a process."""
 
-    batch: int  # of this process
+    batch: int  # images of this process
     process_index: int
     process_count: int
 
@@ -120,6 +121,6 @@ class Share:
             )
 
     def positions(self, step: int) -> np.ndarray:
-        """Of this process' images in a batch, ``[batch]``."""
+        """Returns the positions of this process' images in a batch, ``[batch]``."""
         own = step * self.batch + np.arange(self.batch, dtype=np.int64)
         return own * self.process_count + self.process_index

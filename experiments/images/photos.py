@@ -1,8 +1,8 @@
-"""Photographs, 32 x 32 in colour, as arrays in memory: labels, and one fixed split. Three sources:
+"""Reads 32 x 32 colour photographs into arrays, with labels and a fixed split. The sources are:
 
 - ``read_cifar10(folder)``: the binary files of CIFAR-10, or a folder of JPEG or PNG files a class.
 - ``download_cifar10()``: fetches the binary files once, checks them, and returns their folder.
-- ``painted_stripes()``: made up in a moment, to see that a program runs. Tells nothing else.
+- ``painted_stripes()``: made-up images, to test that a program runs; accuracy means nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Photos(NamedTuple):
 
 
 def read_cifar10(folder: str | Path) -> Photos:
-    """CIFAR-10 in ``folder``: its binary files, or a folder of image files a class.
+    """Reads CIFAR-10 in ``folder``: its binary files, or a folder of image files a class.
 
     Raises:
       FileNotFoundError: the folder is missing, or has neither layout, or lacks a part of it.
@@ -59,7 +59,7 @@ def read_cifar10(folder: str | Path) -> Photos:
 
 
 def _read_binary(folder: Path, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of one label byte, then 1024 red, 1024 green and 1024 blue bytes."""
+    """Reads rows of one label byte, then 1024 red, 1024 green and 1024 blue bytes."""
     row = 1 + 3 * PHOTO_SIDE**2
     parts = []
     for name in names:
@@ -84,7 +84,7 @@ def _read_binary(folder: Path, names: tuple[str, ...]) -> tuple[np.ndarray, np.n
 
 
 def _class_names(folder: Path) -> list[str]:
-    """The class folders in alphabetical order: label 0, 1, ..."""
+    """Lists the class folders in alphabetical order: label 0, 1, ..."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if len(names) != N_CLASSES:
         raise ValueError(
@@ -95,7 +95,7 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _read_classes(folder: Path, classes: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Every image file of every class folder, in alphabetical order."""
+    """Reads every image file of every class folder, in alphabetical order."""
     images, labels = [], []
     for label, name in enumerate(classes):
         paths = sorted((folder / name).glob("*")) if (folder / name).is_dir() else []
@@ -111,7 +111,7 @@ def _read_classes(folder: Path, classes: list[str]) -> tuple[np.ndarray, np.ndar
 
 
 def _read_photo(path: Path) -> np.ndarray:
-    """``[32, 32, 3]`` uint8."""
+    """Reads an image file as ``[32, 32, 3]`` uint8."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -122,7 +122,7 @@ def _read_photo(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # what Pillow raises for damaged files
+    except (OSError, SyntaxError) as error:  # Pillow raises these for damaged files
         raise ValueError(
             f"{path} is not a whole image file ({error}). Fetch it again, or remove it."
         ) from error
@@ -135,18 +135,18 @@ def _read_photo(path: Path) -> np.ndarray:
 
 
 def download_cifar10(url: str = CIFAR10_URL, sha256: str = CIFAR10_SHA256) -> Path:
-    """Fetch CIFAR-10's binary files (170 MB) into the user's cache; return their folder.
+    """Fetches CIFAR-10's binary files (170 MB) into the user's cache; returns their folder.
 
     Args:
-      url: of the archive cifar-10-binary.tar.gz.
-      sha256: its checksum.
+      url: the address of the archive cifar-10-binary.tar.gz.
+      sha256: the checksum of the archive.
 
     Raises:
       OSError: the archive could not be fetched.
-      ValueError: an archive came, but is not the one expected.
+      ValueError: the fetched archive is not the published one.
     """
     pooch = import_pooch(f"fetch and unpack {url} yourself and give the folder with --data-dir")
-    cache: Any = pooch.os_cache("jbn-cifar10")  # pooch declares a str, and wants a path
+    cache: Any = pooch.os_cache("jbn-cifar10")  # pooch declares a str, and needs a path
     with download_explained("CIFAR-10", url):
         paths = pooch.retrieve(
             url,
@@ -160,7 +160,7 @@ def download_cifar10(url: str = CIFAR10_URL, sha256: str = CIFAR10_SHA256) -> Pa
 
 
 def painted_stripes(n_train: int, n_test: int, seed: int = 0) -> Photos:
-    """Made-up images: a class is a direction of stripes; phase, colours and noise vary.
+    """Makes up images: a class is a direction of stripes; phase, colours and noise vary.
 
     They let a program run without data. A result on them says nothing about photographs.
     """

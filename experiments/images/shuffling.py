@@ -1,18 +1,18 @@
-"""In which order images come: three laws, of which the paper compares two.
+"""Orders images by one of three laws, of which the paper compares two.
 
 "Shuffle training examples more thoroughly. We enabled within-shard shuffling of the training data,
 which prevents the same examples from always appearing in a mini-batch together. This led to about
 1% improvements in the validation accuracy" (Ioffe & Szegedy 2015, section 4.2.1).
 
-The images are dealt into shards once, as files of a distributed file system hold them. Each epoch
+The images are dealt into shards once, like the files of a distributed file system. In each epoch
 the shards come in a new order, and
 
-- ``within-shard``: the examples of a shard in a new order, too, so that others meet in a batch;
-- ``fixed-shards``: the examples of a shard in the same order, so that the same meet: the opposite;
+- ``within-shard``: so do the examples of a shard, so that other ones meet in a batch;
+- ``fixed-shards``: the examples of a shard keep their order, so that the same ones meet in a batch;
 - ``thorough``: there are no shards, and all images come in a new order each epoch.
 
-An epoch has each image once. One follows upon the other without a gap, so a batch may hold the end
-of one and the beginning of the next, and no image is left out.
+An epoch has each image once. The next epoch follows without a gap, so a batch may hold the end of
+one epoch and the beginning of the next, and no image is left out.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import functools
 import numpy as np
 
 SHUFFLES = ("thorough", "within-shard", "fixed-shards")
-VIEWS, EPOCHS, SHARDS = range(3)  # what random numbers of a seed are for: (seed, this, number)
+VIEWS, EPOCHS, SHARDS = range(3)  # purposes of random numbers: (seed, purpose, number)
 
 
 @functools.lru_cache(maxsize=2)  # a batch may need two epochs; 5 MB for ImageNet
 def epoch_order(n_images: int, seed: int, epoch: int, shuffle: str, shards: int) -> np.ndarray:
-    """Which image comes when within an epoch, ``[n_images]`` int32."""
+    """Returns the order of the images within an epoch, ``[n_images]`` int32."""
     rng = np.random.default_rng((seed, EPOCHS, epoch))
     if shuffle == "thorough":
         return rng.permutation(n_images).astype(np.int32)
@@ -40,7 +40,7 @@ def epoch_order(n_images: int, seed: int, epoch: int, shuffle: str, shards: int)
 
 @functools.lru_cache(maxsize=2)
 def shard_members(n_images: int, seed: int, shards: int) -> list[np.ndarray]:
-    """The images of each shard: dealt once a seed, as many to each as can be."""
+    """Deals the images into shards of equal size (to one image), once for a seed."""
     rng = np.random.default_rng((seed, SHARDS))
     return np.array_split(rng.permutation(n_images).astype(np.int32), shards)
 
@@ -48,7 +48,7 @@ def shard_members(n_images: int, seed: int, shards: int) -> list[np.ndarray]:
 def images_at(
     positions: np.ndarray, n_images: int, seed: int, shuffle: str, shards: int
 ) -> np.ndarray:
-    """The images at ``positions: [B]`` of the endless sequence of epochs, ``[B]`` int32."""
+    """Returns the images at ``positions: [B]`` of the endless sequence of epochs, ``[B]`` int32."""
     epochs, places = np.divmod(positions, n_images)
     chosen = np.empty(len(positions), np.int32)
     for epoch in np.unique(epochs):
@@ -59,7 +59,7 @@ def images_at(
 
 
 def check(n_images: int, shuffle: str, shards: int) -> None:
-    """Raises ValueError for what makes no order."""
+    """Raises ValueError for arguments that give no order."""
     if shuffle not in SHUFFLES:
         raise ValueError(f"shuffle={shuffle!r}. Expected one of {', '.join(SHUFFLES)}.")
     if shuffle != "thorough" and not 1 <= shards <= n_images:

@@ -1,8 +1,8 @@
 """How many steps does Batch Normalization save a deep network, and what else does it make possible?
 
 Figures 2 and 3 of Ioffe & Szegedy (2015, arXiv 1502.03167): an Inception network of 34 convolution
-layers, with and without Batch Normalization, at the learning rate that suits the plain one and at 5
-and 30 times that, with ReLUs and with sigmoids. The claims: the normalised network reaches the
+layers, with and without Batch Normalization, at the learning rate that suits the plain network and
+at 5 and 30 times that, with ReLUs and with sigmoids. The claims: the normalised network reaches the
 plain one's best accuracy in 7 % of its steps; it trains at rates where the plain one diverges; it
 needs no Dropout; and it trains with sigmoids, where the plain one stays at chance.
 
@@ -15,16 +15,16 @@ On CIFAR-10, the same modules an eighth as wide, on a laptop::
     python -m experiments.inception report                        # tables and figures of all runs
     python -m experiments.inception BN-x5 --dataset smoke         # seconds: does it run?
 
-A run that was stopped goes on when the same command is given again; one that has ended is not
-repeated. CIFAR-10 comes as folders of images, ``train/CLASS/*`` and ``test/CLASS/*``, or as its
-binary files.
+The same command continues a run that was stopped, and does not repeat one that has ended. CIFAR-10
+comes as folders of images, ``train/CLASS/*`` and ``test/CLASS/*``, or as its binary files.
 
-Expected there (docs/experiments/inception.md has all of it): best accuracies 61.2 % without Batch
-Normalization and 64.8 % with it, the former after 55 % of the steps; BN-x5 52.7 % and BN-x5-Sigmoid
-58.9 % in a fifth of the steps; Inception-Sigmoid, Inception-x5 and BN-x30 at chance. The paper's
-7 % is not reached. The table takes about 80 minutes on two CPU cores, three seeds and ``--jobs 2``.
+Expected there (docs/experiments/inception.md has all numbers): best accuracies 61.2 % without Batch
+Normalization and 64.8 % with it, which reaches the former after 55 % of the steps; BN-x5 52.7 % and
+BN-x5-Sigmoid 58.9 % in a fifth of the steps; Inception-Sigmoid, Inception-x5 and BN-x30 at chance.
+The paper's 7 % is not reached. The table takes about 80 minutes on two CPU cores, with three seeds
+and ``--jobs 2``.
 
-On ImageNet, ``train/WNID/*.JPEG`` and ``val/WNID/*.JPEG``, the real thing::
+On ImageNet, ``train/WNID/*.JPEG`` and ``val/WNID/*.JPEG``, as in the paper::
 
     python -m experiments.inception BN-x30 --data-dir DIR --dataset imagenet --workers 32 --auto
 
@@ -34,11 +34,11 @@ Inception 72.2 % after 31 million steps of 32 images; BN-Baseline the same after
 million; BN-x5-Sigmoid 69.8 %. Errors (top-5): 25.2 % (7.82 %) with one crop, 21.99 % (5.82 %) with
 144, six networks together 20.1 % (4.9 %).
 
-Cost: an image takes 1.95 billion multiplications forward, three times that with the way back, so a
-step of 32 images 374 GFLOP, and the 6 million steps of BN-x30 2.2e18. That is eight hours at 80
-TFLOP/s over all devices, if 6,700 images a second are read: 16 processor cores at 2.6 ms an image.
-Inception's 31 million steps are five times as much. These figures are the paper's and arithmetic,
-not measured with this program.
+Cost: an image takes 1.95 billion multiplications forward, and three times that with the backward
+pass. So a step of 32 images takes 374 GFLOP, and the 6 million steps of BN-x30 take 2.2e18 FLOP.
+That is eight hours at 80 TFLOP/s over all devices, if 6,700 images a second are read: 16 processor
+cores at 2.6 ms an image. Inception's 31 million steps cost five times as much. These numbers are
+computed from the paper's, and not measured with this program.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ ACTIONS = ("search", *GROUPS, "report")
 
 
 def runs(args: argparse.Namespace) -> list[Run]:
-    """What is asked for, in the order in which it is of use: all recipes, then the next seed."""
+    """Lists the runs that were asked for: all recipes with the first seed, then the next seed."""
     given = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
     if "modules" in given:
         given["modules"] = tuple(given["modules"])
@@ -94,7 +94,7 @@ def runs(args: argparse.Namespace) -> list[Run]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Images are the only thing without a default."""
+    """Makes the parser; images are the only thing without a default."""
     p = argparse.ArgumentParser(
         prog="python -m experiments.inception",
         description="Inception with and without Batch Normalization, as in the paper's Figure 2. "
@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_run_options(group: argparse._ArgumentGroup) -> None:
-    """Images, length, where the results go."""
+    """Adds the options of the images, the length and the folder of results."""
     add = group.add_argument
     add("--data-dir", metavar="DIR", help="the images: folders train and val (or test) of classes")
     add("--dataset", choices=SCALES, default="cifar10",
@@ -162,7 +162,7 @@ def add_run_options(group: argparse._ArgumentGroup) -> None:
 
 
 def add_device_options(group: argparse._ArgumentGroup) -> None:
-    """Hardware, precision and whose statistics."""
+    """Adds the options of hardware, precision and statistics."""
     add, options = group.add_argument, Options()
     add(
         "--devices",
@@ -195,12 +195,12 @@ def add_device_options(group: argparse._ArgumentGroup) -> None:
 
 
 def options_of(args: argparse.Namespace) -> Options:
-    """How the runs are computed."""
+    """Returns the command line's options for the computation of the runs."""
     return Options(**{name: getattr(args, name) for name in Options._fields})
 
 
 def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the program, in words, if it cannot run."""
+    """Ends the program with a message if it cannot run."""
     unknown = [what for what in args.what if what not in ACTIONS and what not in RECIPES]
     if unknown:
         p.error(f"there is no {unknown[0]!r}. Expected {', '.join(ACTIONS)}, or a recipe: "
@@ -239,11 +239,11 @@ def check_devices(chosen: list[Run], devices: int) -> None:
 
 
 def train(chosen: list[Run], argv: Sequence[str], args: argparse.Namespace) -> None:
-    """Trains one after the other, and says where the measurements are."""
+    """Trains one run after the other, and prints where the measurements are."""
     cluster.join(args)
     if args.devices:
         cluster.virtual_devices(args.devices)
-    # Another process need not compile the same program again.
+    # So that another process does not compile the same program again.
     jax.config.update("jax_compilation_cache_dir", str((args.out / "compiled").resolve()))
     check_devices(chosen, args.devices or jax.device_count())
     sets = load(args.dataset, args.data_dir)
@@ -253,7 +253,7 @@ def train(chosen: list[Run], argv: Sequence[str], args: argparse.Namespace) -> N
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run from the command line, or from Python with a list of arguments."""
+    """Runs the experiment with `argv`, or with the arguments of the command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
     p = parser()
     args = p.parse_args(argv)

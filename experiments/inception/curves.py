@@ -1,4 +1,4 @@
-"""Curves of all runs, and what they come to over the seeds."""
+"""Reads the curves of all runs, and summarises them over the seeds."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from experiments.inception.notebook import lines
 from experiments.inception.recipes import BAND, TABLE
 
 BASELINE = "Inception"
-NUMBERS = "inception.jsonl"  # of all runs in one file
+NUMBERS = "inception.jsonl"  # one file with all runs
 
 
 class Curve(NamedTuple):
-    """One run."""
+    """The measurements of one run."""
 
     name: str
     seed: int
-    rate: float  # the baseline's first
-    first_rate: float  # its own
+    rate: float  # the baseline's first rate
+    first_rate: float  # of this run
     steps: np.ndarray  # [T] at which accuracy was measured
     top1: np.ndarray  # [T] fraction of the validation images
     end: dict[str, Any]  # the last line
@@ -33,13 +33,13 @@ class Curve(NamedTuple):
         return float(self.top1.max())
 
     def steps_to(self, accuracy: float) -> float:
-        """After how many steps the accuracy first was as high; infinite, if it never was."""
+        """Returns the first step with this accuracy or more; infinity if there is none."""
         reached = self.top1 >= accuracy
         return float(self.steps[reached.argmax()]) if reached.any() else np.inf
 
 
 def collect(out: Path) -> Path:
-    """One file of the measurements of all runs that have a folder in `out`."""
+    """Writes one file of the measurements of all runs that have a folder in `out`."""
     files = sorted(out.glob("*/measurements.jsonl"))
     if files:
         rows = [json.dumps(row) + "\n" for path in files for row in lines(path)]
@@ -53,7 +53,7 @@ def collect(out: Path) -> Path:
 
 
 def read(path: Path) -> list[Curve]:
-    """All runs in the file that have ended: the best of one that has not may be to come."""
+    """Reads all runs in the file that have ended: others may still reach their best accuracy."""
     found: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
     header: dict[str, Any] = {}
     for row in lines(path):
@@ -79,8 +79,8 @@ class Result(NamedTuple):
     name: str
     first_rate: float
     seeds: int
-    steps_to: list[float]  # the baseline's best accuracy, with every seed
-    shares: list[float]  # of the steps that the baseline took to it
+    steps_to: list[float]  # to the baseline's best accuracy, for every seed
+    shares: list[float]  # those steps, over the baseline's
     best: list[float]
     final: list[float]
     final_population: list[float]
@@ -88,7 +88,7 @@ class Result(NamedTuple):
 
 
 def chosen_rate(curves: Iterable[Curve]) -> float:
-    """The rate of the search at which the baseline was best, of those that the table has."""
+    """Returns the rate at which the baseline was best, among those of the table's runs."""
     table = {curve.rate for curve in curves if curve.name in {*TABLE} - {BASELINE}} or None
     baseline = [c for c in curves if c.name == BASELINE and (table is None or c.rate in table)]
     if not baseline:
@@ -97,7 +97,7 @@ def chosen_rate(curves: Iterable[Curve]) -> float:
 
 
 def results(curves: Sequence[Curve], names: Iterable[str]) -> list[Result]:
-    """The recipes that have run, by name, in this order."""
+    """Summarises the recipes that have run, by name, in this order."""
     rate = chosen_rate(curves)
     baseline = {c.seed: c for c in curves if (c.name, c.rate) == (BASELINE, rate)}
     found = []
@@ -126,7 +126,7 @@ def result_of(name: str, mine: list[Curve], baseline: dict[int, Curve]) -> Resul
 
 
 def band_curves(curves: Sequence[Curve]) -> dict[str, tuple[list[float], list[float]]]:
-    """Rates and best accuracies without and with Batch Normalization."""
+    """Returns rates and best accuracies without and with Batch Normalization."""
     rate = chosen_rate(curves)
     found: dict[str, tuple[list[float], list[float]]] = {}
     for prefix in (BASELINE, "BN"):

@@ -1,4 +1,4 @@
-"""The figures of the Inception experiments. Each function takes measurements and writes one PNG."""
+"""Draws the figures of `experiments.inception`: a function takes numbers and writes one PNG."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from experiments.common.figures import new_figure, save
 if TYPE_CHECKING:
     from experiments.inception.curves import Curve
 
-# Colour and dashes of a curve: apart for colour-blind readers, and in print.
+# Colour and dashes of a curve, which colour-blind readers can tell apart, also in print.
 LOOKS = {
     "Inception": ("black", (0, (4, 1.5))),
     "BN-Baseline": ("#b2182b", (0, (1, 1))),
@@ -27,7 +27,7 @@ BN = {"Inception": ("without BN", *LOOKS["Inception"]), "BN": ("with BN", *LOOKS
 
 
 def figure2(path: Path, curves: Sequence[Curve]) -> None:
-    """The paper's Figure 2: accuracy over steps; all of them, and the first fifth."""
+    """Draws the paper's Figure 2: accuracy over all steps, and over the first fifth of them."""
     figure = new_figure(10.0, 4.0)
     whole, start = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1))
     last = max(curve.steps[-1] for curve in curves) / 1000
@@ -56,7 +56,7 @@ def figure2(path: Path, curves: Sequence[Curve]) -> None:
 
 
 def band(path: Path, found: Mapping[str, tuple[list[float], list[float]]], steps: int) -> None:
-    """The best accuracy within a few steps, over the learning rate; means over the seeds."""
+    """Draws the best accuracy within a few steps over the learning rate; means over the seeds."""
     figure = new_figure(5.5, 3.6)
     axes = figure.subplots()
     for name, (rates, best) in found.items():

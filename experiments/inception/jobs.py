@@ -1,4 +1,4 @@
-"""Several jobs on one machine, each with one thread."""
+"""Runs several jobs on one machine, each with one thread."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from experiments.inception.runs import Run
 
 
 def deal(chosen: list[Run], jobs: int) -> list[list[Run]]:
-    """The runs, each to the job that has the fewest steps so far."""
+    """Deals the runs, each to the job that has the fewest steps so far."""
     hands: list[list[Run]] = [[] for _ in range(jobs)]
     for run in chosen:
         min(hands, key=lambda hand: sum(r.steps for r in hand)).append(run)
@@ -21,9 +21,9 @@ def deal(chosen: list[Run], jobs: int) -> list[list[Run]]:
 
 
 def spawn(argv: Sequence[str], jobs: int, out: Path) -> None:
-    """Starts the jobs on this machine, each with one thread, and waits for all.
+    """Starts the jobs on this machine, each with one thread, and waits for all of them.
 
-    Two jobs of one thread do almost twice as much as one job of two: the layers are small.
+    The layers are small: two jobs of one thread are almost twice as fast as one job of two.
     """
     out.mkdir(parents=True, exist_ok=True)
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
@@ -40,7 +40,7 @@ def spawn(argv: Sequence[str], jobs: int, out: Path) -> None:
         while any(p.poll() is None for p in started) and not any(p.poll() for p in started):
             time.sleep(1)
         failed = [job for job, process in enumerate(started) if process.poll()]
-    finally:  # after a failure or an interrupt; the others go on from their checkpoints, next time
+    finally:  # after a failure or an interrupt; the next start continues from the checkpoints
         for process in started:
             process.terminate()
             process.wait()

@@ -1,4 +1,4 @@
-"""The measurements of a run, in a folder that one program at a time writes to."""
+"""Writes the measurements of a run, in a folder that one program at a time writes to."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 
 
 class Notebook:
-    """The measurements of a run: JSON lines, and TensorBoard's events if wanted.
+    """The measurements of a run: JSON lines, and TensorBoard's events if they are asked for.
 
-    Of several processes all measure the same, and the first one writes it down.
+    If there are several processes, all measure the same numbers, and the first one writes them.
     """
 
     def __init__(self, path: Path, *, resume_from: int, tensorboard: bool, **header: Any):
@@ -40,7 +40,7 @@ class Notebook:
             self.writer = SummaryWriter(str(path.parent / "tensorboard"), purge_step=resume_from)
 
     def write(self, kind: str, **fields: Any) -> None:
-        """A line; of every number in it a point of a curve."""
+        """Writes a line, and for every number in it a point of a curve in TensorBoard."""
         if self.records is not None:
             self.records.write(kind, **fields)
         for name, value in fields.items():
@@ -58,17 +58,17 @@ class Notebook:
 
 
 def lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The measurements in a file, of one kind or all; none, if there is no file."""
+    """Reads the measurements in a file, of one kind or all; none if there is no file."""
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]  # a line that was being written when the program died
+    whole = text[: text.rfind("\n") + 1]  # without a line that a program was writing when it died
     rows = [json.loads(line) for line in whole.splitlines()]
     return [row for row in rows if kind in (None, row["kind"])]
 
 
 def described(run: Run, options: Options) -> dict[str, Any]:
-    """All that the results of a run depend on."""
+    """Returns everything that the results of a run depend on."""
     computed = {k: getattr(options, k) for k in ("statistics", "bfloat16", "auxiliary")}
     if options.statistics == "ghost":
         computed["ghost_batch"] = options.ghost_batch
@@ -88,7 +88,7 @@ def described(run: Run, options: Options) -> dict[str, Any]:
 
 
 def check_same(path: Path, identity: dict[str, Any]) -> None:
-    """Raises ValueError if the file tells of a run that is another one."""
+    """Raises ValueError if the file belongs to another run."""
     headers = lines(path, "header")
     for name, value in identity.items():
         given = headers[-1].get(name) if headers else value
@@ -101,13 +101,13 @@ def check_same(path: Path, identity: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Holds the folder of a run as long as it is written to.
+    """Locks the folder of a run while it is written to.
 
-    Raises ValueError, in all processes, if another program holds it.
+    Raises ValueError, in all processes, if another program has locked it.
     """
     with contextlib.ExitStack() as stack:
         free = jax.process_index() != 0 or _hold(folder, stack)
-        if jax.process_count() > 1:  # as the first process says
+        if jax.process_count() > 1:  # all take the first one's answer
             free = bool(multihost_utils.broadcast_one_to_all(np.asarray(free)))
         if not free:
             raise ValueError(
@@ -118,7 +118,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def _hold(folder: Path, stack: contextlib.ExitStack) -> bool:
-    """Whether the folder is free; then it is held until the stack is left, or the program dies."""
+    """Locks the folder until the stack closes or the program dies; returns whether it was free."""
     folder.mkdir(parents=True, exist_ok=True)
     file = stack.enter_context((folder / "lock").open("w"))
     try:

@@ -1,4 +1,4 @@
-"""The compiled parts of a run: a step, an evaluation, statistics of the whole set."""
+"""Compiles the parts of a run: a step, an evaluation, the exact statistics."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ AUXILIARY_WEIGHT = 0.3  # of the loss of an auxiliary head, as in GoogLeNet
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """The loss of each image, in nats."""
+    """Returns the loss of each image, in nats."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
 def make_loss(net: bn_inception.Inception) -> Callable[..., Any]:
-    """The mean cross-entropy of a batch; that of auxiliary heads is added."""
+    """Makes a loss function: mean cross-entropy of a batch, plus that of auxiliary heads."""
 
     def loss_fn(params: Any, stats: Any, batch: Any, key: Array) -> Any:
         variables, rngs = {"params": params, "batch_stats": stats}, {"dropout": key}
@@ -45,7 +45,7 @@ def make_loss(net: bn_inception.Inception) -> Callable[..., Any]:
 
 
 def make_judge(net: bn_inception.Inception) -> Callable[..., Any]:
-    """Loss and accuracies over the images that a batch's mask lets pass."""
+    """Makes a function that sums loss and accuracies over the images that the mask keeps."""
 
     def judge(params: Any, stats: Any, batch: Any) -> Any:
         variables = {"params": params, "batch_stats": stats}
@@ -61,9 +61,9 @@ def make_judge(net: bn_inception.Inception) -> Callable[..., Any]:
 
 
 def rank(scores: Array, labels: Array) -> Array:
-    """The place of the right class among all: 1 is the best, and shared places are the last.
+    """Returns the place of the right class among all: 1 is best; a tie gets its last place.
 
-    ``scores: [N, n_classes]``, ``labels: [N]``; a NaN or infinity is in the last place of all.
+    ``scores: [N, n_classes]``, ``labels: [N]``; a NaN or infinity gets a place after all others.
     """
     own = jnp.take_along_axis(scores, labels[:, None], 1)
     place = (~(scores < own)).sum(1)
@@ -71,30 +71,30 @@ def rank(scores: Array, labels: Array) -> Array:
 
 
 class Program(NamedTuple):
-    """The compiled functions of a network, and where they run."""
+    """The compiled functions of a network, and the mesh that they run on."""
 
     mesh: Mesh
-    start: Callable[..., jbn.training.TrainState]  # of (key, hyperparameters)
+    start: Callable[..., jbn.training.TrainState]  # (key, hyperparameters) -> state
     step: Callable[..., Any]  # (state, batch, key) -> (state, metrics)
     judge: Callable[..., Any]  # (params, stats, batch) -> metrics
     collect: Callable[..., Any]  # (params, stats, batch) -> stats, in training mode
 
     def place(self, batch: Any) -> Any:
-        """Every process' share of a batch, as the global batch on all devices."""
+        """Makes the global batch on all devices from each process' share."""
         split = NamedSharding(self.mesh, P(AXIS))
         return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, split), batch)
 
 
 @functools.cache
 def program(recipe: Recipe, scale: Scale, n_classes: int, options: Options) -> Program:
-    """Made once for all runs that differ in nothing else: to be given what `of_...` return."""
+    """Compiles the parts once for all runs with equal arguments, which `of_...` must make."""
     devices = jax.devices()[: options.devices]
     mesh = jax.make_mesh((len(devices),), (AXIS,), (AxisType.Auto,), devices=devices)
     slots = network_slots(scale, n_classes, options)
     plain = network(recipe, scale, **slots)  # ghost batches are for training
     net = network(recipe, scale, groups=n_groups(scale, options, len(devices)), **slots)
     loss_fn = make_loss(net)
-    step = jbn.training.make_train_step  # the key is an argument, so that all seeds share a program
+    step = jbn.training.make_train_step  # the key is an argument: all seeds share a program
 
     def start(key: Array, hyper: dict[str, Array]) -> jbn.training.TrainState:
         image = jnp.zeros((1, scale.size, scale.size, 3))
@@ -119,7 +119,7 @@ def program(recipe: Recipe, scale: Scale, n_classes: int, options: Options) -> P
 
 
 def network_slots(scale: Scale, n_classes: int, options: Options) -> dict[str, Any]:
-    """The parts of a network besides its recipe."""
+    """Returns the parts of a network that its recipe does not fix."""
     slots: dict[str, Any] = {"n_classes": n_classes}
     if options.auxiliary:
         names = [row.name for row in bn_inception.rows(*scale.modules, repeat=scale.repeat)]
@@ -132,7 +132,7 @@ def network_slots(scale: Scale, n_classes: int, options: Options) -> dict[str, A
 
 
 def n_groups(scale: Scale, options: Options, devices: int) -> int | None:
-    """How many parts of a batch are normalised on their own; None: it is one."""
+    """Returns how many parts of a batch are normalised separately; None: there is only one."""
     counts = {"synchronised": 1, "local": devices, "ghost": scale.batch // options.ghost_batch}
     groups = counts[options.statistics]
     return groups if groups > 1 else None

@@ -1,8 +1,8 @@
-"""What the networks of the paper's comparison are, and what they are trained with.
+"""Recipes of the networks in the paper's comparison, and of their training.
 
 A recipe is one curve of the paper's Figure 2, or one remark of its text. A scale is a data set with
-the size of the network and the length of the training that suit it. Their product is all that a
-run depends on, besides its seed.
+the size of the network and the length of the training that suit it. A run depends on its recipe,
+its scale and its seed, and on nothing else.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import jbn.training
 from experiments.nets import bn_inception
 
 MOMENTUM = 0.9
-# The learning rate falls to this share during the steps of the baseline: by 4 % every 8 epochs, as
-# GoogLeNet's (arXiv 1409.4842, section 6), over the 31 million steps of Inception.
+# The learning rate decays to this share during the steps of the baseline: by 4 % every 8 epochs, as
+# in GoogLeNet (arXiv 1409.4842, section 6), over the 31 million steps of Inception.
 FINAL_SHARE = 1 / 50
 SPEED = 6  # of the decay in the BN-x runs (section 4.2.1)
 BAND = (0.1, 0.3, 1, 3, 10, 30, 100, 300)  # multiples of the baseline's rate
@@ -34,18 +34,18 @@ class Recipe(NamedTuple):
 
     batch_norm: bool = True
     sigmoid: bool = False
-    rate: float = 1.0  # the first, as a multiple of the baseline's
+    rate: float = 1.0  # the first rate, as a multiple of the baseline's
     decay_speed: float = 1.0  # of the rate, as a multiple of the baseline's
     weight_decay: float = 1.0  # as a multiple of the baseline's
     dropout: float = 0.4
     lrn: bool = True  # local response normalisation
-    shuffle: str = "fixed-shards"  # the examples of a shard always come together
+    shuffle: str = "fixed-shards"  # the examples of a shard keep their order
     distortion: str = "full"  # of the colours
     init: float = 1.0  # standard deviation of the initial kernels, as a multiple of He's
     share: float = 1.0  # of the baseline's steps that a run takes
 
     def of_network(self) -> Recipe:
-        """The recipe without what its network does not depend on."""
+        """Returns the recipe with defaults for all that its network does not depend on."""
         names = "batch_norm", "sigmoid", "dropout", "lrn", "init"
         return Recipe(**{name: getattr(self, name) for name in names})
 
@@ -72,7 +72,7 @@ TABLE = {
     "Inception-x5": Recipe(batch_norm=False, rate=5.0, share=1 / 5),
 }
 
-# One change to BN-x5 each: what each of the paper's modifications is worth.
+# BN-x5 with one change each, to measure the effect of each of the paper's modifications.
 REMARKS = {
     "BN-x5, Dropout 10 %": TABLE["BN-x5"]._replace(dropout=0.1),
     "BN-x5, Dropout 40 %": TABLE["BN-x5"]._replace(dropout=0.4),
@@ -84,7 +84,7 @@ REMARKS = {
     "BN-x5, full distortion": TABLE["BN-x5"]._replace(distortion="full"),
 }
 
-# Kernels by LeCun's initialiser, Flax's default, 0.7 times as large as He's: does it matter?
+# Kernels by LeCun's initialiser, Flax's default, which are 0.7 times as large as He's.
 INITS = {
     f"{name}, LeCun init": TABLE[name]._replace(init=math.sqrt(1 / 2))
     for name in ("Inception", "BN-x5")
@@ -99,7 +99,7 @@ ENSEMBLE = {
 
 
 def band(recipe: Recipe, share: float = 1 / 20) -> list[Recipe]:
-    """A recipe at rates over 3.5 decades, each for a short while and without decay."""
+    """Lists a recipe at rates over 3.5 decades, each for a short while and without decay."""
     return [recipe._replace(rate=rate, decay_speed=0.0, share=share) for rate in BAND]
 
 
@@ -125,25 +125,25 @@ class Scale(NamedTuple):
     weight_decay: float
     shards: int
     batch: int = 32
-    modules: tuple[str, ...] = ()  # rows of the paper's table; () is all
+    modules: tuple[str, ...] = ()  # rows of the paper's table; () is all of them
     repeat: int = 1  # of every module that keeps the resolution
-    evaluations: int = 50  # in the baseline's steps; twice as many a step in shorter runs
+    evaluations: int = 50  # in the baseline's steps; shorter runs have twice as many a step
     eval_batch: int = 512
-    population: int = 10_000  # training images that the exact statistics are taken of
+    population: int = 10_000  # training images for the exact statistics
 
     def numbers(self) -> dict[str, Any]:
-        """What a network depends on and an option may change."""
+        """Returns the fields that a network depends on and an option may change."""
         names = "width", "size", "batch", "modules", "repeat"
         return {name: getattr(self, name) for name in names}
 
     def of_network(self) -> Scale:
-        """The scale without what its network does not depend on."""
+        """Returns the scale with constants for all that its network does not depend on."""
         rest = {"crop": "", "rate": 0.0, "steps": 1, "weight_decay": 0.0, "shards": 1}
         return Scale("", self.net, **self.numbers(), **rest)
 
 
 def _he(std: float) -> Callable[..., jax.Array]:
-    """He's initialiser for ReLU (arXiv 1502.01852), times a factor."""
+    """Returns He's initialiser for ReLU (arXiv 1502.01852), times a factor."""
     return nn.initializers.variance_scaling(2.0 * std**2, "fan_in", "truncated_normal")
 
 
@@ -152,13 +152,13 @@ SCALES = {
         "cifar10", bn_inception.small_inception, width=1 / 8, size=32, crop="shift", rate=0.03,
         steps=20_000, weight_decay=2e-4, shards=200, evaluations=40,
     ),
-    # The paper's own: 31 million steps of 32 images are 775 epochs.
+    # The paper's scale: 31 million steps of 32 images are 775 epochs.
     "imagenet": Scale(
         "imagenet", bn_inception.wide_inception, width=1, size=224, crop="resized", rate=0.0015,
         steps=31_000_000, weight_decay=4e-5, shards=1024, evaluations=200, eval_batch=64,
         population=100_000,
     ),
-    # Seconds on made-up images: does everything run?
+    # Takes seconds on made-up images, to test that everything runs.
     "smoke": Scale(
         "smoke", bn_inception.small_inception, width=1 / 32, size=32, crop="shift", rate=0.01,
         steps=40, weight_decay=2e-4, shards=4, batch=16, modules=("3c",), evaluations=4,
@@ -168,11 +168,11 @@ SCALES = {
 
 
 def network(recipe: Recipe, scale: Scale, **slots: Any) -> bn_inception.Inception:
-    """The recipe's network at this scale.
+    """Makes the recipe's network at this scale.
 
     Args:
-      recipe: which layers it has.
-      scale: how large it is.
+      recipe: which layers the network has.
+      scale: how large the network is.
       **slots: as for `bn_inception.Inception`, but for the norm. `groups` goes to the Batch
         Normalization layers, all else to the network.
     """
@@ -192,7 +192,7 @@ def network(recipe: Recipe, scale: Scale, **slots: Any) -> bn_inception.Inceptio
 
 
 def hyperparameters(recipe: Recipe, scale: Scale, rate: float) -> dict[str, float]:
-    """What `optimizer` takes; `rate` is the baseline's first."""
+    """Returns the arguments of `optimizer`; `rate` is the baseline's first rate."""
     return {
         "rate": rate * recipe.rate,
         "decay": recipe.decay_speed * math.log(1 / FINAL_SHARE) / scale.steps,
@@ -201,9 +201,9 @@ def hyperparameters(recipe: Recipe, scale: Scale, rate: float) -> dict[str, floa
 
 
 def optimizer(rate: Any, decay: Any, weight_decay: Any) -> optax.GradientTransformation:
-    """SGD with momentum and weight decay, at the learning rate ``rate * exp(-decay * step)``.
+    """Makes SGD with momentum and weight decay, at the rate ``rate * exp(-decay * step)``.
 
-    The hyperparameters are arrays in its state, where a compiled step reads them: one program
+    The hyperparameters are arrays in its state. A compiled step reads them there, so one program
     serves all rates.
     """
 
@@ -220,5 +220,5 @@ def optimizer(rate: Any, decay: Any, weight_decay: Any) -> optax.GradientTransfo
 
 
 def n_steps(recipe: Recipe, scale: Scale) -> int:
-    """How long a run of this recipe is."""
+    """Returns the number of steps of a run of this recipe."""
     return max(1, round(recipe.share * scale.steps))

@@ -1,9 +1,9 @@
-"""What all runs of `experiments.inception` together say: tables for the documentation, figures.
+"""Summarises all runs of `experiments.inception` in tables and figures for the documentation.
 
 Steps are compared seed by seed: with the same initial kernels where the networks have the same
-layers, and with the same images. "Steps to the baseline's best" are those after which a run's
-accuracy first was what the baseline's was at its best, with that seed. Accuracies are of the
-validation images, by the moving averages; beside the last one that by the exact statistics.
+layers, and with the same images. "Steps to the baseline's best" are the steps after which a run
+first had the best accuracy of the baseline with that seed. Accuracies are of the validation images,
+by the moving averages; the table also has the last accuracy by the exact statistics.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from experiments.inception.curves import (
 )
 from experiments.inception.recipes import ENSEMBLE, INITS, RATES, REMARKS, TABLE
 
-# The paper's: first learning rate, millions of steps to 72.2 %, highest accuracy [%].
+# In the paper: first learning rate, millions of steps to 72.2 %, highest accuracy [%].
 PAPER = {
     "Inception": (0.0015, 31.0, 72.2),
     "BN-Baseline": (0.0015, 13.3, 72.7),
@@ -40,7 +40,7 @@ PAPER = {
 
 
 def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
-    """The mean, and the lowest and highest of several; what is infinite never happened."""
+    """Formats the mean, lowest and highest of several values; an infinite one was never reached."""
     if not values:
         return "-"
     if not all(map(np.isfinite, values)):
@@ -60,7 +60,7 @@ def count(value: float) -> str:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table as MyST reads it."""
+    """Formats a table for MyST."""
     cells = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
@@ -70,7 +70,7 @@ COLUMNS = ("network", "first rate", "steps to the baseline's best", "share", "be
 
 
 def main_table(curves: Sequence[Curve]) -> str:
-    """The paper's table beside ours."""
+    """Formats the paper's table beside ours."""
     header = [*COLUMNS, "paper: steps", "share", "best"]
     return markdown(header, [[*_cells(r), *_paper(r.name)] for r in results(curves, TABLE)])
 
@@ -97,12 +97,12 @@ def _paper(name: str) -> list[str]:
 
 
 def variants_table(curves: Sequence[Curve], names: Iterable[str]) -> str:
-    """Recipes that differ from one of the table's in one point."""
+    """Formats the recipes that each differ from one of the table's in one point."""
     return markdown(COLUMNS, map(_cells, results(curves, names)))
 
 
 def init_table(curves: Sequence[Curve]) -> str:
-    """With smaller initial kernels; the baseline is the plain network with them, at its best."""
+    """Formats the runs with smaller initial kernels; the baseline is the best plain network."""
     plain, _ = INITS
     baseline: dict[int, Curve] = {}
     for curve in sorted((c for c in curves if c.name == plain), key=lambda c: c.best):
@@ -116,14 +116,14 @@ def init_table(curves: Sequence[Curve]) -> str:
 
 
 def search_table(curves: Sequence[Curve]) -> str:
-    """The baseline at all rates that were tried."""
+    """Formats the baseline's results at all rates that were tried."""
     mine = sorted((c for c in curves if c.name == BASELINE), key=lambda c: (c.rate, c.seed))
     rows = [[f"{c.rate:g}", str(c.seed), percent(c.best), percent(c.top1[-1])] for c in mine]
     return markdown(["first rate", "seed", "best accuracy", "at the end"], rows)
 
 
 def better_rate(curves: Sequence[Curve]) -> str:
-    """A warning, if the search found a better rate than the one that the table was made with."""
+    """Returns a warning if the search found a better rate than that of the table."""
     rate = chosen_rate(curves)
     baseline = {c.rate: c for c in curves if c.name == BASELINE and c.seed == 0}
     best = max(baseline.values(), key=lambda c: c.best, default=None)

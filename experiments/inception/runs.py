@@ -12,20 +12,20 @@ STATISTICS = ("synchronised", "ghost", "local")
 
 
 class Options(NamedTuple):
-    """How a run is computed and what it leaves."""
+    """The settings of a run that decide how it is computed and what it leaves."""
 
     workers: int = 0
     devices: int | None = None  # None: all
     statistics: str = "synchronised"
-    ghost_batch: int = 16  # images that share their statistics, if they are "ghost"
+    ghost_batch: int = 16  # images that share statistics, if these are "ghost"
     bfloat16: bool = False
     auxiliary: bool = False
     tensorboard: bool = False
     checkpoint_every: int = 1_000  # steps
-    stop_after: int | None = None  # steps; as if interrupted there
+    stop_after: int | None = None  # steps; the run is interrupted there
 
     def of_program(self) -> Options:
-        """Without what a compiled program does not depend on."""
+        """Returns the options that the compiled program depends on; the rest are defaults."""
         names = "devices", "statistics", "ghost_batch", "bfloat16", "auxiliary"
         return Options(**{name: getattr(self, name) for name in names})
 
@@ -36,7 +36,7 @@ class Run(NamedTuple):
     name: str  # of the recipe
     recipe: Recipe
     scale: Scale
-    rate: float  # the baseline's first
+    rate: float  # the baseline's first rate
     seed: int
 
     @property
@@ -47,25 +47,25 @@ class Run(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """How many it takes."""
+        """The number of its steps."""
         return n_steps(self.recipe, self.scale)
 
     @property
     def every(self) -> int:
-        """Steps from one measurement to the next: short runs are looked at more closely."""
+        """Steps from one measurement to the next; short runs are measured twice as often."""
         shorter = 1 if self.recipe.share == 1 else 2
         return max(1, self.scale.steps // (shorter * self.scale.evaluations))
 
 
 class Sets(NamedTuple):
-    """The images."""
+    """The images for training and validation."""
 
     train: data.ImageSet
     val: data.ImageSet
 
 
 def load(dataset: str, data_dir: str | None) -> Sets:
-    """The images of a data set: those in a folder; "smoke" has made-up ones, and needs none."""
+    """Opens the images of a data set in a folder; "smoke" has made-up ones, and needs no folder."""
     if dataset == "smoke":
         return Sets(*data.stripes(320, 80))
     assert data_dir is not None
@@ -73,5 +73,5 @@ def load(dataset: str, data_dir: str | None) -> Sets:
 
 
 def results_of(dataset: str) -> Path:
-    """The default folder of results: every data set has its own."""
+    """Returns the default folder of results: every data set has its own."""
     return Path("results/inception", dataset)

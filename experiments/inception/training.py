@@ -1,12 +1,12 @@
-"""One run of one recipe: train, measure, save; and go on where an earlier run was stopped.
+"""Trains one run of a recipe, measures and saves it; or continues a run that was stopped.
 
-Everything is one program under ``jit``. On several devices the batch is cut over them, and whose
-statistics a Batch Normalization layer takes is only a matter of its ``groups``: none for those of
-the whole batch, one for each device for local statistics, and any other number between.
+A run is one program under ``jit``. On several devices the batch is split over them. The ``groups``
+of a Batch Normalization layer decide which images share statistics: none for synchronised
+statistics, as many as there are devices for local ones, and any other number between.
 
-A run leaves, in a folder of its own, its measurements as JSON lines, its events for TensorBoard and
-its newest checkpoint. Started again it goes on from there: batches and random numbers depend on the
-step alone, so the end is the same as without the stop.
+A run has a folder of its own, with its measurements as JSON lines, its events for TensorBoard and
+its newest checkpoint. Started again it continues from there. Batches and random numbers depend on
+the step alone, so the end is the same as without the stop.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from experiments.inception.programs import Program, program
 from experiments.inception.recipes import hyperparameters
 from experiments.inception.runs import Options, Run, Sets
 
-PATIENCE = 20  # steps in a row without finite gradients; then a run has diverged
-LOOK = 100  # steps from one look at the losses to the next
+PATIENCE = 20  # so many steps in a row without finite gradients: the run has diverged
+LOOK = 100  # steps from one check of the losses to the next
 
 
 def train(run: Run, sets: Sets, out: Path, about: dict[str, Any], options: Options) -> Path:
-    """Trains one network, or goes on with it; returns the file of its measurements.
+    """Trains one network, or continues its training; returns the file of its measurements.
 
-    A run that has ended is not begun again.
+    A run that has ended is not started again.
     """
     path = out / run.folder / "measurements.jsonl"
     with alone(path.parent):
-        identity = json.loads(json.dumps(described(run, options)))  # as the file has it
+        identity = json.loads(json.dumps(described(run, options)))  # types as in the file
         check_same(path, identity)
         if not lines(path, "end"):
             _train(run, sets, path, about | identity, options)
@@ -74,15 +74,15 @@ def _train(run: Run, sets: Sets, path: Path, about: dict[str, Any], options: Opt
 
 
 class Tally:
-    """Losses of the steps since the last measurement, and whether steps are taken at all."""
+    """The losses of the steps since the last measurement, and the skipped steps."""
 
     def __init__(self) -> None:
-        self._new: list[dict[str, Array]] = []  # on devices, so that adding does not wait
+        self._new: list[dict[str, Array]] = []  # on devices, so that `add` need not wait
         self._seen: list[tuple[float, bool]] = []
         self._in_a_row = 0
 
     def add(self, metrics: dict[str, Array]) -> None:
-        """Takes in a step."""
+        """Adds the metrics of a step."""
         self._new.append(metrics)
 
     def _fetch(self) -> None:
@@ -92,26 +92,26 @@ class Tally:
         self._new = []
 
     def diverged(self) -> bool:
-        """Whether the last `PATIENCE` steps were all skipped."""
+        """Returns whether the last `PATIENCE` steps were all skipped."""
         self._fetch()
         return self._in_a_row >= PATIENCE
 
     def loss(self) -> float:
-        """Mean over the steps, nats."""
+        """Returns the mean over the steps, in nats."""
         self._fetch()
         return float(np.mean([loss for loss, _ in self._seen]))
 
     def skipped(self) -> int:
-        """How many steps had no finite gradients."""
+        """Counts the steps without finite gradients."""
         return sum(skipped for _, skipped in self._seen)
 
     def forget(self) -> None:
-        """Begins anew, after a measurement."""
+        """Drops the losses of the steps, after a measurement."""
         self._seen = []
 
 
 class Loop(NamedTuple):
-    """The constants of a run."""
+    """The constants of a run, and its loop."""
 
     run: Run
     sets: Sets
@@ -120,7 +120,7 @@ class Loop(NamedTuple):
     notebook: Notebook
 
     def advance(self, state: Any, key: Array, manager: Any) -> tuple[Any, bool]:
-        """Trains to the end, or to where the run is to stop; whether it has diverged."""
+        """Trains to the end, or to the stop; returns the state and whether it diverged."""
         first, end = int(state.step), self.run.steps
         last = min(end, self.options.stop_after or end)
         tally = Tally()
@@ -146,7 +146,7 @@ class Loop(NamedTuple):
         return state, False
 
     def batches(self, seed: int, start: int) -> data.Batches:
-        """Of training images, this process' share, as the recipe wants them."""
+        """Makes this process' share of the training batches, as the recipe requires."""
         run, n = self.run, jax.process_count()
         return data.train_batches(
             self.sets.train,
@@ -164,14 +164,14 @@ class Loop(NamedTuple):
         )
 
     def measure(self, state: Any, tally: Tally) -> str:
-        """Writes down how training goes, and the accuracy by the moving averages."""
+        """Writes a measurement: training loss, and validation accuracy by the moving averages."""
         judged = self.judge(state.params, state.stats)
         row = {"train_loss": tally.loss(), "skipped": tally.skipped(), **judged}
         self.notebook.write("measurement", step=int(state.step), **row)
         return f"loss {row['train_loss']:.3f}, accuracy {judged['top1']:.1%}"
 
     def judge(self, params: Any, stats: Any) -> dict[str, float]:
-        """Loss, top-1 and top-5 accuracy on the validation images, with these statistics."""
+        """Computes loss, top-1 and top-5 accuracy on validation images by these statistics."""
         n = jax.process_count()
         batches = data.eval_batches(
             self.sets.val,
@@ -188,7 +188,7 @@ class Loop(NamedTuple):
             batches.close()
 
     def finish(self, state: Any, diverged: bool) -> None:
-        """The last line: accuracy by moving averages, and by the statistics of the whole set."""
+        """Writes the last line: accuracy by moving averages, and by the exact statistics."""
         judged = self.judge(state.params, state.stats)
         results: dict[str, Any] = {"diverged": diverged, **judged}
         if self.run.recipe.batch_norm and not diverged:
@@ -197,7 +197,7 @@ class Loop(NamedTuple):
         self.notebook.write("end", step=int(state.step), **results)
 
     def population(self, state: Any) -> Any:
-        """Algorithm 2: over training images, prepared as in training."""
+        """Computes the exact statistics (Algorithm 2) over images prepared as in training."""
         wanted = min(self.run.scale.population, len(self.sets.train))
         n = max(1, wanted // self.run.scale.batch)
         batches = self.batches(self.run.seed + 1_000_000, 0)
@@ -209,7 +209,7 @@ class Loop(NamedTuple):
 
 
 def progress(run: Run, first: int) -> tqdm:
-    """The bar; one process of several shows it."""
+    """Makes the progress bar; of several processes the first one shows it."""
     return tqdm(
         total=run.steps,
         initial=first,

@@ -1,21 +1,21 @@
-"""What else does the paper say of normalised networks, and is it so?
+"""Are the paper's other remarks on normalised networks true?
 
 Three remarks of Ioffe & Szegedy (2015, arXiv 1502.03167), beside the comparison of Figure 2:
 
-``depth``: does the gradient keep its size on its way back through the layers? Claim (section 3.3):
-"backpropagation through a layer is unaffected by the scale of its parameters", and larger kernels
-have smaller gradients. The networks of `experiments.inception` before training, with kernels of
-half, once and twice He's deviation.
+``depth``: does the gradient keep its size in the backward pass through the layers? Claim (section
+3.3): "backpropagation through a layer is unaffected by the scale of its parameters", and larger
+kernels have smaller gradients. It measures the networks of `experiments.inception` before training,
+with kernels of half, once and twice He's deviation.
 
 ``identity``: does a layer find the identity where the identity is best? Claim (section 3): scale =
-sqrt(Var[x]) and bias = E[x] recover the original activations. A layer learns to give back what a
-convolution of the network makes of images.
+sqrt(Var[x]) and bias = E[x] recover the original activations. A layer is trained to return its
+input, the output of a convolution of the network.
 
-``ensemble``: what do several networks, and several crops of an image, add? Claim (section 4.2.3,
+``ensemble``: how much do several networks and several crops of an image add? Claim (section 4.2.3,
 Figure 4): on ImageNet one BN-Inception has 25.2 % error (top-5 7.82 %) on one crop and 21.99 %
-(5.82 %) on 144; six of them 20.1 % (4.9 %).
+(5.82 %) on 144; six networks together have 20.1 % (4.9 %).
 
-Commands, after ``python -m experiments.inception`` for the last of them::
+Commands (``ensemble`` needs the runs of ``python -m experiments.inception``)::
 
     python -m experiments.inception_beyond depth --data-dir DIR
     python -m experiments.inception_beyond identity --data-dir DIR
@@ -24,26 +24,26 @@ Commands, after ``python -m experiments.inception`` for the last of them::
 
 Expected on CIFAR-10, with the small network of 31 layers (three seeds, 128 images):
 
-depth: the gradient (of a layer's output, root mean square) in the first layer, relative to the last
-one's, with kernels of half, once and twice He's size::
+depth: the gradient with respect to a layer's output (root mean square) in the first layer, relative
+to the last layer, with kernels of half, once and twice He's size::
 
     with BN, relu            5.1      5.1      5.1
     with BN, sigmoid         0.46     0.46     0.46
     without BN, relu         3.5e-5   0.10     1.0e5
     without BN, sigmoid      2.3e-9   3.6e-7   2.7e-5
 
-With Batch Normalization kernels of twice the size have the same outputs, and half the gradient in
-every layer (to 0.04 %, at most 2 %, which is epsilon's doing); without it the last output is
-1.7e-5, 0.26 and 4.3e5 with ReLUs. One to three minutes on two CPU cores, most of it compiling.
+With Batch Normalization kernels of twice the size give the same outputs and half the gradient in
+every layer (to 0.04 %, at most 2 %, because of epsilon); without it the last output is 1.7e-5, 0.26
+and 4.3e5 with ReLUs. It takes one to three minutes on two CPU cores, most of it for compiling.
 
 identity: after 1,000 steps on all 2,000 images at once every scale is off by 0.01 % at most, the
-start's share that is left; on batches of 32 by 0.3 % (median) and 0.5 % (worst of 16), all of
-them too small, as a batch's standard deviation is; biases by 0.1 % of a standard deviation. Half a
-minute.
+share of the start that is left. On batches of 32 scales are off by 0.3 % (median) and 0.5 % (worst
+of 16): all are too small, like the standard deviation of a batch. Biases are off by 0.1 % of a
+standard deviation. It takes half a minute.
 
 ensemble: BN-Baseline, three seeds: one network 64.7 %, with 18 views 66.7 %; all together 67.9 %
-and 68.5 %. Six minutes on one core. BN-x30 and its variants, the paper's members and the default,
-do not train on CIFAR-10, but are what ImageNet's are.
+and 68.5 %. It takes six minutes on one core. The default members, BN-x30 and its variants, are the
+paper's: they do not train on CIFAR-10, but are for ImageNet.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ from experiments.inception_beyond.identity import identity_table, write_identity
 from experiments.inception_beyond.inputs import chosen_network, middle, some_images
 from experiments.nets.inputs import as_input
 
-BATCHES = 32  # images, as in training; beside that all of them at once
+BATCHES = 32  # images, as in training; `identity` also uses all images at once
 
 
 def depth(args: argparse.Namespace, sets: Sets, about: dict[str, Any]) -> None:
-    """Gradients and outputs of all layers of the longest path, before training."""
+    """Measures gradients and outputs of all layers of the longest path, before training."""
     scale = SCALES[args.dataset]
     batch = some_images(sets.train, scale, args.images or 128)
     found = []
@@ -91,7 +91,7 @@ def depth(args: argparse.Namespace, sets: Sets, about: dict[str, Any]) -> None:
 
 
 def identity(args: argparse.Namespace, sets: Sets, about: dict[str, Any]) -> None:
-    """A layer's scale and bias, learned from a convolution's outputs."""
+    """Learns a layer's scale and bias from a convolution's outputs."""
     net, variables = chosen_network(args, sets)
     path = tuple(args.layer.split("/")) if args.layer else middle(net)
     batch = some_images(sets.train, SCALES[args.dataset], args.images or 2000)
@@ -109,7 +109,7 @@ def identity(args: argparse.Namespace, sets: Sets, about: dict[str, Any]) -> Non
 
 
 def ensemble(args: argparse.Namespace, sets: Sets, about: dict[str, Any]) -> None:
-    """Accuracy of the members and of all, by their views and by their statistics."""
+    """Measures the accuracy of each member and of all, by their views and their statistics."""
     small = SCALES[args.dataset].crop == "shift"
     ways = ("centre", args.crops or ("shifts" if small else "144"))
     n_classes = len(sets.train.classes)
@@ -139,7 +139,7 @@ ACTIONS = {"depth": depth, "identity": identity, "ensemble": ensemble}
 
 
 def parser() -> argparse.ArgumentParser:
-    """Images are the only thing without a default."""
+    """Makes the parser; images are the only thing without a default."""
     p = argparse.ArgumentParser(
         prog="python -m experiments.inception_beyond",
         description="Remarks of the Batch Normalization paper on its networks. Each writes a "
@@ -178,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run from the command line, or from Python with a list of arguments."""
+    """Runs the experiment with `argv`, or with the arguments of the command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = (p := parser()).parse_args(argv)
     args.out = args.out or runs.results_of(args.dataset)
@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     one_device = jax.make_mesh((1,), ("batch",), (jax.sharding.AxisType.Auto,))
     for what in args.what:
         try:
-            if what == "ensemble":  # places its batches on all devices itself
+            if what == "ensemble":  # it places its batches on all devices itself
                 ensemble(args, sets, about)
             else:
                 with jax.set_mesh(one_device):

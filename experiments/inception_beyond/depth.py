@@ -1,9 +1,10 @@
-"""What becomes of the gradient on its way back through 31 layers, with and without normalisation?
+"""Measures the gradient in the backward pass through 31 layers, with and without normalisation.
 
-Without Batch Normalization each layer multiplies the signal by the size of its kernels on the way
-forward, and the gradient on the way back: both grow or vanish as a power of the depth. With it a
-layer does not see the size of its kernels, BN((aW)u) = BN(Wu), and its gradient with respect to
-them is the smaller the larger they are: dBN((aW)u)/d(aW) = 1/a dBN(Wu)/dW (section 3.3).
+Without Batch Normalization each layer multiplies the signal by the size of its kernels in the
+forward pass, and the gradient in the backward pass: both grow or vanish as a power of the depth.
+With it a layer's output does not depend on the size of its kernels, BN((aW)u) = BN(Wu), and its
+gradient with respect to them is the smaller the larger they are:
+dBN((aW)u)/d(aW) = 1/a dBN(Wu)/dW (section 3.3).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ NETS = {"without BN": TABLE["Inception"], "with BN": TABLE["BN-Baseline"]}
 ACTIVATIONS = ("relu", "sigmoid")
 INITS = (0.5, 1.0, 2.0)  # standard deviation of the kernels, as a multiple of He's
 
-# For programs that run a few times: what is compiled slower runs faster, which does not pay here.
+# For programs that run a few times: they compile faster and run slower, which pays off here.
 quickly = functools.partial(
     jax.jit,
     compiler_options={
@@ -44,12 +45,12 @@ class Profile(NamedTuple):
     init: float
     seed: int
     kernel_gradient: np.ndarray  # of the loss with respect to the layer's kernel
-    output_gradient: np.ndarray  # ... and to what the layer puts out
+    output_gradient: np.ndarray  # of the loss with respect to the layer's output
     output: np.ndarray
 
     @property
     def first_to_last(self) -> float:
-        """What has become of the gradient on its way from the last layer to the first."""
+        """The gradient in the first layer, relative to the gradient in the last one."""
         return float(self.output_gradient[0] / self.output_gradient[-1])
 
     @property
@@ -59,9 +60,9 @@ class Profile(NamedTuple):
 
 
 def longest_path(net: bn_inception.Inception) -> list[tuple[str, ...]]:
-    """The units that follow on each other, three in every module (1x1, 3x3, 3x3), as in `params`.
+    """Lists the units on the longest path, three a module (1x1, 3x3, 3x3), named as in `params`.
 
-    A unit is numbered when it is made; of the two around the first 3x3 the outer one is first.
+    Flax numbers units as they are made: the first 3x3 is made before the 1x1 in front of it.
     """
     stem = [(f"ConvUnit_{i}",) for i in range(sum(not isinstance(p, str) for p in net.stem))]
     inside = []
@@ -74,7 +75,7 @@ def longest_path(net: bn_inception.Inception) -> list[tuple[str, ...]]:
 def probe(
     net: bn_inception.Inception, params: Any, stats: Any, batch: Any
 ) -> dict[str, list[jax.Array]]:
-    """Outputs and gradients of the units of the longest path, as in a step of training."""
+    """Computes outputs and gradients of the units of the longest path, as in a training step."""
     path = longest_path(net)
 
     def forward(params: Any, nudges: Mapping[Any, jax.Array]) -> tuple[jax.Array, Any]:
@@ -96,7 +97,7 @@ def probe(
     (of_params, of_outputs), outputs = of_all(params, nudges)
     layers = [functools.reduce(lambda tree, name: tree[name], at, of_params) for at in path]
     return {
-        # Of a separable convolution, the second one's.
+        # A separable convolution has two kernels: take the second one.
         "kernel_gradient": [
             layer[max(name for name in layer if name.startswith("Conv_"))]["kernel"]
             for layer in layers
@@ -107,14 +108,14 @@ def probe(
 
 
 def rms(x: jax.Array) -> float:
-    """In float64: squares of vanishing gradients would be 0 in float32."""
+    """Computes the root mean square in float64: tiny squares would be 0 in float32."""
     return float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
 
 
 def profiles(
     scale: Scale, n_classes: int, batch: Any, seeds: Sequence[int], inits: Sequence[float] = INITS
 ) -> Iterator[Profile]:
-    """Of networks as they are before training; Dropout is left out of all of them."""
+    """Yields the profiles of the networks before training; all of them without Dropout."""
     slots = programs.network_slots(scale, n_classes, runs.Options())
     image = jnp.zeros((1, scale.size, scale.size, 3))
     for name, recipe in NETS.items():
@@ -132,7 +133,7 @@ def profiles(
 
 
 def scaled(params: Any, init: float) -> Any:
-    """As if the convolutions' kernels had been drawn with so many times He's deviation."""
+    """Scales the convolutions' kernels, as if drawn with so many times He's deviation."""
 
     def of_layer(path: Any, x: jax.Array) -> jax.Array:
         names = [entry.key for entry in path]
@@ -142,7 +143,7 @@ def scaled(params: Any, init: float) -> Any:
 
 
 def table(found: Sequence[Profile]) -> list[list[str]]:
-    """A line for each network, the geometric mean over the seeds."""
+    """Makes a line for each network: the geometric means over the seeds."""
     rows = [["network", "activation", "kernels", "gradient: first / last", "kernel's: first",
              "last", "largest / smallest", "last output"]]  # fmt: skip
     for key in dict.fromkeys((p.net, p.activation, p.init) for p in found):

@@ -1,12 +1,13 @@
-"""What do several looks at an image, and several networks, add to the accuracy of one?
+"""Measures how much several views of an image, and several networks, add to the accuracy of one.
 
-Section 4.2.3: the prediction of an ensemble is the arithmetic mean of the class probabilities of
-its networks; that of one network is their mean over several crops of an image.
+Section 4.2.3: an ensemble predicts the arithmetic mean of its networks' class probabilities; a
+network predicts their mean over several crops of an image.
 
     p(class) = mean over networks, mean over views, softmax(logits)
 
-Views are the centre alone; GoogLeNet's 144 crops; or for small images, which fill the frame, those
-that training sees: shifted by an eighth of the side or not, in either direction, and mirrored.
+The views are the centre alone, or GoogLeNet's 144 crops, or, for small images, which fill the
+frame, the views of training: shifted by an eighth of the side or not, in either direction, and
+mirrored.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Member(NamedTuple):
     run: Run
     options: Options
     params: Any
-    stats: dict[str, Any]  # by what they are: "moving averages", "Algorithm 2"
+    stats: dict[str, Any]  # keys: "moving averages", "Algorithm 2"
 
 
 class Score(NamedTuple):
@@ -53,7 +54,7 @@ class Score(NamedTuple):
     loss: float = 0.0
 
     def plus(self, probabilities: np.ndarray, batch: Any) -> Score:
-        """With one more batch: ``probabilities: [N, n_classes]``."""
+        """Adds a batch with ``probabilities: [N, n_classes]``."""
         seen, labels = batch["mask"], np.maximum(batch["label"], 0)
         own = np.take_along_axis(probabilities, labels[:, None], 1)
         place = np.asarray(programs.rank(jnp.asarray(probabilities), jnp.asarray(labels)))
@@ -62,7 +63,7 @@ class Score(NamedTuple):
         return Score(*(a + float(v[seen].sum()) for a, v in zip(self, values, strict=True)))
 
     def means(self) -> dict[str, float]:
-        """Per image."""
+        """Returns the means per image."""
         return {k: v / self.images for k, v in self._asdict().items() if k != "images"}
 
 
@@ -70,10 +71,10 @@ class Score(NamedTuple):
 
 
 def finished(out: Path, recipe: str) -> list[Path]:
-    """The folders of all runs that have ended well, of a recipe and of its variants.
+    """Lists the folders of a recipe's runs, and its variants', that ended without diverging.
 
     Raises:
-      FileNotFoundError: there is none.
+      FileNotFoundError: there is no such run.
     """
     found = []
     for path in sorted(out.glob("*/measurements.jsonl")):
@@ -94,13 +95,13 @@ def finished(out: Path, recipe: str) -> list[Path]:
 def restore(
     folder: Path, dataset: str, n_classes: int, devices: int | None = None, workers: int = 0
 ) -> Member:
-    """The network that a run has left, with its moving averages.
+    """Restores the network of a run, with its moving averages.
 
     Args:
-      folder: of the run.
-      dataset: that it was trained on, by its name in `SCALES`.
-      n_classes: of that.
-      devices: that it is to run on; None: all. Those of its training do not matter.
+      folder: the folder of the run.
+      dataset: the name, in `SCALES`, of the data set that it was trained on.
+      n_classes: the number of classes of that data set.
+      devices: how many devices it is to run on; None: all. It may have been trained on others.
       workers: processes that will read its images.
 
     Raises:
@@ -132,14 +133,14 @@ def restore(
 
 
 class Compiled(NamedTuple):
-    """What all members of the same architecture share."""
+    """The functions that all members of the same architecture share."""
 
     program: Program
     probabilities: Callable[..., jax.Array]  # (crops, params, stats, images)
 
 
 def compiled(run: Run, options: Options, n_classes: int) -> Compiled:
-    """Networks that differ in Dropout or in how they began are the same in inference."""
+    """Compiles a network; those that differ in Dropout or in their initial kernels share it."""
     recipe = run.recipe.of_network()._replace(dropout=0.0, init=1.0)
     return _compiled(recipe, run.scale.of_network(), n_classes, options.of_program())
 
@@ -165,7 +166,7 @@ def _compiled(recipe: Recipe, scale: Any, n_classes: int, options: Options) -> C
 
 
 def with_population(member: Member, sets: Sets) -> Member:
-    """Also with the statistics of Algorithm 2, if the network has any."""
+    """Adds the statistics of Algorithm 2 to a member, if its network has any."""
     if not member.run.recipe.batch_norm:
         return member
     made = compiled(member.run, member.options, len(sets.train.classes)).program
@@ -181,16 +182,16 @@ def with_population(member: Member, sets: Sets) -> Member:
 
 
 def views(images: jax.Array, crops: str) -> jax.Array:
-    """``[V, N, size, size, 3]`` of a batch of `data.eval_batches`."""
+    """Makes the views ``[V, N, size, size, 3]`` of a batch of `data.eval_batches`."""
     if crops == "centre":
         return images[None]
     return shifts(images) if crops == "shifts" else jnp.moveaxis(images, 1, 0)
 
 
 def shifts(images: jax.Array) -> jax.Array:
-    """``[18, N, H, W, 3]``: nine places, and their mirror images; borders are filled by reflection.
+    """Makes ``[18, N, H, W, 3]``: nine places, and their mirror images.
 
-    The first is the image itself.
+    Reflection fills the borders. The first view is the image itself.
     """
     height, width = images.shape[1:3]
     down, right = (round(augment.SHIFT * side) for side in (height, width))
@@ -206,7 +207,7 @@ def shifts(images: jax.Array) -> jax.Array:
 def judge(
     members: Sequence[Member], images: data.ImageSet, crops: str, statistics: str
 ) -> tuple[list[Score], Score]:
-    """Each network's scores, and those of all together."""
+    """Returns each network's scores, and the scores of all networks together."""
     first, options = members[0].run.scale, members[0].options
     batches = data.eval_batches(
         images,
@@ -229,7 +230,7 @@ def judge(
 def predict(
     members: Sequence[Member], images: np.ndarray, n_classes: int, crops: str, statistics: str
 ) -> Iterator[np.ndarray]:
-    """Class probabilities ``[N, n_classes]`` of every network."""
+    """Yields the class probabilities ``[N, n_classes]`` of every network."""
     for member in members:
         stats = member.stats.get(statistics, member.stats["moving averages"])
         made = compiled(member.run, member.options, n_classes)
@@ -239,7 +240,7 @@ def predict(
 
 
 def ensemble_table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """A line for each network, the mean over them, and all together; top-1 (top-5) accuracy."""
+    """Makes a line for each network, for their mean, and for all together; top-1 (top-5)."""
     ways = list(dict.fromkeys((row["crops"], row["statistics"]) for row in rows))
     cells: dict[str, list[str]] = {name: [] for name in dict.fromkeys(row["name"] for row in rows)}
     mean: list[str] = []

@@ -1,4 +1,4 @@
-"""The figures of `experiments.inception_beyond`: each function takes numbers and writes one PNG."""
+"""Draws the figures of `experiments.inception_beyond`: a function takes numbers, writes one PNG."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from experiments.inception_beyond.depth import Profile
     from experiments.inception_beyond.identity import Learned
 
-COLORS = {"without BN": "#b2182b", "with BN": "#2166ac"}  # apart for colour-blind readers, too
+COLORS = {"without BN": "#b2182b", "with BN": "#2166ac"}  # colour-blind readers can tell them apart
 DEPTH = {
     "output_gradient": "RMS gradient of the layer's output",
     "kernel_gradient": "RMS gradient of its kernel",
     "output": "RMS of its output",
 }
-DASHES = ((0, (1, 1)), "solid", (0, (4, 1.5)))  # small, middle and large kernels; in print, too
+DASHES = ((0, (1, 1)), "solid", (0, (4, 1.5)))  # small, middle and large kernels; distinct in print
 
 
 def depth(path: Path, profiles: Sequence[Profile]) -> None:
-    """Gradients and outputs from the first layer to the last, a column an activation."""
+    """Draws gradients and outputs from the first layer to the last, a column an activation."""
     activations = list(dict.fromkeys(p.activation for p in profiles))
     figure = new_figure(10.0, 8.6)
     panels = figure.subplots(len(DEPTH), len(activations), sharex=True, squeeze=False)
@@ -45,7 +45,7 @@ def depth(path: Path, profiles: Sequence[Profile]) -> None:
 
 
 def draw_depth(axes: Axes, profiles: Sequence[Profile], what: str) -> None:
-    """One panel: a line for each network and size of kernels, the geometric mean over the seeds."""
+    """Draws a panel: for each network and size of kernels a line, the geometric mean over seeds."""
     inits = sorted({p.init for p in profiles})
     for net, color in COLORS.items():
         for init in inits:
@@ -59,7 +59,7 @@ def draw_depth(axes: Axes, profiles: Sequence[Profile], what: str) -> None:
 
 
 def identity(path: Path, learned: Mapping[str, Learned]) -> None:
-    """What every feature's scale and bias have become, and how far off they are while learning."""
+    """Draws every feature's learned scale and bias, and their errors while learning."""
     figure = new_figure(11.0, 3.5)
     scale, bias, error = figure.subplots(1, 3)
     looks = (("#b2182b", "o", DASHES[1]), ("#2166ac", "x", DASHES[2]))
@@ -87,7 +87,7 @@ def identity(path: Path, learned: Mapping[str, Learned]) -> None:
 
 
 def ensemble(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Accuracy of each network and of all together, a group for each way to look at an image."""
+    """Draws the accuracy of each network and of all together, a group for each kind of view."""
     groups = list(dict.fromkeys((row["crops"], row["statistics"]) for row in rows))
     figure = new_figure(1.5 + 1.9 * len(groups), 3.6)
     axes = figure.subplots()

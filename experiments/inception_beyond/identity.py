@@ -1,12 +1,13 @@
-"""Does a Batch Normalization layer become the identity where the identity is best?
+"""Trains a Batch Normalization layer to become the identity, where the identity is best.
 
 Section 3: scale = sqrt(Var[x]) and bias = E[x] "could recover the original activations, if that
-were the optimal thing to do". Here it is: a layer gets what a convolution of an Inception network
-makes of images, and is trained to give back the same, by SGD on
+were the optimal thing to do". Here it is: the input of the layer is the output of a convolution of
+an Inception network, and SGD trains the layer to return its input, on
 
     loss = 1/2 sum over features of mean (BN(x) - x)^2
 
-From scale 1 and bias 0, with the moments of every batch. For this loss a step of SGD is
+It starts from scale 1 and bias 0, and normalises by the moments of every batch. For this loss a
+step of SGD is
 
     scale <- (1 - rate) scale + rate sqrt(var_B),      bias <- (1 - rate) bias + rate mean_B
 
@@ -30,29 +31,29 @@ EPSILON = 1e-5
 
 
 class Learned(NamedTuple):
-    """A layer's parameters after each step, and what they should be."""
+    """A layer's parameters after each step, and their ideal values."""
 
     scale: np.ndarray  # [T, C], from before the first step
     bias: np.ndarray  # [T, C]
     std: np.ndarray  # [C] sqrt(Var[x] + epsilon) of all images and positions
     mean: np.ndarray  # [C]
-    residual: float  # of BN(x) - x at the end, by the statistics of all; in units of std
+    residual: float  # RMS of BN(x) - x at the end, by the statistics of all images; in units of std
 
     @property
     def scale_error(self) -> np.ndarray:
-        """``[T, C]``, relative."""
+        """Relative errors of the scales, ``[T, C]``."""
         return abs(self.scale / self.std - 1)
 
     @property
     def bias_error(self) -> np.ndarray:
-        """``[T, C]``, in units of the standard deviation."""
+        """Errors of the biases, ``[T, C]``, in units of the standard deviation."""
         return abs(self.bias - self.mean) / self.std
 
 
 def activations(
     net: bn_inception.Inception, variables: Any, images: jax.Array, path: tuple[str, ...]
 ) -> jax.Array:
-    """What the convolution of a unit puts out, before normalisation and nonlinearity."""
+    """Computes the output of a unit's convolution, before normalisation and nonlinearity."""
 
     def wanted(module: nn.Module, _: str) -> bool:
         return module.path[:-1] == path and str(module.name).startswith("Conv_")
@@ -67,18 +68,18 @@ def activations(
             f"no unit {'/'.join(path)!r} in the network. Expected one with a convolution, such as "
             "'ConvUnit_0' or 'inception_3a/ConvUnit_1'."
         )
-    return found[-1]  # of a separable convolution, the second one
+    return found[-1]  # a separable convolution has two: the second one
 
 
 def learn(x: jax.Array, *, batch: int, steps: int, rate: float, seed: int = 0) -> Learned:
-    """Trains a layer to give back its input.
+    """Trains a layer to return its input.
 
     Args:
-      x: ``[n, ..., C]``, what it gets.
-      batch: how many of the n come at a time; n: always the same ones.
+      x: ``[n, ..., C]``, the input.
+      batch: how many of the n are in a batch; n: every batch has the same ones.
       steps: of SGD.
-      rate: constant.
-      seed: of the order.
+      rate: constant learning rate.
+      seed: decides the order.
     """
     params: Any = jbn.init_params(x.shape[-1])
     order = jnp.asarray(orders(len(x), batch, steps, seed))
@@ -94,7 +95,7 @@ def learn(x: jax.Array, *, batch: int, steps: int, rate: float, seed: int = 0) -
 
 @jax.jit
 def descend(params: Any, x: jax.Array, order: jax.Array, rate: jax.Array) -> tuple[Any, Any]:
-    """The parameters after the last step, and after each."""
+    """Returns the parameters after the last step, and after each step."""
     stats = jbn.init_stats(x.shape[-1])
 
     def loss(params: Any, x: jax.Array) -> jax.Array:
@@ -110,7 +111,7 @@ def descend(params: Any, x: jax.Array, order: jax.Array, rate: jax.Array) -> tup
 
 
 def orders(n: int, batch: int, steps: int, seed: int) -> np.ndarray:
-    """``[steps, batch]``: which examples come, every one once before any comes again."""
+    """Draws the examples of each batch, ``[steps, batch]``: all of them once before one repeats."""
     rng = np.random.default_rng(seed)
     epochs = -(-steps * batch // n)
     chosen = np.concatenate([rng.permutation(n) for _ in range(epochs)])
@@ -118,13 +119,13 @@ def orders(n: int, batch: int, steps: int, seed: int) -> np.ndarray:
 
 
 def moments(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of each feature over all else, in float64."""
+    """Returns mean and variance of each feature over all other axes, in float64."""
     values = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
     return values.mean(0), values.var(0)
 
 
 def write_identity(records: Records, batch: int, found: Learned) -> None:
-    """How far off the features are, at steps 0, 1, 2, 4, 8, ...; and each feature at last."""
+    """Writes the errors at steps 0, 1, 2, 4, 8, ...; and each feature at the end."""
     last = len(found.scale) - 1
     for step in sorted({0, last, *(2**i for i in range(last.bit_length()))}):
         scale, bias = found.scale_error[step], found.bias_error[step]
@@ -139,7 +140,7 @@ def write_identity(records: Records, batch: int, found: Learned) -> None:
 
 
 def identity_table(learned: dict[str, Learned]) -> list[list[str]]:
-    """A line for each size of batches."""
+    """Makes a line for each size of batches."""
     rows = [["", "error of scale: median", "worst", "of bias: median", "worst", "BN(x) - x"]]
     for name, found in learned.items():
         errors = found.scale_error[-1], found.bias_error[-1]

@@ -1,4 +1,4 @@
-"""The images and the network that `experiments.inception_beyond` looks at."""
+"""Chooses the images and the network that `experiments.inception_beyond` measures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from experiments.inception_beyond import depth, ensemble
 
 
 def some_images(images: data.ImageSet, scale: Scale, n: int) -> dict[str, jax.Array]:
-    """A batch of n, or of all that there are, cropped and mirrored as in training."""
+    """Returns a batch of n, or of all images, cropped and mirrored as in training."""
     batches = data.train_batches(
         images, batch=min(n, len(images)), size=scale.size, seed=0, crop=scale.crop
     )
@@ -27,7 +27,7 @@ def some_images(images: data.ImageSet, scale: Scale, n: int) -> dict[str, jax.Ar
 
 
 def chosen_network(args: argparse.Namespace, sets: Sets) -> tuple[Any, Any]:
-    """That of a run, or BN-x5 before training, with its variables."""
+    """Returns the network of a run, or BN-x5 before training, with its variables."""
     n_classes = len(sets.train.classes)
     if args.run:
         member = ensemble.restore(args.out / args.run, args.dataset, n_classes, 1)
@@ -44,6 +44,6 @@ def chosen_network(args: argparse.Namespace, sets: Sets) -> tuple[Any, Any]:
 
 
 def middle(net: Any) -> tuple[str, ...]:
-    """The unit half way through the network."""
+    """Returns the unit halfway through the network."""
     path = depth.longest_path(net)
     return path[len(path) // 2]

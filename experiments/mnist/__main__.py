@@ -2,10 +2,10 @@
 
 Figure 1 of Ioffe & Szegedy (2015, arXiv 1502.03167): a 784-100-100-100-10 network with sigmoids on
 binary images of digits, 50,000 steps of SGD on batches of 60, with and without Batch Normalization
-in every hidden layer; the same seed, hence the same initial kernels and the same batches.
+in every hidden layer. Both have the same seed, hence the same initial kernels and the same batches.
 
 Claim: (a) with Batch Normalization the network reaches a given test accuracy in far fewer steps;
-(b, c) the inputs to a sigmoid of the last hidden layer keep their distribution while training.
+(b, c) the inputs of a sigmoid in the last hidden layer keep their distribution during training.
 
 Command::
 
@@ -15,11 +15,11 @@ Command::
 
 Expected on 4,000 digits to train and 1,000 to test: with Batch Normalization 88 % test accuracy
 after 250 steps and 93.5 % after 50,000; without it chance for 9,000 steps and 90.0 % after 50,000.
-On all of MNIST 97.4 % and 96.1 % after 50,000. 80 s on two CPU cores; the sweep takes 5 minutes.
+On all of MNIST 97.4 % and 96.1 % after 50,000. It takes 80 s on two CPU cores, the sweep 5 minutes.
 
-Not in the paper, chosen here, and the same for both networks: plain SGD with a constant learning
-rate of 0.1, kernels from a Gaussian of standard deviation 0.03, epsilon 1e-5, debiased
-moving averages with decay 0.99. ``--sweep`` shows what other choices do.
+The paper does not give these choices, which are the same for both networks: plain SGD with a
+constant learning rate of 0.1, kernels from a Gaussian of standard deviation 0.03, epsilon 1e-5,
+debiased moving averages with decay 0.99. ``--sweep`` shows the effect of other choices.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from experiments.mnist.training import BATCH
 
 
 def figure1(config: Config, digits: Digits, path: Path, about: dict[str, str]) -> None:
-    """Train both networks; write numbers and figure; print a table."""
+    """Trains both networks; writes numbers and figure; prints a table."""
     numbers = path.with_suffix(".jsonl")
     with Records(numbers, **about, batch=BATCH, **config._asdict()) as records:
         histories = {net: train(config, digits, net, records) for net in NETS}
@@ -65,7 +65,7 @@ def figure1(config: Config, digits: Digits, path: Path, about: dict[str, str]) -
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every option has a default: without any, the command makes Figure 1."""
+    """Makes the parser. Every option has a default: without any, the command makes Figure 1."""
     p = argparse.ArgumentParser(
         prog="python -m experiments.mnist",
         description="Figure 1 of the Batch Normalization paper: the same sigmoid network on binary "
@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_run_options(group: argparse._ArgumentGroup) -> None:
-    """Which question, and where the answer goes."""
+    """Adds the options of the question and of the results."""
     add = group.add_argument
     add("--sweep", action="store_true", help="not Figure 1: a grid of scales and learning rates")
     add("--smoke", action="store_true", help="a few hundred steps, to see that everything runs")
@@ -89,7 +89,7 @@ def add_run_options(group: argparse._ArgumentGroup) -> None:
 
 
 def add_image_options(group: argparse._ArgumentGroup) -> None:
-    """The options of images."""
+    """Adds the options of the images."""
     add = group.add_mutually_exclusive_group().add_argument
     add("--data-dir", metavar="DIR", help="the four IDX files of MNIST or Fashion-MNIST")
     add("--download", metavar="URL", nargs="?", const=MIRROR,
@@ -97,7 +97,7 @@ def add_image_options(group: argparse._ArgumentGroup) -> None:
 
 
 def add_training_options(group: argparse._ArgumentGroup) -> None:
-    """What both networks share."""
+    """Adds the options that both networks share."""
     config, add = Config(), group.add_argument
     add("--steps", type=at_least_one, metavar="N",
         help=f"steps of SGD (default: {config.steps}; of a sweep: {Grid().steps})")  # fmt: skip
@@ -110,7 +110,7 @@ def add_training_options(group: argparse._ArgumentGroup) -> None:
 
 
 def load(args: argparse.Namespace) -> tuple[Digits, str]:
-    """The images asked for, and what to call them."""
+    """Reads the images that the options ask for; returns them and their description."""
     if args.data_dir:
         return read_idx_folder(args.data_dir), f"IDX files in {Path(args.data_dir).name}"
     if args.download:
@@ -119,7 +119,7 @@ def load(args: argparse.Namespace) -> tuple[Digits, str]:
 
 
 def configure(args: argparse.Namespace) -> Config | Grid:
-    """What to run: the options given, the defaults, and less of everything for a smoke test."""
+    """Returns the configuration: the options given, the defaults, and less for a smoke test."""
     if args.sweep:
         grid = Grid((0.01, 0.1), (0.1, 1.0), steps=100, every=50) if args.smoke else Grid()
         return grid._replace(seed=args.seed, steps=args.steps or grid.steps)
@@ -133,7 +133,7 @@ def configure(args: argparse.Namespace) -> Config | Grid:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run from the command line, or from Python with a list of arguments."""
+    """Runs the experiment with `argv`, or with the arguments of the command line."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
     try:
@@ -156,7 +156,7 @@ if __name__ == "__main__":
 
 
 def sweep(grid: Grid, digits: Digits, path: Path, about: dict[str, str]) -> None:
-    """Train both networks at every point of the grid; write numbers and figure; print counts."""
+    """Trains both networks at every point of the grid; writes numbers and figure; prints counts."""
     numbers = path.with_suffix(".jsonl")
     accuracies = {}
     with Records(numbers, **about, batch=BATCH, **grid._asdict()) as records:

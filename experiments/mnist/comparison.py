@@ -1,4 +1,4 @@
-"""Figure 1's networks: trained with and without Batch Normalization, and measured on the way."""
+"""Trains the networks of Figure 1, with and without Batch Normalization, and measures them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PERCENTILES = (15, 50, 85)
 
 
 class Config(NamedTuple):
-    """What a run of Figure 1 depends on, besides the images."""
+    """The settings of a run of Figure 1, besides the images."""
 
     steps: int = 50_000
     every: int = 250  # steps from one measurement to the next
@@ -29,17 +29,17 @@ class Config(NamedTuple):
 
 
 class History(NamedTuple):
-    """What was measured on one network, one entry every ``Config.every`` steps."""
+    """The measurements of one network, one entry every ``Config.every`` steps."""
 
     steps: np.ndarray  # [T] training steps done
     test_accuracy: np.ndarray  # [T] fraction of the test images
-    train_loss: np.ndarray  # [T] nats, mean over the steps since the entry before
-    percentiles: np.ndarray  # [T, 3, units] of each last hidden unit's input, over the test images
+    train_loss: np.ndarray  # [T] nats, mean over the steps since the last entry
+    percentiles: np.ndarray  # [T, 3, units] of every last hidden unit's input, over test images
     seconds: float  # training and measuring, compilation included
 
 
 def train(config: Config, digits: Digits, net: str, records: Records) -> History:
-    """Train one network and measure it every ``config.every`` steps."""
+    """Trains one network and measures it every ``config.every`` steps."""
     began = time.perf_counter()
     init_key, data_key = jax.random.split(jax.random.key(config.seed))
     learner = Learner(*init_mlp(init_key, SIZES, config.init_std, NETS[net]))
@@ -66,7 +66,7 @@ def train(config: Config, digits: Digits, net: str, records: Records) -> History
 
 
 def typical_unit(histories: dict[str, History]) -> int:
-    """The last hidden unit whose input wanders neither much nor little, in both networks.
+    """Finds the last hidden unit whose input moves neither much nor little, in both networks.
 
     In each network the units are ranked by how far their input's median moves during training; the
     typical unit is the one whose ranks are closest to the middle, summed over the networks.
@@ -79,17 +79,17 @@ def typical_unit(histories: dict[str, History]) -> int:
 
 
 def wander(history: History) -> np.ndarray:
-    """How much every unit's median input moves: standard deviation over time, ``[units]``."""
+    """Returns the standard deviation over time of every unit's median input, ``[units]``."""
     return history.percentiles[:, 1].std(axis=0)
 
 
 def spread(history: History, when: int) -> float:
-    """The 85th minus the 15th percentile of a unit's input; the median over the units."""
+    """Returns the 85th minus the 15th percentile of a unit's input; the median over the units."""
     return float(np.median(history.percentiles[when, 2] - history.percentiles[when, 0]))
 
 
 def summary(net: str, history: History) -> dict[str, Any]:
-    """One network's results: a JSON line, and a row of the table."""
+    """Returns one network's results: a JSON line, and a row of the table."""
 
     def steps_to(accuracy: float) -> int | None:
         reached = history.test_accuracy >= accuracy
@@ -110,14 +110,14 @@ def summary(net: str, history: History) -> dict[str, Any]:
 
 
 def write_inputs(records: Records, net: str, history: History, unit: int) -> None:
-    """Panels (b, c) as JSON lines: the percentiles of one unit's input at every measurement."""
+    """Writes panels (b, c): the percentiles of one unit's input at every measurement."""
     for step, values in zip(history.steps, history.percentiles[:, :, unit], strict=True):
         percentiles = dict(zip(map(str, PERCENTILES), values.round(4).tolist(), strict=True))
         records.write("input", net=net, unit=unit, step=int(step), percentiles=percentiles)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The results, one network a line; the spread is that of the first and the last measurement."""
+    """Formats the results, one network a line; spreads are of the first and last measurement."""
     lines = [
         [
             "network",

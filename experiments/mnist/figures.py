@@ -1,4 +1,4 @@
-"""The figures of `experiments.mnist`. Each function takes measurements and writes one PNG."""
+"""Draws the figures of `experiments.mnist`: a function takes numbers and writes one PNG."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 TITLES = {"plain": "without BN", "batch_norm": "with BN"}
-COLORS = {"plain": "#b2182b", "batch_norm": "#2166ac"}  # apart for colour-blind readers too
-DASHES = {"plain": (0, (4, 1.5)), "batch_norm": "solid"}  # and in print
+COLORS = {"plain": "#b2182b", "batch_norm": "#2166ac"}  # colour-blind readers can tell them apart
+DASHES = {"plain": (0, (4, 1.5)), "batch_norm": "solid"}  # distinct in print
 STEPS = "training steps [thousands]"
 
 
 def figure1(path: Path, histories: Mapping[str, History], unit: int) -> None:
-    """The paper's Figure 1: (a) test accuracy; (b, c) percentiles of one unit's input."""
+    """Draws the paper's Figure 1: (a) test accuracy; (b, c) percentiles of one unit's input."""
     figure = new_figure(9.0, 3.1)
     accuracy, *inputs = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
     draw_accuracy(accuracy, histories)
@@ -38,7 +38,7 @@ def figure1(path: Path, histories: Mapping[str, History], unit: int) -> None:
 
 
 def draw_accuracy(axes: Axes, histories: Mapping[str, History]) -> None:
-    """Panel (a): one curve a network, with its last value in the legend."""
+    """Draws panel (a): one curve a network, with its last value in the legend."""
     steps = np.zeros(1)
     for net, history in histories.items():
         steps, accuracy = history.steps / 1000, 100 * history.test_accuracy
@@ -58,7 +58,7 @@ def draw_accuracy(axes: Axes, histories: Mapping[str, History]) -> None:
 
 
 def draw_percentiles(axes: Axes, history: History, unit: int, color: str) -> None:
-    """Panels (b, c): the 15th, 50th and 85th percentile of a unit's input during training."""
+    """Draws panels (b, c): three percentiles of a unit's input during training."""
     low, median, high = history.percentiles[:, :, unit].T
     steps = history.steps / 1000
     axes.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
@@ -71,14 +71,14 @@ def draw_percentiles(axes: Axes, history: History, unit: int, color: str) -> Non
 
 
 def label_steps(axes: Axes, steps: np.ndarray) -> None:
-    """The common parts of all panels over training time."""
+    """Draws the common parts of all panels over training time."""
     axes.set_xlabel(STEPS)
     axes.set_xlim(0, steps[-1])
     axes.grid(alpha=0.3)
 
 
 def sweep(path: Path, grid: Grid, accuracies: Mapping[str, np.ndarray]) -> None:
-    """Heat maps of the final test accuracy over initial scale and learning rate."""
+    """Draws heat maps of the final test accuracy over initial scale and learning rate."""
     figure = new_figure(9.0, 3.6)
     panels = figure.subplots(1, len(accuracies), sharey=True)
     percent = Normalize(0, 100)

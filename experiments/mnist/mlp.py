@@ -1,8 +1,8 @@
 """The network of the digit experiments: an MLP over the core, with and without normalisation.
 
-Pure functions over NamedTuples: ``MLP`` holds what gradient descent changes, ``Stats`` what it does
-not, the running statistics of the Batch Normalization layers. A network without them is the same
-type with ``norm=None``.
+Its functions are pure, over NamedTuples: ``MLP`` holds what gradient descent changes, and ``Stats``
+holds the running statistics of the Batch Normalization layers. A network without these layers has
+the same type, with ``norm=None``.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ class Layer(NamedTuple):
     """One affine layer: ``x @ kernel + bias``, or ``x @ kernel`` normalised."""
 
     kernel: jax.Array  # [in, out]
-    bias: jax.Array | None  # [out]; None where a Batch Normalization layer brings its own
+    bias: jax.Array | None  # [out]; None if Batch Normalization adds one
     norm: jbn.Params | None  # scale, bias [out]; None in a layer without Batch Normalization
 
 
 class MLP(NamedTuple):
-    """Sigmoid hidden layers and a linear readout: everything that training changes."""
+    """The trained parameters: sigmoid hidden layers and a linear readout."""
 
     hidden: tuple[Layer, ...]
     readout: Layer
 
 
-# Moving averages without a trace of the zeros and ones that they start from: so the first
-# measurements tell of the network and not of the averages.
+# Debiased moving averages do not depend on the zeros and ones that they start from. So the first
+# measurements show the network, and not the start of the averages.
 RUNNING_AVERAGE = jbn.ema(0.99, debias=True)
 
 # The running statistics of every hidden layer; None for a layer that is not normalised.
@@ -45,13 +45,13 @@ Stats = tuple[jbn.RunningStats | None, ...]
 def init_mlp(
     key: jax.Array, sizes: Sequence[int], init_std: jax.Array | float, batch_norm: bool
 ) -> tuple[MLP, Stats]:
-    """Draw a network: kernels from a Gaussian, biases zero, scales one.
+    """Draws a network: kernels from a Gaussian, biases zero, scales one.
 
     The same key gives the same kernels with and without Batch Normalization.
 
     Args:
       key: a JAX random key.
-      sizes: width of the input, of every hidden layer and of the output, as in ``(784, 100, 10)``.
+      sizes: widths of the input, every hidden layer and the output, as in ``(784, 100, 10)``.
       init_std: standard deviation of every kernel's entries.
       batch_norm: whether the hidden layers are normalised before their sigmoid.
 
@@ -64,8 +64,8 @@ def init_mlp(
         for k, fan_in, fan_out in zip(keys, sizes[:-1], sizes[1:], strict=True)
     ]
     widths = sizes[1:-1]
-    # Normalisation subtracts the mean and with it any bias before it: the layer's own bias would be
-    # a parameter without effect, so the paper (section 3.2) drops it.
+    # Normalisation subtracts the mean, and with it any bias before it. The layer's own bias would
+    # have no effect, so the paper (section 3.2) drops it.
     hidden = tuple(
         Layer(w, None, jbn.init_params(n)) if batch_norm else Layer(w, jnp.zeros(n), None)
         for w, n in zip(kernels, widths, strict=False)
@@ -75,13 +75,13 @@ def init_mlp(
 
 
 def affine(layer: Layer, x: jax.Array) -> jax.Array:
-    """``x @ kernel (+ bias)``, for ``x: [N, in]``."""
+    """Computes ``x @ kernel (+ bias)``, for ``x: [N, in]``."""
     y = x @ layer.kernel
     return y if layer.bias is None else y + layer.bias[None, :]
 
 
 def apply_train(mlp: MLP, stats: Stats, x: jax.Array) -> tuple[jax.Array, Stats]:
-    """Logits ``[N, out]`` for ``x: [N, in]``, normalised by the batch; the updated statistics."""
+    """Maps ``x: [N, in]`` to logits ``[N, out]``, by batch moments; updates the statistics."""
     updated = []
     for layer, running in zip(mlp.hidden, stats, strict=True):
         x = affine(layer, x)
@@ -93,10 +93,10 @@ def apply_train(mlp: MLP, stats: Stats, x: jax.Array) -> tuple[jax.Array, Stats]
 
 
 def apply_test(mlp: MLP, stats: Stats, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Logits ``[N, out]``, normalised by the running statistics; inputs of the last sigmoids.
+    """Returns logits ``[N, out]``, by the running statistics, and the inputs of the last sigmoids.
 
-    The latter, ``[N, width of the last hidden layer]``, are what panels (b) and (c) of the
-    paper's Figure 1 follow: the layer's output before its nonlinearity, after any normalisation.
+    Panels (b) and (c) of the paper's Figure 1 follow these inputs, ``[N, width of the last hidden
+    layer]``: the layer's output before its nonlinearity, after any normalisation.
     """
     inputs = x
     for layer, running in zip(mlp.hidden, stats, strict=True):

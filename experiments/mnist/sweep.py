@@ -1,8 +1,8 @@
-"""Over which initial scales and learning rates does a sigmoid network train at all?
+"""Finds the initial scales and learning rates at which a sigmoid network trains at all.
 
-The paper's remark (section 3.3): with Batch Normalization a layer does not feel the scale of its
-weights, BN(aWu) = BN(Wu), and higher learning rates become possible. Here the networks of Figure 1
-are trained from a grid of both, 3,000 steps each, and judged by their test accuracy.
+The paper's remark (section 3.3): with Batch Normalization a layer's output does not depend on the
+scale of its weights, BN(aWu) = BN(Wu), and higher learning rates become possible. Here the networks
+of Figure 1 are trained from a grid of both, for 3,000 steps each; their test accuracy is compared.
 
 Run it with ``python -m experiments.mnist --sweep``.
 """
@@ -24,7 +24,7 @@ from experiments.mnist.training import Learner, chunks, evaluate, train_steps
 
 
 class Grid(NamedTuple):
-    """What the sweep depends on, besides the images."""
+    """The settings of the sweep, besides the images."""
 
     init_stds: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
     learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -36,7 +36,7 @@ class Grid(NamedTuple):
 def write_cells(
     records: Records, grid: Grid, net: str, accuracy: np.ndarray, loss: np.ndarray
 ) -> None:
-    """A JSON line for every point of the grid."""
+    """Writes a JSON line for every point of the grid."""
     for i, std in enumerate(grid.init_stds):
         for j, rate in enumerate(grid.learning_rates):
             records.write(
@@ -50,10 +50,10 @@ def write_cells(
 
 
 def train_all(grid: Grid, digits: Digits, net: str) -> tuple[np.ndarray, np.ndarray]:
-    """Test accuracy and training loss after the last step: two arrays ``[stds, rates]``.
+    """Returns test accuracy and training loss after the last step: two arrays ``[stds, rates]``.
 
     The networks train side by side under ``vmap``, on the same batches, from the same Gaussian
-    draws. One whose loss is not finite knows nothing: it counts as chance.
+    draws. A network whose loss is not finite counts as chance.
     """
     pairs = np.array(np.meshgrid(grid.init_stds, grid.learning_rates, indexing="ij"), np.float32)
     stds, rates = jnp.asarray(pairs.reshape(2, -1))
@@ -67,7 +67,7 @@ def train_all(grid: Grid, digits: Digits, net: str) -> tuple[np.ndarray, np.ndar
             learners, loss = train_grid(
                 learners, rates, jnp.int32(first), data_key, train_images, train_labels, steps
             )
-            loss.block_until_ready()  # else the bar would show what is queued, not what is done
+            loss.block_until_ready()  # else the bar would count steps that are only queued
             bar.update(steps)
     accuracy = evaluate_grid(learners, test_images, test_labels)
     accuracy, loss = (np.reshape(a, pairs.shape[1:]) for a in (accuracy, loss))
@@ -84,7 +84,7 @@ def train_grid(
     labels: jax.Array,
     steps: int,
 ) -> tuple[Learner, jax.Array]:
-    """``train_steps`` for many learners and learning rates at once; their mean losses."""
+    """Runs ``train_steps`` for many learners and rates at once; returns mean losses, too."""
     return jax.vmap(lambda one, rate: train_steps(one, rate, first, key, images, labels, steps))(
         learners, rates
     )
@@ -92,5 +92,5 @@ def train_grid(
 
 @jax.jit
 def evaluate_grid(learners: Learner, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """Test accuracy of every learner; one after the other, which keeps the memory of one."""
+    """Returns every learner's test accuracy; one after the other, which needs less memory."""
     return jax.lax.map(lambda one: evaluate(one, images, labels)[0], learners)

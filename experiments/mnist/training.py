@@ -1,4 +1,4 @@
-"""The training loop of the digit experiments: hundreds of SGD steps in one compiled call."""
+"""Trains the networks of the digit experiments: hundreds of SGD steps in one compiled call."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ BATCH = 60  # images a step
 
 
 class Learner(NamedTuple):
-    """All that a training step takes in and hands back. Plain SGD has no state of its own."""
+    """The input and the output of a training step. Plain SGD has no state of its own."""
 
     mlp: MLP
     stats: Stats
 
 
 def batch_order(key: jax.Array, n_images: int, first: jax.Array, steps: int) -> jax.Array:
-    """Which images make up the ``steps`` batches from number ``first`` on: ``[steps, BATCH]``.
+    """Returns the images of ``steps`` batches from number ``first`` on: ``[steps, BATCH]``.
 
     Every epoch is a new shuffle and uses no image twice. The order depends on the key and the step
-    alone, so two networks given the same key see the same batches.
+    alone, so two networks with the same key train on the same batches.
     """
     if n_images < BATCH:
         raise ValueError(f"{n_images} training images. Expected at least {BATCH}, one batch.")
@@ -44,7 +44,7 @@ def batch_order(key: jax.Array, n_images: int, first: jax.Array, steps: int) -> 
 def loss_fn(
     mlp: MLP, stats: Stats, images: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, Stats]:
-    """Softmax cross-entropy (nats), mean over the batch; and the updated running statistics."""
+    """Returns the mean softmax cross-entropy (nats), and the updated running statistics."""
     logits, stats = apply_train(mlp, stats, images.astype(jnp.float32))
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), stats
 
@@ -58,14 +58,14 @@ def train_steps(
     labels: jax.Array,
     steps: int,
 ) -> tuple[Learner, jax.Array]:
-    """``steps`` steps of SGD, the first of which has number ``first``; and their mean loss.
+    """Takes ``steps`` steps of SGD from number ``first`` on; returns the mean loss, too.
 
     Args:
       learner: the network and its running statistics.
       learning_rate: ``[]``.
       first: ``[]``, int32, counted from 0.
       key: decides the order of the images.
-      images: ``[N, pixels]``, bool: a quarter of float32's memory, cast batch by batch.
+      images: ``[N, pixels]``, bool, a quarter of float32's memory; cast batch by batch.
       labels: ``[N]``, int32.
       steps: how many; a Python integer.
     """
@@ -80,25 +80,25 @@ def train_steps(
         mlp: Any = optax.apply_updates(mlp, updates)
         return (Learner(mlp, stats), opt_state), loss
 
-    params: Any = learner.mlp  # the type that Optax declares for trees leaves out NamedTuples
+    params: Any = learner.mlp  # Optax's declared type of trees leaves out NamedTuples
     carry = learner, optimizer.init(params)
     batches = batch_order(key, len(images), first, steps)
     (learner, _), losses = jax.lax.scan(step, carry, batches)
     return learner, losses.mean()
 
 
-# The learner's buffers are donated: the caller goes on with the one that comes back.
+# The learner's buffers are donated: the caller must use the returned learner.
 train_chunk = jax.jit(train_steps, static_argnames="steps", donate_argnames="learner")
 
 
 @jax.jit
 def evaluate(learner: Learner, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Accuracy ``[]`` with the running statistics; and the last sigmoids' inputs ``[N, units]``."""
+    """Returns accuracy ``[]``, by running statistics, and last sigmoids' inputs ``[N, units]``."""
     logits, inputs = apply_test(learner.mlp, learner.stats, images.astype(jnp.float32))
     return (logits.argmax(-1) == labels).mean(dtype=jnp.float32), inputs
 
 
 def chunks(total: int, size: int) -> Iterator[tuple[int, int]]:
-    """``(first, steps)`` of the consecutive chunks that make up ``total`` steps."""
+    """Yields ``(first, steps)`` of the consecutive chunks that make up ``total`` steps."""
     for first in range(0, total, size):
         yield first, min(size, total - first)

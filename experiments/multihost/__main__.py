@@ -1,27 +1,27 @@
 """Do several processes, as on a cluster, compute what one process does?
 
 A small network with Batch Normalization learns to read digits. The batch is spread over all devices
-of all processes; statistics and gradients are those of the whole batch, so the processes must end
-with the same parameters and running statistics, bit for bit, and one process with as many devices
-with the same up to the order of its sums.
+of all processes; statistics and gradients are those of the whole batch. So all processes must end
+with the same parameters and running statistics, bit for bit. One process with as many devices must
+end with the same, up to the order of its sums.
 
-On this machine, as a cluster in small (virtual CPU devices, nothing to download)::
+On this machine, as a small cluster (virtual CPU devices, nothing to download)::
 
     python -m experiments.multihost                                 # 2 processes x 2 devices
     python -m experiments.multihost --processes 4 --devices 1
 
-Expected: accuracy on the training batches from chance to about 0.9 in 40 steps; "the processes
-agree"; a difference from one process of about 1e-6. Half a minute on two CPU cores.
+Expected: accuracy on the training batches rises from chance to about 0.9 in 40 steps; "the
+processes agree"; they differ from one process by about 1e-6. It takes half a minute on two CPU
+cores.
 
 On a real cluster, the same command once on every machine::
 
     python -m experiments.multihost --coordinator HOST:PORT --num-processes 8 --process-id 0...7
     python -m experiments.multihost --auto      # SLURM, Open MPI, TPU pods, GKE: JAX finds out
 
-HOST:PORT is a free port of the machine that runs process 0, which the others must reach. In a
-program of your own it takes three things: ``jax.distributed.initialize``; a mesh of
-``jax.devices()``, which are then those of all machines; and batches of which every process makes
-its own part (``spread``).
+HOST:PORT is a free port of the machine that runs process 0; the other machines must reach it. Your
+own program needs three things: ``jax.distributed.initialize``; a mesh of ``jax.devices()``, which
+are then those of all machines; and batches of which every process makes its own part (``spread``).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from experiments.multihost.training import AXIS, BATCH, MODES, fingerprint, trai
 
 
 def work(args: argparse.Namespace) -> None:
-    """One process of several: trains with the others, and saves what it ends with."""
+    """Trains as one process of several, and saves the final state."""
     if args.out is not None and not args.out.is_dir():
         sys.exit(f"--out {args.out} is no folder: make it first.")
     cluster.join(args)
@@ -58,7 +58,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Several processes here, and one process with as many devices; what they end with."""
+    """Compares the final states of several processes here, and of one with as many devices."""
     with tempfile.TemporaryDirectory() as directory:
         several, one = Path(directory, "several"), Path(directory, "one")
         several.mkdir()

@@ -1,4 +1,4 @@
-"""Several processes on this machine, and what they end with."""
+"""Starts several processes on this machine, and reads and compares their final states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def launch(processes: int, devices: int, steps: int, out: Path) -> list[str]:
     """Starts `processes` processes on this machine, with virtual devices; returns their output.
 
     Raises:
-      RuntimeError: one of them failed, or hung for `TIMEOUT` seconds; with what all of them said.
+      RuntimeError: one of them failed, or hung for `TIMEOUT` seconds; with the output of all.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -44,7 +44,7 @@ def launch(processes: int, devices: int, steps: int, out: Path) -> list[str]:
         failed = any(process.returncode for process in started)
     except subprocess.TimeoutExpired:
         pass
-    if failed:  # one that died leaves the others waiting for it
+    if failed:  # the other processes wait for one that died
         for process in started:
             process.kill()
         said = [process.communicate()[0] or "" for process in started]
@@ -54,12 +54,12 @@ def launch(processes: int, devices: int, steps: int, out: Path) -> list[str]:
 
 
 def read(out: Path, mode: str, process: int) -> list[np.ndarray]:
-    """The leaves of the TrainState that a process ended with."""
+    """Reads the leaves of a process' final TrainState."""
     with np.load(out / f"{mode}-{process}.npz") as saved:
         return list(saved.values())
 
 
 def largest_difference(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
-    """Of any two numbers, relative to the largest of their array."""
+    """Returns the largest difference of two numbers, relative to the largest of their array."""
     pairs = zip(a, b, strict=True)
     return max(float(np.max(np.abs(x - y)) / (np.max(np.abs(y)) or 1)) for x, y in pairs)

@@ -1,4 +1,4 @@
-"""A network for digits, trained on all devices of a mesh, whoever has them."""
+"""Trains a network for digits on all devices of a mesh, of one process or several."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODES = ("jit", "shard_map")  # two ways to spread a step over devices
 
 
 def init(key: jax.Array) -> tuple[Any, Any]:
-    """Parameters and running statistics."""
+    """Makes parameters and running statistics."""
     keys = jax.random.split(key, len(SIZES) - 1)
     pairs = zip(keys, SIZES[:-1], SIZES[1:], strict=True)
     kernels = [jax.random.normal(k, (n, m)) / n**0.5 for k, n, m in pairs]
@@ -33,7 +33,7 @@ def init(key: jax.Array) -> tuple[Any, Any]:
 
 
 def make_loss(axis_name: str | None) -> jbn.training.LossFn:
-    """Cross-entropy of a network of dense layers; `axis_name` under shard_map."""
+    """Makes a loss function: cross-entropy of dense layers; `axis_name` is for shard_map."""
 
     def loss_fn(params: Any, stats: Any, batch: Any) -> tuple[Any, Any, Any]:
         x, new = batch["images"].astype(jnp.float32), []
@@ -50,7 +50,7 @@ def make_loss(axis_name: str | None) -> jbn.training.LossFn:
 
 
 def spread(batch: Any, mesh: Mesh) -> Any:
-    """Global arrays over the mesh; every process provides the rows of its own devices."""
+    """Makes global arrays over the mesh; every process provides the rows of its own devices."""
     sharding = NamedSharding(mesh, P(AXIS))
 
     def place(values: np.ndarray) -> jax.Array:
@@ -60,7 +60,7 @@ def spread(batch: Any, mesh: Mesh) -> Any:
 
 
 def train(mesh: Mesh, mode: str, steps: int, *, quiet: bool = True) -> jbn.training.TrainState:
-    """The state after `steps` steps on all devices of the mesh."""
+    """Returns the state after `steps` steps on all devices of the mesh."""
     optimizer = optax.sgd(0.1, momentum=0.9)
     axis_name = AXIS if mode == "shard_map" else None
     step = jbn.training.make_train_step(
@@ -92,7 +92,7 @@ def train(mesh: Mesh, mode: str, steps: int, *, quiet: bool = True) -> jbn.train
 
 
 def fingerprint(state: jbn.training.TrainState) -> str:
-    """A hash of all numbers: equal if and only if they are, bit for bit."""
+    """Hashes all numbers: equal hashes if and only if they are equal, bit for bit."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(state):
         digest.update(np.asarray(leaf).tobytes())

@@ -22,7 +22,7 @@ from experiments.nets.slots import ModuleMaker, norm_activation
 class ConvUnit(nn.Module):
     """``activation(BN(conv(x)))``, the layer that an Inception network is made of.
 
-    Without a norm the convolution has a bias instead, which the norm would bring (section 3.2).
+    Without a norm the convolution has a bias; with one, the norm's replaces it (section 3.2).
 
     Attributes:
       features: channels of the output.
@@ -32,8 +32,8 @@ class ConvUnit(nn.Module):
       conv: makes a convolution; takes what ``flax.linen.Conv`` takes.
       activation: an elementwise function.
       fused: the norm takes ``activation``, too, as jbn's do.
-      depth_multiplier: if given, of a separable convolution: every input channel is filtered on its
-        own into so many, which a 1x1 convolution mixes into the features.
+      depth_multiplier: if given, the convolution is separable: it filters every input channel on
+        its own into so many channels, which a 1x1 convolution mixes into the features.
     """
 
     features: int
@@ -47,7 +47,7 @@ class ConvUnit(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``x: [N, H, W, C]`` becomes ``[N, H / stride, W / stride, features]``."""
+        """Maps ``x: [N, H, W, C]`` to ``[N, H / stride, W / stride, features]``."""
         kernel, stride = (self.size, self.size), self.stride
         if self.depth_multiplier is not None:
             depth, groups = self.depth_multiplier * x.shape[-1], x.shape[-1]
@@ -63,11 +63,11 @@ class ConvUnit(nn.Module):
 
 
 class Row(NamedTuple):
-    """One Inception module: a row of the paper's table. Channels of what its branches end with.
+    """One Inception module, a row of the paper's table: the channels of its branches.
 
-    ``reduce_3x3`` and ``reduce_double`` are of the 1x1 convolutions before the 3x3 ones. The pool
-    branch ends with a 1x1 convolution of ``proj`` channels; with 0 it passes on what it pooled. A
-    module without 1x1 branch and with stride 2 halves the resolution, between two stages.
+    ``reduce_3x3`` and ``reduce_double`` belong to the 1x1 convolutions before the 3x3 ones. The
+    pool branch ends with a 1x1 convolution of ``proj`` channels; with 0 it returns what it pooled.
+    A module without a 1x1 branch and with stride 2 halves the resolution, between two stages.
     """
 
     name: str
@@ -81,18 +81,18 @@ class Row(NamedTuple):
     stride: int = 1
 
     def width(self, channels: int) -> int:
-        """Channels of the output, for as many of the input."""
+        """Returns the channels of the output, for so many channels of the input."""
         return self.conv_1x1 + self.conv_3x3 + self.double_3x3 + (self.proj or channels)
 
     def scaled(self, width: float) -> Row:
-        """The same module with a share of the channels; no branch that it has loses all."""
+        """Returns the module with a share of the channels, at least 1 in each of its branches."""
         channels = {k: v for k, v in self._asdict().items() if k in (*Row._fields[1:6], "proj")}
         return self._replace(**{k: max(1, round(width * v)) for k, v in channels.items() if v})
 
 
-# The table in the paper's appendix, as printed. 4c and 4d sum to 608 channels and so 4e to 1056,
-# where the paper prints 576, 576 and 1024; and for 3c and 4e it prints the resolution of their
-# input.
+# The branches in the table of the paper's appendix, as printed. Those of 4c and 4d sum to 608
+# channels, and so those of 4e to 1056, where the paper prints 576, 576 and 1024. For 3c and 4e it
+# prints the resolution of their input.
 BN_INCEPTION = (
     Row("3a", 64, 64, 64, 64, 96, "avg", 32),
     Row("3b", 64, 64, 96, 64, 96, "avg", 64),
@@ -108,7 +108,7 @@ BN_INCEPTION = (
 
 
 def rows(*names: str, width: float = 1.0, repeat: int = 1) -> tuple[Row, ...]:
-    """Rows of the paper's table by name, or all of it; with a share of the channels.
+    """Returns rows of the paper's table by name, or all of them; with a share of the channels.
 
     With `repeat` every module that keeps the resolution comes so many times, for a deeper network:
     "3a", "3a_2", and so on.
@@ -131,7 +131,7 @@ class InceptionModule(nn.Module):
     """Four branches side by side: 1x1; 1x1, 3x3; 1x1, 3x3, 3x3; pool, 1x1.
 
     Attributes:
-      row: how wide the branches are.
+      row: the channels of the branches.
       unit: makes a `ConvUnit`; takes features, size, stride.
     """
 
@@ -140,7 +140,7 @@ class InceptionModule(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``x: [N, H, W, C]`` becomes ``[N, H / stride, W / stride, row.width(C)]``."""
+        """Maps ``x: [N, H, W, C]`` to ``[N, H / stride, W / stride, row.width(C)]``."""
         row, stride = self.row, self.row.stride
         branches = []
         if row.conv_1x1:
@@ -163,7 +163,7 @@ class InceptionModule(nn.Module):
 class AuxiliaryHead(nn.Module):
     """Logits from the middle of the network, as in GoogLeNet (arXiv 1409.4842, section 5).
 
-    A 5x5 mean pooling of stride 3, a 1x1 convolution, a hidden layer, Dropout of 70 %.
+    It has a 5x5 mean pooling of stride 3, a 1x1 convolution, a hidden layer, Dropout of 70 %.
 
     Attributes:
       n_classes: logits a picture.
@@ -179,7 +179,7 @@ class AuxiliaryHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """``x: [N, H, W, C]`` becomes ``[N, n_classes]``."""
+        """Maps ``x: [N, H, W, C]`` to ``[N, n_classes]``."""
         height, width = (min(5, n) for n in x.shape[1:3])
         x = mean_pool(x, (height, width), (3, 3), "VALID")
         unit: Any = self.unit(self.width, 1)
@@ -203,11 +203,11 @@ class Inception(nn.Module):
       fused: the norm takes ``activation``, too, as jbn's do.
       separable: the depth multiplier of the first convolution; None: it is an ordinary one.
       lrn: whether the responses of the stem are normalised locally, as in GoogLeNet.
-      dropout: the share of the features that the readout does not see in training.
+      dropout: the share of the readout's inputs that are dropped in training.
       auxiliary: names of the rows after which an auxiliary head follows; others are ignored.
-      kernel_init: of all convolutions, but for the separable one's filters, on which no
-        nonlinearity follows.
-      dtype: what the layers compute in, but for the readouts; None: float32, as the parameters.
+      kernel_init: initialiser of all convolutions, except the filters of the separable one, which
+        no nonlinearity follows.
+      dtype: dtype of all layers except the readouts; None: float32, as the parameters.
     """
 
     rows: Sequence[Row] = BN_INCEPTION
@@ -228,10 +228,10 @@ class Inception(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> Any:
-        """Logits ``[N, n_classes]`` for ``x: [N, H, W, C]``; ``train``: by the batch's moments.
+        """Maps ``x: [N, H, W, C]`` to logits ``[N, n_classes]``; ``train``: by batch moments.
 
-        With `auxiliary` and in training: the logits, and a list of those of the auxiliary heads.
-        Dropout draws from the stream "dropout".
+        In training with `auxiliary` it returns the logits and a list of the auxiliary heads'
+        logits. Dropout draws from the stream "dropout".
         """
         unit, x = self._unit_maker(train), x if self.dtype is None else x.astype(self.dtype)
         x = self._stem(unit, x)
@@ -273,16 +273,17 @@ class Inception(nn.Module):
 def mean_pool(
     x: jax.Array, window: tuple[int, int], strides: tuple[int, int], padding: str
 ) -> jax.Array:
-    """``flax.linen.avg_pool`` also where dtypes are not promoted; the zeros of "SAME" count."""
+    """Computes ``flax.linen.avg_pool`` without promoting dtypes; the zeros of "SAME" count."""
     return nn.pool(x, 0.0, lax.add, window, strides, padding) / math.prod(window)
 
 
 def local_response_norm(
     x: jax.Array, size: int = 5, alpha: float = 1e-4, beta: float = 0.75
 ) -> jax.Array:
-    """``x / (1 + alpha * mean of x^2 over `size` neighbouring channels)^beta``, channels last.
+    """Divides x by ``(1 + alpha * mean of x^2 over `size` neighbouring channels)^beta``.
 
-    What networks had before Batch Normalization; the constants of AlexNet and GoogLeNet.
+    Channels are last. Networks had this before Batch Normalization; the constants are those of
+    AlexNet and GoogLeNet.
     """
     window = (1,) * (x.ndim - 1) + (size,)
     wide = x.astype(jnp.float32)
@@ -290,13 +291,13 @@ def local_response_norm(
     return (wide * (1 + alpha / size * total) ** -beta).astype(x.dtype)
 
 
-# Of the paper's comparison, for 224 x 224 pixels: the same tower with and without normalisation.
+# The paper's comparison, for 224 x 224 pixels: the same tower with and without normalisation.
 BNInception = Inception
 PlainInception = functools.partial(Inception, norm=None, lrn=True, dropout=0.4)
 
 
 def wide_inception(width: float = 1.0, **slots: Any) -> Inception:
-    """The paper's tower with a share of the channels; `slots` as for `Inception`."""
+    """Makes the paper's tower with a share of the channels; `slots` as for `Inception`."""
     stem = tuple(
         part if isinstance(part, str) else (max(1, round(width * part[0])), *part[1:])
         for part in Inception.stem
@@ -305,9 +306,9 @@ def wide_inception(width: float = 1.0, **slots: Any) -> Inception:
 
 
 def small_inception(width: float = 1 / 8, **slots: Any) -> Inception:
-    """All modules of the table, narrow, for 32 x 32 pixels: the paper's depth, 1/1000 of its work.
+    """Makes the paper's network, narrow, for 32 x 32 pixels: all its depth, 1/1000 of its work.
 
-    The stem takes the pixels down to 8 x 8, the modules to 2 x 2.
+    The stem reduces the resolution to 8 x 8, the modules to 2 x 2.
 
     Args:
       width: the share of the channels that every module has.

@@ -1,4 +1,4 @@
-"""Convolution as one matrix product, which CPUs do faster than XLA's own."""
+"""Computes a convolution as one matrix product, which is faster on CPUs than XLA's own."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def matmul_conv(
     padding: str | Sequence[tuple[int, int]],
     **plain: Any,
 ) -> jax.Array:
-    """``jax.lax.conv_general_dilated`` of images, as one matrix product over shifted copies.
+    """Computes ``jax.lax.conv_general_dilated`` of images as one product of shifted copies.
 
-    For CPUs: a training step of a small ResNet takes half as long as with XLA's own convolution.
+    On CPUs a training step of a small ResNet takes half as long as with XLA's own convolution.
     Use it as ``flax.linen.Conv(..., conv_general_dilated=matmul_conv)``.
 
     Args:
       x: ``[N, H, W, C]``.
       kernel: ``[height, width, C, features]``.
-      window_strides: of H and W.
+      window_strides: the strides of H and W.
       padding: ``"SAME"``, ``"VALID"``, or ``(low, high)`` of H and W.
       **plain: the other arguments that Flax passes; only their defaults are supported.
 
@@ -35,7 +35,7 @@ def matmul_conv(
       ``[N, H / stride, W / stride, features]``.
 
     Raises:
-      NotImplementedError: dilation, or groups of features.
+      NotImplementedError: there is a dilation, or there are groups of features.
     """
     dilated = {k: v for k, v in plain.items() if k.endswith("_dilation") and set(v) != {1}}
     if dilated or plain.get("feature_group_count", 1) != 1:

@@ -1,4 +1,4 @@
-"""The part of an image that a network gets."""
+"""Converts images to the input of a network."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from jax import Array
 
 
 def as_input(images: Array) -> Array:
-    """uint8 to float32 of about zero mean and unit variance."""
+    """Converts uint8 to float32 of about zero mean and unit variance."""
     return (images.astype(jnp.float32) - 127.5) / 64.0

@@ -1,14 +1,13 @@
 """Batch Normalization of jbn and of the other libraries over JAX, as pure functions of one form.
 
 All do the same task: float32 scale and bias, statistics taken in float32 from x in its own dtype,
-running statistics that move by 1/10, epsilon 1e-5, y in x's dtype. Each in its own way: Flax takes
-E[x^2] - E[x]^2, Haiku's averages are corrected for their start.
+running statistics that move by 1/10, epsilon 1e-5, y in x's dtype. Their methods differ: Flax takes
+E[x^2] - E[x]^2, and Haiku corrects its averages for their start.
 
-Forward and backward are one program, for which the cotangent lies ready. A compiler may then read x
-once for a sum of each; in a network, where other layers come between, it cannot.
-What a program hands back is what training needs: y, the new running statistics and, with the
-backward pass, the gradients of x, scale, bias and, where one is added, the residual, for a given
-random cotangent.
+Forward and backward are one program, which gets the cotangent as an argument. So a compiler may
+read x once for a sum of each; in a network it cannot, since other layers come between. A program
+returns all that training needs: y, the new running statistics and, with the backward pass, the
+gradients of x, scale, bias and, if there is one, the residual, for a given random cotangent.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from jax import Array
 
 import jbn
 
-BASELINE = "flax.linen"  # whose time is 1
+BASELINE = "flax.linen"  # its time is 1: all times are relative to it
 DECAY = 0.9  # weight of the old running statistics: PyTorch's default
 EPSILON = 1e-5
 
@@ -35,7 +34,7 @@ PASSES = ("forward", "forward+backward")
 
 
 class Case(NamedTuple):
-    """What is computed, on which data."""
+    """One computation, and its data."""
 
     shape: tuple[int, ...]  # [N, ..., C]
     dtype: str = "float32"
@@ -60,7 +59,7 @@ class Data(NamedTuple):
 
 @functools.lru_cache(maxsize=1)  # the competitors of one case come one after the other
 def data(case: Case) -> Data:
-    """Random arrays: mean 1 and standard deviation 2 in every feature, scales around 1."""
+    """Makes random arrays: mean 1 and standard deviation 2 in every feature, scales around 1."""
     rng = np.random.default_rng(case.seed)
 
     def normal(*shape: int) -> np.ndarray:
@@ -74,8 +73,9 @@ def data(case: Case) -> Data:
 class Layer(NamedTuple):
     """A layer as pure functions of its parameters and running statistics.
 
-    `params` and `stats` are of the library's own kind. `train` is (params, stats, x, residual) ->
-    (y, new stats), `infer` the same -> y. The residual is None in the forms without one.
+    `params` and `stats` have the library's own types. `train` is (params, stats, x, residual) ->
+    (y, new stats), `infer` is (params, stats, x, residual) -> y. The residual is None in the forms
+    without one.
     """
 
     params: Any
@@ -86,14 +86,14 @@ class Layer(NamedTuple):
 
 
 def epilogue(form: str, y: Array, residual: Array | None) -> Array:
-    """What follows on Batch Normalization in a ResNet, for libraries that leave it to the user."""
+    """Adds the residual and applies the ReLU, for libraries that leave both to the user."""
     if residual is not None:
         y = y + residual
     return y if form == "bn" else jax.nn.relu(y)
 
 
 def arguments(layer: Layer, case: Case, host: Data) -> tuple[Any, ...]:
-    """What `function_of` takes, on JAX's default device."""
+    """Returns the arguments of `function_of`'s result, on JAX's default device."""
 
     def array(values: np.ndarray) -> Array:
         values = np.moveaxis(values, -1, 1) if layer.channels_first else values
@@ -104,7 +104,7 @@ def arguments(layer: Layer, case: Case, host: Data) -> tuple[Any, ...]:
 
 
 def function_of(layer: Layer, which: str) -> Callable[..., Any]:
-    """(params, stats, x, residual, dy) -> what the program hands back."""
+    """Makes the function (params, stats, x, residual, dy) -> the results of the passes."""
 
     def forward(params, stats, x, residual, dy):
         return layer.train(params, stats, x, residual)
@@ -138,7 +138,7 @@ def of_jbn(case: Case, host: Data) -> Layer:
 
 
 def fused(form: str) -> dict[str, Any]:
-    """jbn's arguments for what follows on Batch Normalization."""
+    """Returns the arguments by which jbn's layer applies the ReLU itself."""
     return {} if form == "bn" else {"activation": jax.nn.relu}
 
 
@@ -184,7 +184,7 @@ def of_nnx(case: Case, host: Data) -> Layer:
 
 
 def of_haiku(case: Case, host: Data) -> Layer:
-    """Haiku takes statistics in x's dtype: x is cast to float32 first, and y back."""
+    """Makes Haiku's layer. It works in x's dtype: x is cast to float32 first, and y back."""
     import haiku as hk  # pyright: ignore[reportMissingImports]  (optional)
 
     def call(x, training):
@@ -192,7 +192,7 @@ def of_haiku(case: Case, host: Data) -> Layer:
         return layer(x.astype(jnp.float32), training).astype(x.dtype)
 
     net = hk.without_apply_rng(hk.transform_with_state(call))
-    # Haiku's averages start with their first batch, which init takes: one of mean 0 and variance 1.
+    # Haiku's averages start with the batch that init gets: here one of mean 0 and variance 1.
     (ones,) = broadcast(case, jnp.ones(case.shape[-1]))
     _, stats = net.init(jax.random.key(0), jnp.concatenate([-ones, ones]), True)
     scale, bias = broadcast(case, jnp.asarray(host.scale), jnp.asarray(host.bias))
@@ -210,7 +210,7 @@ def of_haiku(case: Case, host: Data) -> Layer:
 
 
 def of_equinox(case: Case, host: Data) -> Layer:
-    """Equinox is for [N, C, ...], and gets that; it computes in x's dtype, so x is cast as well."""
+    """Makes Equinox's layer, for [N, C, ...]. It works in x's dtype: x is cast, and y back."""
     import equinox as eqx  # pyright: ignore[reportMissingImports]  (optional)
 
     layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
@@ -240,5 +240,5 @@ def of_equinox(case: Case, host: Data) -> Layer:
 
 
 def broadcast(case: Case, *vectors: Array) -> list[Array]:
-    """Vectors [C] with the rank of x."""
+    """Reshapes vectors [C] to the rank of x."""
     return [v.reshape((1,) * (len(case.shape) - 1) + (-1,)) for v in vectors]

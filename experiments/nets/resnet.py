@@ -37,12 +37,12 @@ class ResidualBlock(nn.Module):
     fused: bool = False
 
     def convolutions(self) -> list[tuple[int, int, int]]:
-        """(channels of the output, height and width of the kernel, stride) of each."""
+        """Lists (channels of the output, height and width of the kernel, stride) of each."""
         return [(self.width, 3, self.stride), (self.width, 3, 1)]
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``x: [N, H, W, C]`` becomes ``[N, H / stride, W / stride, channels of the last one]``."""
+        """Maps ``x: [N, H, W, C]`` to ``[N, H / stride, W / stride, channels of the output]``."""
         *inner, (channels, last_size, _) = self.convolutions()
         y = x
         for features, size, stride in inner:
@@ -73,17 +73,17 @@ class ResNet(nn.Module):
     """A stem, stages of residual blocks, the mean over all positions, a linear readout.
 
     Attributes:
-      widths: of the blocks of every stage; each stage after the first halves the resolution.
-      blocks: residual blocks of every stage.
+      widths: the blocks' width in every stage; each stage after the first halves the resolution.
+      blocks: the number of residual blocks in every stage.
       stem_size: height and width of the first convolution's kernel.
       stem_stride: of the first convolution.
-      pool: whether a 3x3 max pooling of stride 2 follows on it.
+      pool: whether a 3x3 max pooling of stride 2 follows the first convolution.
       n_classes: logits a picture.
       norm: makes a normalisation layer; takes ``use_running_average`` and ``scale_init``.
       conv: makes a convolution; takes what ``flax.linen.Conv`` takes.
       block: makes a residual block.
       fused: the norm takes ``activation``, too, and its layers ``residual``, as jbn's do.
-      dtype: what the layers compute in, but for the readout; None: float32, as the parameters.
+      dtype: dtype of all layers except the readout; None: float32, as the parameters.
     """
 
     widths: Sequence[int] = (16, 32, 64)
@@ -100,7 +100,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Logits ``[N, n_classes]`` for ``x: [N, H, W, C]``; ``train``: by the batch's moments."""
+        """Maps ``x: [N, H, W, C]`` to logits ``[N, n_classes]``; ``train``: by batch moments."""
         norm = functools.partial(self.norm, use_running_average=not train)
         conv = self.conv
         if self.dtype is not None:
@@ -119,7 +119,7 @@ class ResNet(nn.Module):
         return nn.Dense(self.n_classes)(x.mean((1, 2)).astype(jnp.float32))
 
 
-# As users know them, for 224 x 224 pixels and the 1000 classes of ImageNet.
+# The usual forms, for 224 x 224 pixels and the 1000 classes of ImageNet.
 _imagenet = functools.partial(
     ResNet, widths=(64, 128, 256, 512), stem_size=7, stem_stride=2, pool=True, n_classes=1000
 )

@@ -1,4 +1,4 @@
-"""Slots of a network: what makes its normalisation layers, its convolutions, its blocks."""
+"""The slots of a network: the makers of its normalisation layers, convolutions and blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def norm_activation(
     activation: Callable[[jax.Array], jax.Array] = nn.relu,
     **kwargs: Any,
 ) -> Callable[..., jax.Array]:
-    """A layer (x, residual=None) -> ``activation(BN(x) + residual)``; fused: all by the norm."""
+    """Makes a layer (x, residual=None) -> ``activation(BN(x) + residual)``; fused: in the norm."""
     layer: Any = norm(**kwargs, activation=activation) if fused else norm(**kwargs)
 
     def apply(x: jax.Array, residual: jax.Array | None = None) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Training steps of the benchmarks: networks with the libraries' layers of Batch Normalization."""
+"""Makes the training steps of the benchmarks, with each library's Batch Normalization layers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from experiments.nets.layers import BASELINE
 
 
 class Slot(NamedTuple):
-    """What goes into the slots of a network (see `nets.slots`)."""
+    """The normalisation layer that a network gets (see `nets.slots`)."""
 
     norm: Any
     fused: bool  # whether the norm does the ReLU and the addition, too
-    peer: str  # of which a network is made: a name in `speed.peers.PEERS`
+    peer: str  # the library it stands for: a name in `speed.peers.PEERS`
 
 
 SLOTS = {
@@ -33,7 +33,7 @@ SLOTS = {
 
 
 class TrainingStep(NamedTuple):
-    """A step of SGD with momentum, (state, images, labels) -> (state, loss); shapes of those."""
+    """A step of SGD with momentum, (state, images, labels) -> (state, loss), and its arguments."""
 
     step: Callable[..., Any]
     state: Any
@@ -42,13 +42,13 @@ class TrainingStep(NamedTuple):
     init: Callable[[jax.Array], Any]  # key -> state
 
     def lower(self) -> Any:
-        """Traced and lowered; the state's memory is used again for the new one."""
+        """Traces and lowers the step; the new state reuses the memory of the old one."""
         step = jax.jit(self.step, donate_argnums=0)
         return step.trace(self.state, self.images, self.labels).lower()
 
 
 def training_step(net: linen.Module, images: tuple[int, ...]) -> TrainingStep:
-    """Softmax cross-entropy of a network from `experiments.nets`, on images [N, H, W, C]."""
+    """Makes a step on the softmax cross-entropy of a network, for images [N, H, W, C]."""
     optimizer = optax.sgd(0.1, momentum=0.9)
     x = jax.ShapeDtypeStruct(images, jnp.float32)
     labels = jax.ShapeDtypeStruct(images[:1], jnp.int32)
@@ -74,7 +74,7 @@ def training_step(net: linen.Module, images: tuple[int, ...]) -> TrainingStep:
 
 
 class Network(NamedTuple):
-    """A network from `experiments.nets`, and what it is trained with."""
+    """A network from `experiments.nets`, and the sizes and dtype of its training."""
 
     name: str
     make: Callable[..., linen.Module]  # takes norm, fused, dtype
@@ -89,17 +89,17 @@ class Network(NamedTuple):
         return training_step(net, (self.batch, self.size, self.size, 3))
 
     def about(self) -> tuple[str, str, str]:
-        """The fields of a row: case, dtype, form."""
+        """Returns the fields of a row: case, dtype, form."""
         return f"{self.name}, batch {self.batch}", self.dtype, "-"
 
 
 def small_resnet(**slots: Any) -> linen.Module:
-    """On a CPU with convolutions that XLA does fast there, or they would hide all else."""
+    """Makes a ResNet; on a CPU with fast convolutions, since XLA's would hide all else."""
     if jax.default_backend() == "cpu":
         slots["conv"] = functools.partial(linen.Conv, conv_general_dilated=convolution.matmul_conv)
     return resnet.ResNet(**slots)
 
 
 def tiny_resnet(**slots: Any) -> linen.Module:
-    """For a quick run: compiles in a second."""
+    """Makes a ResNet that compiles in a second, for a quick run."""
     return resnet.ResNet(widths=(4,), blocks=(1,), **slots)

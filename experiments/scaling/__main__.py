@@ -1,15 +1,15 @@
-"""Whose batch statistics? Why devices that hold few images each must share them.
+"""Must devices that have few images each share their batch statistics?
 
 Data parallel training gives every device a small batch of its own. Here a small ResNet trains on
 CIFAR-10 with 2 images a device, on 1, 2, 4 and 8 devices, normalised in three ways:
 
-- ``local``: every device by the moments of its own 2 images. No communication.
-- ``ghost``: pairs of devices share; ``groups=`` of the global batch, under ``jit``.
-- ``synchronised``: all devices share; ``axis_name=``, under ``shard_map``.
+- ``local``: every device uses the moments of its own 2 images, without communication.
+- ``ghost``: pairs of devices share moments; ``groups=`` of the global batch, under ``jit``.
+- ``synchronised``: all devices share moments; ``axis_name=``, under ``shard_map``.
 
-Claim: with local statistics more devices bring nothing, whatever the batch of all of them together.
-With shared statistics accuracy rises with the number of images that share, and so does how often
-training and inference agree on the class of an image.
+Claim: with local statistics more devices do not help, however large their global batch is. With
+shared statistics accuracy rises with the number of images that share them. So does the fraction of
+images to which training and inference give the same class.
 
 Command::
 
@@ -18,14 +18,15 @@ Command::
     python -m experiments.scaling --smoke            # seconds, on made-up images: does it run?
 
 Expected test accuracy after 16,000 images: 38 % on one device; on eight 39 % with local statistics,
-42 % with ghost batches of 4 images and 46 % with synchronised ones. 20 minutes on two CPU cores.
+42 % with ghost batches of 4 images and 46 % with synchronised statistics. It takes 20 minutes on
+two CPU cores.
 
-The devices are virtual: shares of one CPU. They compute what as many real ones would, only slower.
+The devices are virtual, shares of one CPU: they compute the same as real ones, only slower.
 
-The same in every run of a seed: initial parameters, images and their order, how many images are
-seen (each at most once an epoch), SGD with momentum 0.9 and a cosine schedule, a learning rate
-proportional to the images a step (Goyal et al., arXiv 1706.02677), running averages over the last
-2,000 images. So runs on as many devices differ in nothing but the statistics.
+All runs of a seed have the same initial parameters, images in the same order, number of images
+(each at most once an epoch), SGD with momentum 0.9 and a cosine schedule, a learning rate
+proportional to the images a step (Goyal et al., arXiv 1706.02677), and running averages over the
+last 2,000 images. So runs on equally many devices differ in nothing but the statistics.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ from experiments.scaling.training import train
 
 
 def scaling(config: Config, photos: Photos, path: Path, about: dict[str, str]) -> None:
-    """Train and judge every case; write numbers and figure; print a table.
+    """Trains and judges every case; writes numbers and figure; prints a table.
 
-    An interrupt (Ctrl-C) ends the training; what is finished by then is summed up.
+    An interrupt (Ctrl-C) ends the training; the finished runs are summarised.
     """
     numbers, rows = path.with_suffix(".jsonl"), []
     todo = list(cases(config))
@@ -83,7 +84,7 @@ def scaling(config: Config, photos: Photos, path: Path, about: dict[str, str]) -
 
 
 def run(config: Config, photos: Photos, case: Case) -> dict[str, Any]:
-    """Train one network and judge it: a JSON line."""
+    """Trains one network and judges it; returns a JSON line."""
     began = time.perf_counter()
     variables, last_loss = train(config, photos, case)
     measured = measure(config, photos, case, variables)
@@ -95,7 +96,7 @@ def run(config: Config, photos: Photos, case: Case) -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options; photographs are the only thing without a default."""
+    """Makes the parser; photographs are the only thing without a default."""
     p = argparse.ArgumentParser(
         prog="python -m experiments.scaling",
         description="A small ResNet on CIFAR-10 with few images a device, on 1 to 8 devices, with "
@@ -109,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_run_options(group: argparse._ArgumentGroup) -> None:
-    """The options of output."""
+    """Adds the options of the results."""
     add = group.add_argument
     add("--out", type=Path, default=Path("results/scaling"), metavar="DIR",
         help="folder for the figure and the numbers (default: %(default)s)")  # fmt: skip
@@ -117,7 +118,7 @@ def add_run_options(group: argparse._ArgumentGroup) -> None:
 
 
 def add_image_options(group: argparse._ArgumentGroup) -> None:
-    """The options of images."""
+    """Adds the options of the images."""
     add = group.add_mutually_exclusive_group().add_argument
     add("--data-dir", metavar="DIR",
         help="CIFAR-10: its binary files, or images in train/CLASS and test/CLASS")  # fmt: skip
@@ -128,7 +129,7 @@ def add_image_options(group: argparse._ArgumentGroup) -> None:
 
 
 def add_training_options(group: argparse._ArgumentGroup) -> None:
-    """The common parts of the runs."""
+    """Adds the options that all runs share."""
     config, add = Config(), group.add_argument
     add("--devices", type=at_least_one, nargs="+", metavar="N",
         help=f"numbers of devices (default: {' '.join(map(str, config.devices))})")  # fmt: skip
@@ -144,7 +145,7 @@ def add_training_options(group: argparse._ArgumentGroup) -> None:
 
 
 def load(args: argparse.Namespace) -> tuple[Photos, str]:
-    """The images asked for, and what to call them."""
+    """Reads the images that the options ask for; returns them and their description."""
     if args.smoke:
         return painted_stripes(1_600, 320), "made-up stripes, not CIFAR-10"
     if args.download:
@@ -153,7 +154,7 @@ def load(args: argparse.Namespace) -> tuple[Photos, str]:
 
 
 def configure(args: argparse.Namespace) -> Config:
-    """What to run: the options given, the defaults, and less of everything for a smoke test."""
+    """Returns the configuration: the options given, the defaults, and less for a smoke test."""
     config = Config()
     if args.smoke:
         config = Config(devices=(4,), seeds=(0,), images=1_600, window=128, every=400, judged=320,
@@ -168,12 +169,12 @@ def configure(args: argparse.Namespace) -> Config:
 
 
 def args_tuple(values: list[int] | None) -> tuple[int, ...] | None:
-    """Without repetitions, in the order given."""
+    """Removes repetitions; keeps the order."""
     return None if values is None else tuple(dict.fromkeys(values))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run from the command line, or from Python with a list of arguments."""
+    """Runs the experiment with `argv`, or with the arguments of the command line."""
     argv = sys.argv[1:] if argv is None else argv
     args = (options := parser()).parse_args(argv)
     if not (args.data_dir or args.download or args.smoke):

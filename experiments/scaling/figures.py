@@ -1,4 +1,4 @@
-"""The figure of `experiments.scaling`."""
+"""Draws the figure of `experiments.scaling`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     pass
 
 
-STATISTICS = {  # colour, dashes, marker: apart for colour-blind readers, and in print
+STATISTICS = {  # colour, dashes, marker: distinct for colour-blind readers and in print
     "local": ("#b2182b", (0, (4, 1.5)), "s"),
     "ghost": ("#7f7f7f", (0, (1, 1)), "D"),
     "synchronised": ("#2166ac", "solid", "o"),
@@ -23,7 +23,7 @@ STATISTICS = {  # colour, dashes, marker: apart for colour-blind readers, and in
 
 
 def scaling(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Accuracy and train/eval gap over the number of devices, a line for each kind of statistics.
+    """Draws accuracy and train/eval gap over the number of devices, a line for each statistics.
 
     ``results`` are the summaries of ``experiments.scaling``: means, and a value for every seed.
     """
@@ -43,7 +43,7 @@ def scaling(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
 def draw_scaling(
     axes: Axes, results: Sequence[Mapping[str, Any]], mean: str, each: str, unit: float
 ) -> None:
-    """Means as lines, every seed as a small mark. What ran under another name is drawn too."""
+    """Draws means as lines, every seed as a small mark; also cases that ran as another one."""
     for statistics, (color, dashes, marker) in STATISTICS.items():
         mine = [row for row in results if row["statistics"] == statistics]
         devices = [row["devices"] for row in mine]

@@ -1,4 +1,4 @@
-"""Judges a trained network, by running statistics and by those of a batch."""
+"""Judges a trained network, by running statistics and by batch statistics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ JUDGED_AT_ONCE = 512  # images
 
 
 class Judgement(NamedTuple):
-    """How a network does on a set of images."""
+    """The results of a network on a set of images."""
 
     loss: Array  # [] nats, mean over the images
     accuracy: Array  # []
@@ -31,10 +31,10 @@ class Judgement(NamedTuple):
 def judge(
     config: Config, variables: Any, images: Array, labels: Array, shared_by: int | None = None
 ) -> Judgement:
-    """Loss and accuracy by the running statistics, or by those of ``shared_by`` images at a time.
+    """Computes loss and accuracy by the running statistics, or by those of ``shared_by`` images.
 
-    The latter is what a training step sees whose devices share statistics over so many images.
-    Images that fill no group are left out.
+    The latter are the statistics of a training step whose devices share them over so many images.
+    Images that do not fill a group are left out.
     """
     net, size = network(config), shared_by or 1
 
@@ -53,14 +53,14 @@ def judge(
 
 
 def spread_out(n_images: int, wanted: int) -> np.ndarray:
-    """Indices of ``wanted`` images, evenly from a set that may be sorted by class."""
+    """Returns the indices of ``wanted`` images, evenly from a set that may be sorted by class."""
     return np.arange(n_images) if n_images <= wanted else np.arange(wanted) * n_images // wanted
 
 
 def measure(config: Config, photos: Photos, case: Case, variables: Any) -> dict[str, Any]:
-    """Accuracy on both sets; on the training images by the batch's and by running statistics.
+    """Measures accuracy on both sets; on the training images by batch and by running statistics.
 
-    And how often these two agree on the class of a training image.
+    It also measures how often these two agree on the class of a training image.
     """
     shared_by = config.per_device * sharing(case.statistics, case.devices)
     seen = image_order(len(photos.train_images), config.images, case.seed)[: config.judged]

@@ -1,4 +1,4 @@
-"""Means over the seeds, and their table."""
+"""Averages the results over the seeds, and formats their table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experiments.scaling.cases import STATISTICS, Config, runs_as
 
 
 def summaries(config: Config, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For every statistics and number of devices: means over seeds, and the values themselves."""
+    """Averages over the seeds for all statistics and numbers of devices; keeps each value."""
     results = []
     for devices, statistics in itertools.product(config.devices, STATISTICS):
         ran = runs_as(statistics, devices)
@@ -45,7 +45,7 @@ def summaries(config: Config, rows: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The results, one setting a line; what ran under another name is shown there."""
+    """Formats the results, one setting a line, which names the statistics that are the same."""
     header = "devices", "statistics", "images that share", "test", "seeds", "train, by batch"
     lines = [[*header, "train, by running", "agree", "gap [nats]"]]
     for r in results:

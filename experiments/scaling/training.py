@@ -29,8 +29,8 @@ AXIS = "batch"
 
 
 def network(config: Config, statistics: str = "local", devices: int = 1) -> ResNet:
-    """The same layers in every run: the scope of the statistics is no parameter."""
-    # So the running statistics average over as many images however many make a step.
+    """Makes the network, with the same layers whichever devices share statistics."""
+    # With this momentum the running statistics average over `window` images at any batch size.
     momentum = max(0.0, 1 - config.per_device * devices / config.window)
     scope: dict[str, Any] = {"local": {}, "synchronised": {"axis_name": AXIS}}.get(
         statistics, {"groups": devices // sharing(statistics, devices)}
@@ -46,7 +46,7 @@ def network(config: Config, statistics: str = "local", devices: int = 1) -> ResN
 
 
 def make_optimizer(config: Config, devices: int) -> optax.GradientTransformation:
-    """SGD with momentum, on a cosine from a rate proportional to the images a step."""
+    """Makes SGD with momentum, on a cosine from a rate proportional to the images a step."""
     batch = config.per_device * devices
     first, steps = config.learning_rate * batch / 16, config.images // batch
 
@@ -58,7 +58,7 @@ def make_optimizer(config: Config, devices: int) -> optax.GradientTransformation
 
 
 def make_loss(net: ResNet) -> Callable[..., tuple[Array, Any, dict[str, Array]]]:
-    """Softmax cross-entropy [nats], mean over the batch; and the updated running statistics."""
+    """Makes a loss function: mean softmax cross-entropy [nats], and updated running statistics."""
 
     def loss_fn(params: Any, stats: Any, batch: tuple[Array, Array]) -> Any:
         images, labels = batch
@@ -72,7 +72,7 @@ def make_loss(net: ResNet) -> Callable[..., tuple[Array, Any, dict[str, Array]]]
 
 @functools.cache
 def make_trainer(config: Config, statistics: str, devices: int) -> tuple[Mesh, Callable[..., Any]]:
-    """The mesh, and the compiled ``(state, images, labels) -> (state, mean loss)`` of many steps.
+    """Makes the mesh, and many compiled steps ``(state, images, labels) -> (state, mean loss)``.
 
     ``images: [steps, batch, 32, 32, 3]`` and ``labels: [steps, batch]`` are split over the devices.
     """
@@ -99,14 +99,14 @@ def make_trainer(config: Config, statistics: str, devices: int) -> tuple[Mesh, C
 
 
 def image_order(n_images: int, wanted: int, seed: int) -> np.ndarray:
-    """Which image comes when, ``[wanted]``: every epoch a new shuffle."""
+    """Returns the order of the images, ``[wanted]``: every epoch is a new shuffle."""
     rng = np.random.default_rng(seed)
     epochs = [rng.permutation(n_images) for _ in range(-(-wanted // n_images))]
     return np.concatenate(epochs)[:wanted]
 
 
 def train(config: Config, photos: Photos, case: Case) -> tuple[Any, float]:
-    """The trained variables, and the mean loss over the last ``config.every`` images."""
+    """Returns the trained variables, and the mean loss over the last ``config.every`` images."""
     mesh, train_steps = make_trainer(config, case.statistics, case.devices)
     batch = config.per_device * case.devices
     init = jax.jit(functools.partial(network(config).init, train=False))
@@ -124,7 +124,7 @@ def train(config: Config, photos: Photos, case: Case) -> tuple[Any, float]:
             images, labels = jax.device_put(
                 (photos.train_images[rows], photos.train_labels[rows]), split
             )
-            with jax.set_mesh(mesh):  # tells jbn how many parts a sharded array has
+            with jax.set_mesh(mesh):  # jbn needs the number of parts of a sharded array
                 state, loss = train_steps(state, images, labels)
             bar.set_postfix_str(f"loss {float(loss):.3f}")
             bar.update(len(chunk))

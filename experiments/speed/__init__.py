@@ -1,1 +1,1 @@
-"""Times beside other libraries: ``python -m experiments.speed``."""
+"""Times jbn beside other libraries: ``python -m experiments.speed``."""

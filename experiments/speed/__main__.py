@@ -1,24 +1,25 @@
 """How fast is Batch Normalization? jbn beside Flax, Haiku, Equinox and PyTorch, on this machine.
 
-All libraries take turns in one process (`experiments.common.timing`), do the same mathematics on
-the same numbers (`experiments.nets.layers`), and are reported as ratios over flax.linen within a
-round, with the quartiles of that ratio: 0.50 is half of flax.linen's time. Parts (``--part``):
+All libraries take turns in one process (`experiments.common.timing`), and do the same mathematics
+on the same numbers (`experiments.nets.layers`). The results are ratios of times over flax.linen
+within a round, with their quartiles: 0.50 is half of flax.linen's time. Parts (``--part``):
 
 op         one layer, forward and forward+backward: BN, BN+ReLU, BN+add+ReLU; float32 and bfloat16
-step       whole training steps: a small ResNet on random images of CIFAR-10's shape; of ResNet-50
-           the compilation and the memory, and with ``--run`` or on an accelerator the time, too
+step       whole training steps: a small ResNet on random images of CIFAR-10's shape; ResNet-50's
+           compilation and memory, and with ``--run`` or on an accelerator its time, too
 dispatch   tiny layers: a call, tracing and lowering, compiling; tracing and lowering ResNet-50
 inference  one layer with the running statistics, and folded into y = a x + b
 compile    tracing, lowering and compiling of small models; only if asked for, and alone, as it has
            arguments of its own (`experiments.speed.compiling`)
 
 **Of copy.** A layer moves memory, so its floor is a copy of x, measured in the same rounds. The
-bytes that are useful, counted in elements of x: forward 3 (x twice, once for the statistics, and
-y), backward 5 (x and dy twice, and dx), hence forward+backward 8. Adding a residual r reads it
-forward (4), and backward (7) reads x, dy and y for the two sums, writes dr, reads x and dr again,
-and writes dx: 11. Inference 2, with a residual 3; a copy 2. "Of copy" is useful bytes a second over
-those of the copy. A layer that keeps x in a cache between its two reads can exceed 100 %.
-**Bytes/element** is XLA's own count of what the compiled program accesses, where there is one.
+useful bytes, counted in elements of x, are: forward 3 (x twice, once for the statistics, and y),
+backward 5 (x and dy twice, and dx), hence forward+backward 8. With a residual r the forward pass
+reads it, too (4); the backward pass (7) reads x, dy and y for the two sums, writes dr, reads x and
+dr again, and writes dx: 11 together. Inference takes 2, with a residual 3; a copy takes 2. "Of
+copy" is useful bytes a second over those of the copy. A layer that keeps x in a cache between its
+two reads can exceed 100 %. **Bytes/element** is XLA's own count of the bytes that the compiled
+program accesses, if there is one.
 
 Command::
 
@@ -28,11 +29,11 @@ Command::
     python -m experiments.speed --quick  # about a minute: does everything run?
     python -m experiments.speed --part op --update FILE    # write jbn's ratios down, and later
     python -m experiments.speed --part op --check FILE     # exit with 1 if they have become worse
-    python -m experiments.speed --target h100 v5e          # compiled for what need not be there
+    python -m experiments.speed --target h100 v5e          # compile only, without the hardware
 
-The same commands run on CPUs, GPUs and TPUs: on JAX's default device, or with JAX_PLATFORMS=cpu
-before them on the CPU. On Linux the process starts itself again with what glibc and OpenMP have to
-be told (`timing.ENVIRONMENT` says why).
+The same commands run on CPUs, GPUs and TPUs: on JAX's default device, or on the CPU if
+JAX_PLATFORMS=cpu stands before them. On Linux the process starts itself again with environment
+variables for glibc and OpenMP (`timing.ENVIRONMENT` says why).
 """
 
 from __future__ import annotations
@@ -108,14 +109,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def config_of(args: argparse.Namespace) -> Config:
-    """The configuration that the command line asks for."""
+    """Returns the configuration that the command line asks for."""
     installed = peers.installed()
     libraries = args.libraries or list(installed)
     for name in libraries:
         if name not in installed:
             install = peers.PEERS[name].install or "another machine"
             raise ValueError(f"{name} cannot run here. It takes: {install}.")
-    libraries = list(dict.fromkeys((BASELINE, *libraries)))  # all ratios are over the first
+    libraries = list(dict.fromkeys((BASELINE, *libraries)))  # all ratios are over the baseline
     if args.quick:
         shapes = ((8, 8, 8, 32), (256, 128))
         return Config(shapes, DTYPES[:1], ("bn_relu",), libraries, 3, 8, False, True)
@@ -124,7 +125,7 @@ def config_of(args: argparse.Namespace) -> Config:
 
 
 def measure(parts: Sequence[str], config: Config, records: Records) -> list[Row]:
-    """All rows; each is written as soon as it is there."""
+    """Measures all rows, and writes each as soon as it is there."""
     rows = []
     for part in parts:
         for row in PARTS[part](config):
@@ -134,7 +135,7 @@ def measure(parts: Sequence[str], config: Config, records: Records) -> list[Row]
 
 
 def versions() -> dict[str, str]:
-    """The versions of the libraries that are compared."""
+    """Returns the versions of the libraries that are compared."""
     packages = ("jax", "flax", "dm-haiku", "equinox", "torch")
     found = {d.metadata["Name"]: d.version for d in metadata.distributions()}
     return {name: found[name] for name in packages if name in found}
@@ -147,7 +148,7 @@ NOTE = (
 
 
 def report(rows: Sequence[Row], args: argparse.Namespace, about: str) -> None:
-    """Tables in the terminal and in Markdown; the figure."""
+    """Writes tables in the terminal and in Markdown, and the figure."""
     console = Console(width=None if sys.stdout.isatty() else 200)
     tables = list(speed_report.tables(rows))
     for table in tables:
@@ -165,10 +166,10 @@ def report(rows: Sequence[Row], args: argparse.Namespace, about: str) -> None:
 
 
 def check_files(*paths: Path | None) -> None:
-    """Whether results can be written there, before they are measured.
+    """Checks, before anything is measured, that results can be written to these files.
 
     Raises:
-      OSError: they cannot.
+      OSError: one of them cannot be written.
     """
     for path in paths:
         if path is not None:
@@ -178,7 +179,7 @@ def check_files(*paths: Path | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line, or from Python with arguments; returns the exit status."""
+    """Runs the experiment with `argv`, or with the command line's; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if COMPILE in argv or f"--part={COMPILE}" in argv:
         compiling.main(argv)

@@ -1,4 +1,4 @@
-"""What is measured: shapes, dtypes, and how many of each."""
+"""Lists the cases to measure: shapes, dtypes, and how many of each."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RESNET50_SHAPES = (  # [H, W, C] of all layers of Batch Normalization for images
 )
 MLP_SHAPE = (60, 100)  # of the paper's network for digits
 
-USEFUL = {  # elements that have to be moved, for each element of x; __main__.py says why
+USEFUL = {  # elements moved for each element of x, as __main__.py explains
     ("bn", "forward"): 3,
     ("bn_relu", "forward"): 3,
     ("bn_add_relu", "forward"): 4,
@@ -48,7 +48,7 @@ USEFUL = {  # elements that have to be moved, for each element of x; __main__.py
 
 
 class Config(NamedTuple):
-    """What is measured, and how long."""
+    """The cases to measure, and the number of rounds."""
 
     shapes: Sequence[tuple[int, ...]] = SOME_SHAPES
     dtypes: Sequence[str] = DTYPES
@@ -61,12 +61,12 @@ class Config(NamedTuple):
 
 
 def bar(*axes: Any, about: str) -> Iterator[tuple[Any, ...]]:
-    """All combinations, with a progress bar."""
+    """Iterates over all combinations, with a progress bar."""
     return iter(tqdm(list(itertools.product(*axes)), desc=about, file=sys.stderr, leave=False))
 
 
 def shapes_of(names: Sequence[str], batch: int) -> list[tuple[int, ...]]:
-    """The shapes that arguments of ``--shapes`` stand for.
+    """Returns the shapes that the arguments of ``--shapes`` name.
 
     Raises:
       ValueError: a name is none of "some" and "resnet50", nor numbers such as "32x56x56x64".

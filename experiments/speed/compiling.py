@@ -1,12 +1,12 @@
-"""How long do tracing, lowering and compiling take with jbn's layer in the place of Flax's?
+"""Times tracing, lowering and compiling with jbn's layer in the place of Flax's.
 
 Each model is built twice, with Flax's BatchNorm and with jbn's; all else is shared. The program is
-a whole training step (loss, gradients, new statistics, SGD), of a layer alone its forward and
+a whole training step (loss, gradients, new statistics, SGD); for a single layer it is forward and
 backward. It is traced, lowered and compiled, and not run:
 
 layer              one layer, 256 x 128, in float32 and in bfloat16
 cnn                two convolutions and two dense layers, as in Flax's example for MNIST
-resnet             basic blocks, ReLU behind the norm
+resnet             basic blocks, ReLU after the norm
 densenet           the norm before the convolution, concatenation: every norm has another width
 efficientnet       depthwise convolutions, swish
 regnet             grouped convolutions
@@ -15,14 +15,14 @@ critic             two critics of reinforcement learning, small layers under `fl
 nnx                a convolutional network in Flax nnx
 resnet50           ResNet-50 for 64 x 64 pixels; slow, so it is measured only if it is named
 
-The two take turns in one process, in another order each round, from empty caches; in one more round
-before these Python itself warms up. Garbage is collected before each measurement and not in it.
-Seconds are of the CPU, summed over all threads of the process (`time.process_time`): on a machine
-that does other things the time on the wall measures those, too, and XLA compiles on several
-threads, all of which cost. Ratios are jbn : Flax within a round, median (quartiles).
+The two libraries take turns in one process, in another order each round, from empty caches; one
+more round comes first, in which Python warms up. Garbage is collected before each measurement, and
+not in it. Seconds are CPU time, summed over all threads of the process (`time.process_time`): wall
+time would include other work of the machine, and XLA compiles on several threads, which all cost.
+Ratios are jbn : Flax within a round, median (quartiles).
 
-Sizes: equations of the jaxpr, with those inside of calls and loops; StableHLO operations and lines
-of text before XLA optimises; instructions after it.
+Sizes are the equations of the jaxpr, with those inside of calls and loops; StableHLO operations and
+lines of text before XLA optimises; instructions after it.
 
 Command::
 
@@ -31,7 +31,7 @@ Command::
     python -m experiments.speed --part compile --models resnet50
     python -m experiments.speed --part compile --models layer resnet --target h100 v5e
 
-A target need not be there; docs/performance says what has to be installed.
+A target need not be there; docs/performance lists the packages to install.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ ALL = "in all"
 
 
 class Sizes(NamedTuple):
-    """Counts the parts of a program in its three forms."""
+    """The counts of the parts of a program in its three forms."""
 
     equations: int  # of the jaxpr
     operations: int  # StableHLO's, with functions, calls and returns
@@ -77,7 +77,7 @@ class Sizes(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """A program in its three forms, and the seconds that each took."""
+    """A program in its three forms, and the seconds that each form took."""
 
     traced: Any
     lowered: Any
@@ -92,11 +92,11 @@ class Case(NamedTuple):
     model: str
     dtype: str
     norms: int
-    seconds: dict[str, list[dict[str, float]]]  # library -> for each round, those of `Stages`
+    seconds: dict[str, list[dict[str, float]]]  # library -> for each round, `Stages.seconds`
     sizes: dict[str, Sizes]  # library -> sizes
 
     def ratio(self, phase: str) -> timing.Ratio:
-        """jbn : Flax, within the rounds."""
+        """Returns jbn : Flax, within the rounds."""
         return self._samples(phase).ratio(JBN, FLAX)
 
     def median(self, library: str, phase: str = ALL) -> float:
@@ -108,7 +108,7 @@ class Case(NamedTuple):
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Collects garbage, and then none until the block ends: it would be charged to either side."""
+    """Collects garbage, and then none within the block, since either library would pay for it."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -122,7 +122,11 @@ def uncollected() -> Iterator[None]:
 def stages(program: Program, shapes: tuple[Any, ...], on: Any, options: Any = None) -> Stages:
     """Traces, lowers and compiles from empty caches, for a device that need not be there.
 
-    shapes: of the arguments. options: XLA's, for compiling.
+    Args:
+      program: the program to compile.
+      shapes: the shapes of its arguments.
+      on: the device.
+      options: XLA's, for compiling.
     """
     mesh = Mesh(np.asarray([on]), ("data",))
     everywhere = NamedSharding(mesh, P())
@@ -130,7 +134,7 @@ def stages(program: Program, shapes: tuple[Any, ...], on: Any, options: Any = No
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), shapes
     )
     jax.clear_caches()
-    with uncollected(), jax.set_mesh(mesh):  # or jbn cuts the batch for as many devices as are here
+    with uncollected(), jax.set_mesh(mesh):  # else jbn splits the batch for the devices here
         clock = [time.process_time()]
         traced = jax.jit(program.function).trace(*there)
         clock.append(time.process_time())
@@ -143,7 +147,7 @@ def stages(program: Program, shapes: tuple[Any, ...], on: Any, options: Any = No
 
 
 def sizes(found: Stages) -> Sizes:
-    """Counts what the three forms of a program consist of."""
+    """Counts the parts of a program in its three forms."""
     instructions = hlo.computations(found.compiled.as_text() or "").values()
     return Sizes(
         sum(1 for _ in equations(found.traced.jaxpr.jaxpr)),
@@ -154,16 +158,16 @@ def sizes(found: Stages) -> Sizes:
 
 
 def measure(name: str, dtype: str, rounds: int, target: str, on: Any) -> Case:
-    """Both programs of a model in turn, after a round that warms up and in which sizes are read."""
+    """Compiles both programs of a model in turn; a first round warms up and reads the sizes."""
     made = programs(name, dtype)
     shapes = {library: jax.eval_shape(p.arguments) for library, p in made.items()}
-    # There is no GPU on which kernels could be tried.
+    # Autotuning would time kernels, and there is no GPU.
     options = {"xla_gpu_autotune_level": "0"} if target == "h100" else None
     found: dict[str, Sizes] = {}
     seconds: dict[str, list[dict[str, float]]] = {library: [] for library in made}
     for number in range(rounds + 1):
         for library in list(made)[:: 1 if number % 2 else -1]:
-            with peers.PEERS["jbn"].setting():  # XLA's sums
+            with peers.PEERS["jbn"].setting():  # with XLA's sums
                 one = stages(made[library], shapes[library], on, options)
             if number:
                 seconds[library].append(one.seconds)
@@ -177,7 +181,7 @@ def measure(name: str, dtype: str, rounds: int, target: str, on: Any) -> Case:
 
 
 def table(cases: Sequence[Case]) -> speed_report.TableText:
-    """Ratios jbn : Flax of a target's cases, the sizes of both, and the geometric means."""
+    """Makes ratios jbn : Flax of a target's cases, the sizes of both, and the geometric means."""
     header = ["case", "dtype", "norms", *PHASES, ALL, "seconds", *Sizes._fields]
     cells = []
     for case in cases:
@@ -232,7 +236,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def devices(names: Sequence[str] | None) -> Mapping[str, Any]:
-    """Name -> device, of the named targets or of the default device."""
+    """Maps name to device, of the named targets or of the default device."""
     if not names:
         return {jax.default_backend(): jax.devices()[0]}
     compilers.prepare()
@@ -240,7 +244,7 @@ def devices(names: Sequence[str] | None) -> Mapping[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Case]:
-    """Run from the command line, or from Python with arguments; returns the cases."""
+    """Runs the experiment with `argv`, or with the command line's; returns the cases."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
     try:

@@ -1,4 +1,4 @@
-"""Part dispatch: what a layer costs besides moving memory."""
+"""Measures part dispatch: the costs of a layer besides moving memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from experiments.speed.training_steps import slots_of
 
 
 def dispatch(config: Config) -> Iterator[Row]:
-    """Measures a layer's cost besides moving memory: calls of tiny layers, tracing, compiling."""
+    """Measures a layer's costs besides moving memory: calls of tiny layers, tracing, compiling."""
     shapes = TINY_SHAPES[:1] if config.quick else TINY_SHAPES
     for shape, which in bar(shapes, PASSES, about="dispatch: calls"):
         case = Case(shape, which=which)
@@ -39,7 +39,7 @@ def dispatch(config: Config) -> Iterator[Row]:
 
 
 def net_dispatch(config: Config) -> Iterator[Row]:
-    """Tracing and compiling the training step of a whole network."""
+    """Measures tracing and compiling of the training step of a whole network."""
     network = Network("ResNet-50", resnet.ResNet50, 224, config.batch)
     if config.quick:
         network = Network("tiny ResNet", tiny_resnet, 32, config.batch)
@@ -49,7 +49,7 @@ def net_dispatch(config: Config) -> Iterator[Row]:
 
 
 class Stages(NamedTuple):
-    """Seconds of what happens before the first call."""
+    """The seconds of tracing and compiling, before the first call."""
 
     trace: float  # Python runs, and the result is written as StableHLO
     compile: float | None
@@ -73,7 +73,7 @@ def net_stages(name: str, network: Network, compile: bool) -> Stages:
 
 
 def time_both(lower: Callable[[], Any], compile: bool) -> Stages:
-    """Tracing and compiling from nothing: JAX's caches are emptied, and garbage is collected."""
+    """Times tracing and compiling from empty caches of JAX, after garbage collection."""
     jax.clear_caches()
     gc.collect()
     began = time.perf_counter()
@@ -91,9 +91,9 @@ def time_stages(
     rounds: int,
     compiled: int,
 ) -> Iterator[Row]:
-    """Rows of both stages: `rounds` of tracing, the last `compiled` of which compile as well.
+    """Yields rows of all `STAGES`: `rounds` of tracing, the last `compiled` of which compile.
 
-    In one more round before these Python itself warms up.
+    One more round comes first, in which Python warms up.
     """
     found: dict[str, list[Stages]] = {name: [] for name in stages}
     for (number,) in bar(range(rounds + 1), about=f"dispatch: {about[0]}"):

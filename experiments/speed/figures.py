@@ -1,4 +1,4 @@
-"""The figure of `experiments.speed`."""
+"""Draws the figure of `experiments.speed`."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ SPEED_COLORS = {
     "torch without cuDNN": "#c2a5cf",
     "copy": "black",
 }
-SPEED_TOP = 2.6  # bars above that are cut, and say so
+SPEED_TOP = 2.6  # higher bars are cut, and show their value
 
 
 def speed(path: Path, rows: Sequence[Any], form: str = "bn_relu") -> None:
-    """Bars of the ratio of times over flax.linen, a group for each shape; whiskers are quartiles.
+    """Draws ratios of times over flax.linen: a group of bars for each shape; whiskers: quartiles.
 
-    ``rows`` are those of `experiments.speed`, part op. A panel for each dtype and pass. What has
-    another form is left out, unless nothing has this one.
+    ``rows`` are those of `experiments.speed`, part op. There is a panel for each dtype and pass.
+    Rows of other forms are left out, unless no row has this form.
     """
     rows = [row for row in rows if row.part == "op" and row.ratio is not None]
     rows = [row for row in rows if row.form == form] or rows
@@ -55,7 +55,7 @@ def speed(path: Path, rows: Sequence[Any], form: str = "bn_relu") -> None:
 
 
 def draw_speed(axes: Axes, rows: Sequence[Any]) -> None:
-    """One panel: the libraries' bars side by side for each shape."""
+    """Draws one panel: the libraries' bars side by side for each shape."""
     cases = list(dict.fromkeys(row.case for row in rows))
     libraries = [name for name in SPEED_COLORS if any(row.library == name for row in rows)]
     width = 0.85 / max(len(libraries), 1)

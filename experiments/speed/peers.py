@@ -1,10 +1,10 @@
 """Batch Normalization of jbn and of its peers behind one signature.
 
-A `Peer` makes a `Program` of a `Case`: what to normalise, and whether forward, forward and
-backward, or inference. `nets.layers` says what all have to do, and has those over JAX. PyTorch's
+A `Peer` makes a `Program` of a `Case`, which holds the input and the pass: forward, forward and
+backward, or inference. `nets.layers` defines the task of all, and has the peers over JAX. PyTorch's
 running variance is the unbiased one.
 
-A further library, or a further form of jbn, is one line in `PEERS`.
+To add a library, or a form of jbn, add a line to `PEERS`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from experiments.nets.layers import (
 class Program(NamedTuple):
     """A competitor of a benchmark."""
 
-    run: Callable[[], Any]  # computes the results and returns them when they are there
+    run: Callable[[], Any]  # computes the results, waits for them and returns them
     compiled: Any = None  # jax.stages.Compiled, where there is one
 
 
@@ -51,14 +51,14 @@ class Peer(NamedTuple):
     """A library's Batch Normalization."""
 
     program: Callable[[Case], Program]
-    install: str  # the command that makes it available; empty if it takes another machine
+    install: str  # the command that installs it; empty if it needs another machine
     available: Callable[[], bool]
-    layer: Callable[[Case, Data], Layer] | None = None  # of a library over JAX
+    layer: Callable[[Case, Data], Layer] | None = None  # None: the library is not over JAX
     setting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 def jax_program(make: Callable[[Case, Data], Layer], case: Case) -> Program:
-    """One compiled function of all arrays, on JAX's default device."""
+    """Compiles one function of all arrays, on JAX's default device."""
     host = data(case)
     layer = make(case, host)
     args = arguments(layer, case, host)
@@ -70,7 +70,7 @@ def jax_program(make: Callable[[Case, Data], Layer], case: Case) -> Program:
 
 
 def torch_device() -> str | None:
-    """Where PyTorch computes what JAX computes on its default device; None if it cannot."""
+    """Returns PyTorch's name of JAX's default device; None if PyTorch cannot use it."""
     if not importable("torch")():
         return None
     import torch  # pyright: ignore[reportMissingImports]  (optional)
@@ -80,7 +80,7 @@ def torch_device() -> str | None:
 
 
 def torch_program(case: Case, cudnn: bool = True) -> Program:
-    """PyTorch, eager; images as channels_last; on a GPU if JAX has one, with cuDNN or without."""
+    """Makes eager PyTorch's program, channels_last; on a GPU if JAX has one, with cuDNN or not."""
     import torch  # pyright: ignore[reportMissingImports]  (optional)
 
     device = torch_device()
@@ -89,7 +89,7 @@ def torch_program(case: Case, cudnn: bool = True) -> Program:
 
     def tensor(values: np.ndarray, **kwargs: Any) -> Any:
         t = torch.from_numpy(values).to(device=device, **kwargs)
-        return t.moveaxis(-1, 1)  # strides say channels_last now
+        return t.moveaxis(-1, 1)  # the strides are those of channels_last
 
     dtype = getattr(torch, case.dtype)
     x, residual, dy = (tensor(a, dtype=dtype) for a in (host.x, host.residual, host.dy))
@@ -103,7 +103,7 @@ def torch_program(case: Case, cudnn: bool = True) -> Program:
     batch_norm = functools.partial(torch.nn.functional.batch_norm, eps=EPSILON, momentum=1 - DECAY)
 
     def results() -> Any:
-        torch.backends.cudnn.enabled = cudnn  # costs nothing; programs take turns
+        torch.backends.cudnn.enabled = cudnn  # at no cost; programs take turns
         with torch.set_grad_enabled(backward):
             y = batch_norm(x, mean, var, scale, bias, training=case.which != "inference")
             if case.form == "bn_add_relu":
@@ -118,10 +118,10 @@ def torch_program(case: Case, cudnn: bool = True) -> Program:
 
 
 def copy_program(case: Case) -> Program:
-    """The floor: -x, which reads and writes every element once, and which XLA cannot leave out.
+    """Makes the floor: -x, which reads and writes every element once, and XLA cannot skip.
 
-    A plain copy would do on a GPU; on a CPU XLA hands that to one thread, and -x to all. In
-    bfloat16 it converts there and back, and is not quite a floor on a CPU.
+    On a GPU a plain copy would do. On a CPU XLA copies with one thread, and computes -x with all
+    threads. In bfloat16 it converts to float32 and back, and is not quite a floor on a CPU.
     """
     x = jnp.asarray(data(case).x, case.dtype)
     compiled = jax.jit(jnp.negative).lower(x).compile()
@@ -129,7 +129,7 @@ def copy_program(case: Case) -> Program:
 
 
 def folded_program(case: Case) -> Program:
-    """Inference as y = a x + b, with a and b computed beforehand of scale, bias and statistics."""
+    """Makes inference as y = a x + b; a, b come from scale, bias and statistics beforehand."""
     host = data(case)
     channels = case.shape[-1]
     stats = jbn.init_stats(channels)
@@ -152,7 +152,7 @@ def folded_program(case: Case) -> Program:
 def over_jax(
     layer: Callable[[Case, Data], Layer], package: str, module: str, native: bool = False
 ) -> Peer:
-    """A peer whose layers are functions of JAX arrays."""
+    """Makes a peer whose layers are functions of JAX arrays."""
     setting = functools.partial(sums, native=native) if module == "jbn" else contextlib.nullcontext
 
     def program(case: Case) -> Program:
@@ -169,7 +169,7 @@ def importable(module: str) -> Callable[[], bool]:
 
 
 def native_is_built() -> bool:
-    """Whether jbn's C++ sums can be had: they are for CPUs."""
+    """Returns whether jbn's C++ sums are available: they are for CPUs."""
     if jax.default_backend() != "cpu" or not importable("jbn.native")():
         return False
     from jbn import native
@@ -179,7 +179,7 @@ def native_is_built() -> bool:
 
 @contextlib.contextmanager
 def sums(native: bool) -> Iterator[None]:
-    """What is traced in here uses jbn's C++ sums, or XLA's. Compiled programs keep them."""
+    """Traces the block with jbn's C++ sums, or with XLA's. Compiled programs keep them."""
     from jbn import native as kernel
 
     before = kernel.is_enabled()
@@ -207,10 +207,10 @@ PEERS = {
 
 
 def installed() -> dict[str, Peer]:
-    """The peers that can run here."""
+    """Returns the peers that can run here."""
     return {name: peer for name, peer in PEERS.items() if peer.available()}
 
 
 def missing() -> dict[str, str]:
-    """Those that cannot, but could: name -> the command that would change it."""
+    """Maps the peers that cannot run here, but could, to the commands that install them."""
     return {n: peer.install for n, peer in PEERS.items() if peer.install and not peer.available()}

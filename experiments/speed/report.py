@@ -1,4 +1,4 @@
-"""The measurements of `experiments.speed`: rows, tables, geometric means, and what got slower."""
+"""Reports the measurements of `experiments.speed`: rows, tables, means, and slower groups."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ class Row(NamedTuple):
     case: str  # the shape of x, or the name of a network
     dtype: str
     form: str
-    quantity: str  # what the ratio is of: the time of forward, step, compile ...; temporaries
+    quantity: str  # of the ratio: the time of forward, step, compile ...; or temporaries
     library: str
     seconds: float | None = None  # median over the rounds
     ratio: float | None = None  # median over the rounds of the ratio within a round
     low: float | None = None  # its quartiles
     high: float | None = None
     bandwidth: float | None = None  # useful bytes a second
-    of_copy: float | None = None  # that bandwidth over the one of the copy, in the same rounds
+    of_copy: float | None = None  # that bandwidth over the copy's, in the same rounds
     accessed: float | None = None  # bytes an element that XLA's cost analysis counts
     temporaries: int | None = None  # bytes
 
     @property
     def line(self) -> tuple[str, ...]:
-        """What the rows of all libraries in one case have in common."""
+        """The fields that the rows of all libraries in one case have in common."""
         return self.part, self.case, self.dtype, self.form, self.quantity
 
     @property
     def group(self) -> str:
-        """The cases over which a geometric mean is taken, as one text."""
+        """The group that a geometric mean is taken over, as one text."""
         return " / ".join((self.part, self.quantity, self.dtype, self.form, self.library))
 
 
@@ -49,7 +49,7 @@ WORDS = ("case", "form", "part", "of", "dtype")  # columns that hold no numbers
 
 
 class TableText(NamedTuple):
-    """A table of which only the form is open."""
+    """The texts of a table, without a format."""
 
     title: str
     header: list[str]
@@ -57,7 +57,7 @@ class TableText(NamedTuple):
 
 
 def tables(rows: Sequence[Row]) -> Iterator[TableText]:
-    """A table for every part, pass and dtype, and one of the means of them all."""
+    """Yields a table for every part, pass and dtype, and one of the means of all of them."""
     sections: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         sections.setdefault((row.part, row.quantity, row.dtype), []).append(row)
@@ -69,7 +69,7 @@ def tables(rows: Sequence[Row]) -> Iterator[TableText]:
 
 
 def lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: a line for each case, a column for each library's ratio of times."""
+    """Makes header and cells: a line for each case, a column for each library's ratio of times."""
     libraries = [name for name in dict.fromkeys(r.library for r in rows) if name != BASELINE]
     header = ["case", "form", f"{BASELINE} [ms]", *libraries]
     header += ["of copy", "bytes/element", "temporaries [MB]"]
@@ -84,7 +84,7 @@ def lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def beside(found: Mapping[str, Row]) -> list[str]:
-    """jbn : baseline; share of the copy's bandwidth, bytes an element, else temporaries."""
+    """Formats jbn : baseline: the share of the copy, bytes an element, else temporaries."""
     pair = [found.get("jbn")]
     pair.append(found.get(BASELINE))
 
@@ -100,20 +100,20 @@ def beside(found: Mapping[str, Row]) -> list[str]:
 
 
 def used(header: list[str], cells: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """Without the columns that say nothing in any line."""
+    """Leaves out the columns that are "-" in every line."""
     keep = [i for i in range(len(header)) if any(line[i] != "-" for line in cells)]
     return [header[i] for i in keep], [[line[i] for i in keep] for line in cells]
 
 
 def ratio_text(row: Row | None) -> str:
-    """The ratio of a row, "-" if it has none."""
+    """Formats the ratio of a row, "-" if it has none."""
     if row is None or row.ratio is None or row.low is None or row.high is None:
         return "-"
     return with_quartiles(timing.Ratio(row.ratio, row.low, row.high))
 
 
 def with_quartiles(ratio: timing.Ratio) -> str:
-    """A ratio and its quartiles, "0.61 (0.60-0.63)"."""
+    """Formats a ratio and its quartiles, "0.61 (0.60-0.63)"."""
     median, low, high = (f"{v:.2f}" if v < 10 else f"{v:.0f}" for v in ratio)
     return f"{median} ({low}-{high})"
 
@@ -123,7 +123,7 @@ def milliseconds(row: Row | None) -> str:
 
 
 def terminal_table(table: TableText) -> Table:
-    """For rich; columns of words to the left, those of numbers to the right."""
+    """Makes a table of rich; columns of words are aligned left, those of numbers right."""
     out = Table(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in table.header:
         words = name in WORDS
@@ -140,7 +140,7 @@ def markdown_table(table: TableText) -> str:
 
 
 def mean_lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: the geometric mean of the ratios of every group, a column a library."""
+    """Makes header and cells: the geometric mean of every group, a column a library."""
     libraries = [name for name in dict.fromkeys(r.library for r in rows) if name != BASELINE]
     means = group_means(rows)
     about = list(dict.fromkeys((r.part, r.quantity, r.dtype, r.form) for r in rows))
@@ -152,11 +152,11 @@ def mean_lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return used(["part", "of", "dtype", "form", *libraries], cells)
 
 
-# --- Regressions: ratios, as absolute times are those of one machine ------------------------------
+# --- Regressions of ratios: absolute times hold for one machine only -----------------------------
 
 
 def group_means(rows: Iterable[Row]) -> dict[str, float]:
-    """The geometric mean of the ratios of every group."""
+    """Computes the geometric mean of the ratios of every group."""
     ratios: dict[str, list[float]] = {}
     for row in rows:
         if row.ratio is not None and row.library != BASELINE:
@@ -165,22 +165,22 @@ def group_means(rows: Iterable[Row]) -> dict[str, float]:
 
 
 class Comparison(NamedTuple):
-    """This run beside the committed one."""
+    """A comparison of this run with the committed ratios."""
 
     slower: dict[str, tuple[float, float]]  # group -> the mean then and now
     compared: int  # groups
-    unmeasured: list[str]  # groups of the file that this run has not
+    unmeasured: list[str]  # groups of the file that this run lacks
 
 
 def compare(then: Mapping[str, float], now: Mapping[str, float], tolerance: float) -> Comparison:
-    """Which groups' means grew by more than the fraction `tolerance`."""
+    """Finds the groups whose means grew by more than the fraction `tolerance`."""
     both = [group for group in then if group in now]
     slower = {g: (then[g], now[g]) for g in both if now[g] > then[g] * (1 + tolerance)}
     return Comparison(slower, len(both), [group for group in then if group not in now])
 
 
 def write_baseline(path: Path, rows: Sequence[Row], **about: Any) -> None:
-    """The means of jbn's groups, and what they were measured with."""
+    """Writes the means of jbn's groups, and the settings of their measurement."""
     means = {g: round(v, 4) for g, v in jbn_means(rows).items()}
     text = json.dumps({**about, "groups": means}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,12 +188,12 @@ def write_baseline(path: Path, rows: Sequence[Row], **about: Any) -> None:
 
 
 def jbn_means(rows: Iterable[Row]) -> dict[str, float]:
-    """`group_means` of jbn alone: the others' speed is not ours to keep."""
+    """Computes `group_means` of jbn alone: the speed of other libraries is not checked."""
     return group_means(row for row in rows if row.library.startswith("jbn"))
 
 
 def read_baseline(path: Path, measured: Mapping[str, Any]) -> dict[str, float]:
-    """The means that `write_baseline` wrote.
+    """Reads the means that `write_baseline` wrote.
 
     Raises:
       ValueError: there is no such file, or it was measured in other cases or on another device.
@@ -215,7 +215,7 @@ def read_baseline(path: Path, measured: Mapping[str, Any]) -> dict[str, float]:
 def check(
     path: Path, then: Mapping[str, float], rows: Sequence[Row], tolerance: float
 ) -> tuple[int, str]:
-    """The exit status of the comparison with the file, 0 or 1, and what to tell the user.
+    """Compares a run with the file; returns the exit status, 0 or 1, and a text for the user.
 
     Raises:
       ValueError: the file and the run have no group in common.

@@ -1,4 +1,4 @@
-"""Parts op and inference: one layer, beside a copy of its input."""
+"""Measures parts op and inference: one layer, beside a copy of its input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from experiments.speed.report import Row
 
 
 def op(config: Config) -> Iterator[Row]:
-    """One layer in training."""
+    """Measures one layer in training."""
     for shape, dtype, form, which in bar(
         config.shapes, config.dtypes, config.forms, PASSES, about="op"
     ):
@@ -26,7 +26,7 @@ def op(config: Config) -> Iterator[Row]:
 
 
 def inference(config: Config) -> Iterator[Row]:
-    """One layer with its running statistics; and folded into an affine map."""
+    """Measures one layer with its running statistics, and folded into an affine map."""
     for shape, dtype, form in bar(config.shapes, config.dtypes, config.forms, about="inference"):
         case = Case(shape, dtype, form, "inference")
         programs = programs_of(config, case)
@@ -41,7 +41,7 @@ def programs_of(config: Config, case: Case) -> dict[str, Program]:
 def time_programs(
     part: str, case: Case, programs: Mapping[str, Program], config: Config
 ) -> list[Row]:
-    """Rows of programs that compute the same layer."""
+    """Times programs that compute the same layer; returns their rows."""
     samples = timing.interleave({name: p.run for name, p in programs.items()}, config.rounds)
     itemsize = jnp.dtype(case.dtype).itemsize
     about = part, "x".join(map(str, case.shape)), case.dtype, case.form, case.which
@@ -57,7 +57,7 @@ def time_programs(
 
 
 def times(samples: timing.Samples, name: str) -> dict[str, Any]:
-    """The fields of a row that say how long."""
+    """Returns the fields of a row that hold times."""
     fields: dict[str, Any] = {"seconds": samples.median(name)}
     if BASELINE in samples.seconds:
         ratio = samples.ratio(name, BASELINE)
@@ -66,7 +66,7 @@ def times(samples: timing.Samples, name: str) -> dict[str, Any]:
 
 
 def analysis(program: Program, elements: int | None = None) -> dict[str, Any]:
-    """The fields of a row that XLA knows: bytes accessed, an element, and temporaries."""
+    """Returns the fields of a row from XLA: bytes accessed, an element, and temporaries."""
     if program.compiled is None:
         return {}
     cost = program.compiled.cost_analysis() or {}  # None: on some platforms XLA does not count

@@ -1,6 +1,6 @@
-"""Small models that stand for what people train, with Flax's normalisation or jbn's.
+"""Small models that represent common networks, with Flax's normalisation or jbn's.
 
-A program is a whole training step: loss, gradients, new statistics, SGD. Of a layer alone it is
+A program is a whole training step: loss, gradients, new statistics, SGD. For a single layer it is
 forward and backward.
 """
 
@@ -46,7 +46,7 @@ class CNN(nn.Module):
 
 
 class DenseNet(nn.Module):
-    """Each layer sees the concatenation of all before it, and adds `growth` channels."""
+    """A network whose layers see the concatenation of all before, and add `growth` channels."""
 
     norm: Any
     layers: int = 12
@@ -103,7 +103,7 @@ class RegNet(nn.Module):
 
 
 class Scanned(nn.Module):
-    """Residual blocks of one shape, whose parameters and statistics lie along a first axis."""
+    """Residual blocks of one shape, whose parameters and statistics are stacked on a first axis."""
 
     norm: Any
     blocks: int = 8
@@ -124,7 +124,7 @@ class Scanned(nn.Module):
 
 
 class Critic(nn.Module):
-    """A norm on the input and behind each hidden layer."""
+    """A network with a norm on the input and after each hidden layer."""
 
     norm: Any
 
@@ -137,13 +137,13 @@ class Critic(nn.Module):
 
 
 class Critics(nn.Module):
-    """Two critics of the same inputs; the mean of what they say, one number an example."""
+    """Two critics of the same inputs, each with one number an example."""
 
     norm: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        shared: Any = None  # the axis of x; the annotation of Flax's argument knows numbers only
+        shared: Any = None  # the axis of x; Flax annotates the argument as a number
         several = nn.vmap(
             Critic,
             variable_axes={"params": 0, "batch_stats": 0},
@@ -164,7 +164,7 @@ class NnxCNN(nnx.Module):
         self.convs = nnx.List(
             nnx.Conv(a, b, (3, 3), rngs=rngs) for a, b in itertools.pairwise(widths)
         )
-        # With keys of their own: how many of them a norm takes says nothing about the others.
+        # The norms have their own keys, so that the other layers do not depend on them.
         self.norms = nnx.List(norm(width, rngs=nnx.Rngs(0)) for width in widths[1:])
         self.readout = nnx.Linear(widths[-1], 10, rngs=rngs)
 
@@ -178,9 +178,9 @@ class NnxCNN(nnx.Module):
 
 
 class Program(NamedTuple):
-    """A function to be compiled, and what makes its arguments.
+    """A function to be compiled, and the maker of its arguments.
 
-    Of a training step the function is (state, x, labels) -> (state, loss).
+    The function of a training step is (state, x, labels) -> (state, loss).
     """
 
     function: Callable[..., Any]
@@ -188,7 +188,7 @@ class Program(NamedTuple):
 
 
 def one_layer(norm: Any, dtype: str = "float32", shape: tuple[int, ...] = (256, 128)) -> Program:
-    """(params, stats, x, dy) -> (y, new stats, gradients of params and x)."""
+    """Makes the program (params, stats, x, dy) -> (y, new stats, gradients of params and x)."""
     layer = norm(use_running_average=False, dtype=jnp.dtype(dtype))
 
     def arguments() -> tuple[Any, ...]:
@@ -212,12 +212,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def squared_error(values: jax.Array, labels: jax.Array) -> jax.Array:
-    """The mean squared error of values [critics, N]; the labels [N] stand for rewards."""
+    """Returns the mean squared error of values [critics, N]; labels [N] stand for rewards."""
     return ((values - labels.astype(values.dtype)[None]) ** 2).mean()
 
 
 def inputs(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Random x of that shape, and a label of ten for each example."""
+    """Makes random x of that shape, and one of ten labels for each example."""
     return jax.random.normal(jax.random.key(1), shape), jnp.arange(shape[0]) % 10
 
 
@@ -230,7 +230,7 @@ def linen_step(
     shape: tuple[int, ...],
     loss_of: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
 ) -> Program:
-    """The training step of ``make(norm=norm)``, called as (x, train), for x of that shape."""
+    """Makes the training step of ``make(norm=norm)``, called as (x, train), for x of that shape."""
     net = make(norm=norm)
 
     def arguments() -> tuple[Any, ...]:
@@ -257,7 +257,7 @@ def linen_step(
 def nnx_step(
     norm: Any, make: Callable[[Any], nnx.Module] = NnxCNN, shape: tuple[int, ...] = (8, 16, 16, 3)
 ) -> Program:
-    """The training step of ``make(norm)`` as a pure function: split, merge, split."""
+    """Makes the training step of ``make(norm)`` as a pure function: split, merge, split."""
 
     def split() -> Any:
         return nnx.split(make(norm), nnx.Param, nnx.BatchStat)
@@ -283,12 +283,12 @@ def nnx_step(
 
 
 class Model(NamedTuple):
-    """Describes a model that is built once with each norm."""
+    """A model that is built once with each norm."""
 
-    program: Callable[[Any], Program]  # of the norm
+    program: Callable[[Any], Program]  # norm -> program
     norms: int  # how many layers of Batch Normalization it has
     api: str = "linen"  # a name in NORMS
-    dtypes: Sequence[str] = ("float32",)  # several: the program takes ``dtype``, too
+    dtypes: Sequence[str] = ("float32",)  # if there are several, the program takes ``dtype``
 
 
 def images(make: Callable[..., nn.Module], shape: tuple[int, ...] = (8, 16, 16, 3)) -> Any:
@@ -315,7 +315,7 @@ QUICK = ("layer", "critic")
 
 
 def programs(name: str, dtype: str) -> dict[str, Program]:
-    """The same model with Flax's norm and with jbn's."""
+    """Makes the same model with Flax's norm and with jbn's."""
     model = MODELS[name]
     kwargs = {"dtype": dtype} if len(model.dtypes) > 1 else {}
     return {k: model.program(norm, **kwargs) for k, norm in NORMS[model.api].items()}

@@ -1,4 +1,4 @@
-"""Part step: whole training steps, their time and their memory."""
+"""Measures part step: whole training steps, their time and their memory."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from experiments.speed.single_layer import analysis, times
 
 
 def slots_of(config: Config) -> list[str]:
-    """Names of the networks whose libraries are to be measured."""
+    """Lists the networks whose libraries are to be measured."""
     return [name for name, slot in SLOTS.items() if slot.peer in config.libraries]
 
 
 def step(config: Config) -> Iterator[Row]:
-    """Whole training steps."""
+    """Measures whole training steps."""
     if config.quick:
         yield from time_steps(Network("tiny ResNet", tiny_resnet, 32, config.batch), config)
         return
@@ -39,7 +39,7 @@ def step(config: Config) -> Iterator[Row]:
 
 
 def time_steps(network: Network, config: Config, run: bool = True) -> Iterator[Row]:
-    """The memory that a step needs beside its arguments and, if it is to be run, its time."""
+    """Measures the memory that a step needs beside its arguments and, if it may run, its time."""
     programs = {}
     for (name,) in bar(slots_of(config), about=f"{network.name}: compiling"):
         with peers.PEERS[SLOTS[name].peer].setting():
@@ -60,7 +60,7 @@ def time_steps(network: Network, config: Config, run: bool = True) -> Iterator[R
 
 
 def runner(training: TrainingStep, compiled: Any, run: bool) -> Program:
-    """Trains with the same images at each call; allocates nothing unless it is to run."""
+    """Makes a program that trains on the same images at each call; allocates only if it runs."""
     if not run:
         return Program(lambda: None, compiled)
     state = jax.jit(training.init)(jax.random.key(0))

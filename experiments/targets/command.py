@@ -1,4 +1,4 @@
-"""The command line of `experiments.targets`, to which ``experiments.speed --target`` hands on."""
+"""The command line of `experiments.targets`, which ``experiments.speed --target`` uses, too."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def programs(args: argparse.Namespace) -> list[Program]:
-    """What the command line asks for."""
+    """Lists the programs that the command line asks for."""
     found: list[Program] = []
     if "op" in args.part:
         shapes = SHAPES[-1:] if args.quick else SHAPES
@@ -54,7 +54,7 @@ def programs(args: argparse.Namespace) -> list[Program]:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
-    """Run from the command line, or from Python with a list of arguments; the rows."""
+    """Runs the experiment with `argv`, or with the command line's arguments; returns the rows."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
     prepare()

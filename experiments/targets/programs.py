@@ -1,4 +1,4 @@
-"""Programs to compile: one layer, and the training step of ResNet-50."""
+"""Makes the programs to compile: one layer, and the training step of ResNet-50."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from experiments.nets.steps import SLOTS, Network
 
 LIBRARIES = {BASELINE: of_linen, "jbn": of_jbn}
 DTYPES = ("bfloat16", "float32")
-# Of the 12 shapes [H, W, C] after a convolution of ResNet-50: large, small, wide and narrow.
+# Some of the 12 shapes [H, W, C] after convolutions of ResNet-50: large, small, wide and narrow.
 SHAPES = ((112, 112, 64), (56, 56, 64), (56, 56, 256), (28, 28, 512), (14, 14, 256), (7, 7, 2048))
 BATCH = 128
 
@@ -35,7 +35,7 @@ class Program(NamedTuple):
 
 
 def op(batch: int, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str]) -> Iterator[Program]:
-    """One layer in training, forward and backward."""
+    """Yields the programs of one layer in training, forward and backward."""
     for dtype in dtypes:
         for form in FORMS:
             for shape in shapes:
@@ -47,8 +47,8 @@ def op(batch: int, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str]) -> 
 
 
 def layer(library: str, case: Case) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
-    """A layer of one of the libraries, the shapes of its arguments, and no donated ones."""
-    nothing = np.broadcast_to(np.float32(0), case.shape)  # only its shape is looked at
+    """Returns a library's layer, the shapes of its arguments, and no donated arguments."""
+    nothing = np.broadcast_to(np.float32(0), case.shape)  # only its shape is used
     channels = np.ones(case.shape[-1], np.float32)
     made = LIBRARIES[library](case, Data(nothing, nothing, nothing, channels, channels))
     x = jax.ShapeDtypeStruct(case.shape, case.dtype)
@@ -57,7 +57,7 @@ def layer(library: str, case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]
 
 
 def step(batch: int, dtypes: Sequence[str], quick: bool = False) -> Iterator[Program]:
-    """The training step of ResNet-50, in several forms; quick: of one block of it."""
+    """Yields the forms of ResNet-50's training step; quick: of one block of the network."""
     one_block = functools.partial(ResNet, (4,), (1,), block=BottleneckBlock)
     network, size = (one_block, 8) if quick else (ResNet50, 224)
     case = f"{'one block' if quick else 'ResNet-50'}, batch {batch}"
@@ -70,7 +70,7 @@ def step(batch: int, dtypes: Sequence[str], quick: bool = False) -> Iterator[Pro
 def networks(
     network: Callable[..., linen.Module],
 ) -> dict[str, tuple[str, Callable[..., linen.Module]]]:
-    """Name of a row -> (what goes into the network's slots, the network)."""
+    """Maps the name of a row to (the name in `SLOTS`, the maker of the network)."""
 
     def checkpointed(network: Callable[..., linen.Module], **slots: Any) -> linen.Module:
         return Checkpointed(functools.partial(network, **slots))
@@ -83,13 +83,13 @@ def networks(
         "jbn": ("jbn", network),
         "jbn, policy": ("jbn", functools.partial(checkpointed, network)),
         "jbn, policy per block": ("jbn", blocks),
-        # The inner one keeps a block's recomputation from starting before its gradient is there.
+        # With the inner policy a block is not recomputed before its gradient is there.
         "jbn, policy, both": ("jbn", functools.partial(checkpointed, blocks)),
     }
 
 
 class Checkpointed(linen.Module):
-    """A network of which a training step keeps what `jbn.checkpoint_policy` says."""
+    """A network whose training step keeps what `jbn.checkpoint_policy` selects."""
 
     make: Callable[[], linen.Module]
 
@@ -104,6 +104,6 @@ class Checkpointed(linen.Module):
 def training(
     slot: str, make: Callable[..., linen.Module], batch: int, size: int, dtype: str
 ) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
-    """A training step, the shapes of its arguments, and that the first is donated."""
+    """Returns a training step, the shapes of its arguments, and the donated one: the first."""
     made = Network("ResNet-50", make, size, batch, dtype).training(SLOTS[slot])
     return made.step, (made.state, made.images, made.labels), (0,)

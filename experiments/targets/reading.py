@@ -1,4 +1,4 @@
-"""Compiles a program for a device, and reads what it costs."""
+"""Compiles a program for a device, and reads its costs."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Row(NamedTuple):
     elements: int | None = None  # of x
 
     def same(self) -> tuple[str, ...]:
-        """What the rows that are compared with each other have in common."""
+        """Returns the fields that the rows to be compared have in common."""
         return self.target, self.part, self.case, self.dtype, self.form
 
 
 def measure(target: str, on: Any, program: Program) -> Row:
-    """Compiles a program for a device, and reads it."""
+    """Compiles a program for a device, and reads its costs."""
     function, arguments, donated = program.function()
     mesh = Mesh(np.asarray([on]), ("data",))
     everywhere = NamedSharding(mesh, P())
@@ -44,9 +44,9 @@ def measure(target: str, on: Any, program: Program) -> Row:
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere)
 
     jitted = jax.jit(function, donate_argnums=donated)
-    with jax.set_mesh(mesh):  # or jbn cuts the batch for as many devices as are here
+    with jax.set_mesh(mesh):  # else jbn splits the batch for the devices of this machine
         lowered = jitted.lower(*jax.tree.map(there, arguments))
-    # There is no GPU on which kernels could be tried.
+    # Autotuning would time kernels, and there is no GPU.
     options: Any = {"xla_gpu_autotune_level": "0"} if target == "h100" else None
     start = time.perf_counter()
     compiled = lowered.compile(compiler_options=options)

@@ -1,4 +1,4 @@
-"""The measurements as a table in Markdown, beside flax.linen."""
+"""Formats the measurements, beside those of flax.linen, as a table in Markdown."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ COLUMNS = (
     "program", "dtype", "library", "kernels", "bytes moved", "of Flax's", "temporaries",
     "of Flax's", "compiling",
 )  # fmt: skip
-WORDS = 3  # columns; the others are numbers
+WORDS = 3  # columns of words; the other columns are numbers
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown that a terminal shows well, too: a table for each target."""
+    """Formats Markdown that a terminal shows well, too: a table for each target."""
     baselines = {row.same(): row for row in rows if row.library == BASELINE}
     parts = []
     for target in dict.fromkeys(row.target for row in rows):
@@ -30,14 +30,14 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def aligned(cells: Sequence[str], widths: Sequence[int], fill: str = " ") -> list[str]:
-    """Words to the left, numbers to the right."""
+    """Aligns words left and numbers right."""
     left = [cell.ljust(w, fill) for cell, w in zip(cells[:WORDS], widths[:WORDS], strict=True)]
     right = [cell.rjust(w, fill) for cell, w in zip(cells[WORDS:], widths[WORDS:], strict=True)]
     return left + right
 
 
 def columns(row: Row, baseline: Row | None) -> tuple[str, ...]:
-    """A line of the table."""
+    """Returns the cells of a line of the table."""
     form = "" if row.form == "-" else f", {row.form.replace('bn', 'BN').replace('_', '+')}"
     if row.elements:
         moved = f"{row.moved / row.elements:.2f} B/element"
@@ -61,7 +61,7 @@ def columns(row: Row, baseline: Row | None) -> tuple[str, ...]:
 
 
 def ratio(row: Row, baseline: Row, field: str) -> str:
-    """The temporaries of a layer may be none, or a few vectors: then they have no ratio."""
+    """Returns the ratio to the baseline; "-" if a layer's temporaries are small or none."""
     own, other = getattr(row, field), getattr(baseline, field)
     small = field == "temporaries" and row.elements and max(own, other) < row.elements / 10
     return "-" if small or not other else f"{own / other:.3f}"
