@@ -151,10 +151,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         figure1(config, digits, args.out / f"figure1{tag}.png", about)
 
 
-if __name__ == "__main__":
-    main()
-
-
 def sweep(grid: Grid, digits: Digits, path: Path, about: dict[str, str]) -> None:
     """Trains both networks at every point of the grid; writes numbers and figure; prints counts."""
     numbers = path.with_suffix(".jsonl")
@@ -168,3 +164,7 @@ def sweep(grid: Grid, digits: Digits, path: Path, about: dict[str, str]) -> None
         print(f"{net:>10}: of {accuracy.size} settings, {', '.join(trained)} test accuracy")
     figures.sweep(path, grid, accuracies)
     print(f"figure:  {path}\nnumbers: {numbers}")
+
+
+if __name__ == "__main__":
+    main()
