@@ -1,6 +1,12 @@
-"""Eight virtual CPU devices, strict dtypes and ranks, one deterministic hypothesis profile."""
+"""Eight virtual CPU devices, strict dtypes and ranks, one deterministic hypothesis profile.
 
+Also which tests are `slow`, and which need the extra `experiments`.
+"""
+
+import collections
+import importlib.util
 import os
+import pathlib
 
 # Before JAX starts: the tests of synchronisation need several devices and must never find one.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -23,6 +29,56 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("deterministic")
+
+
+EXPERIMENTS = pathlib.Path(__file__).parent / "experiments"
+INSTALLED = all(
+    importlib.util.find_spec(name)
+    for name in ("grain", "matplotlib", "mlxtend", "optax", "orbax", "PIL", "pooch", "rich", "tqdm")
+)
+
+
+def pytest_report_header():
+    """Says what is not run."""
+    missing = "run" if INSTALLED else "not run: they need `pip install -e '.[test,experiments]'`"
+    return [f"tests of experiments: {missing}", "slow tests as well: -m 'slow or not slow'"]
+
+
+def pytest_ignore_collect(collection_path):
+    """Leaves tests/experiments out where its packages are not installed."""
+    return True if collection_path == EXPERIMENTS and not INSTALLED else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest reads the marks
+def pytest_collection_modifyitems(items):
+    """Marks tests as `experiments` and as `slow`.
+
+    Of a test with parameters those cases are slow that bring no new value of any parameter: every
+    value of every parameter is in the others once.
+    """
+    seen = collections.defaultdict(set)
+    for item in items:
+        if EXPERIMENTS in item.path.parents:
+            item.add_marker("experiments")
+        if hasattr(item, "callspec"):
+            values = {(name, repr(value)) for name, value in item.callspec.params.items()}
+            known = seen[item.path, item.originalname]
+            if values <= known:
+                item.add_marker("slow")
+            known |= values
+    if not INSTALLED:
+        items[:] = [item for item in items if not item.get_closest_marker("experiments")]
+
+
+@pytest.fixture
+def cheap_programs():
+    """XLA compiles with few optimisations: for tests of values, most of whose time is compiling.
+
+    Random inputs (`tests/fuzz.py`) run as users' programs do, with derivatives of all orders.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ import jbn
 from jbn.linen import BatchNorm
 from jbn.training import init, make_train_step
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 EPS = float(jnp.finfo(jnp.float32).eps)
 # A network of a few layers: each output is a sum of some hundred products, BN divides by their
 # standard deviation, and gradients pass through all of it twice.

@@ -20,6 +20,8 @@ import jbn
 import jbn.linen
 from jbn.nnx import BatchNorm
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 EPS = float(jnp.finfo(jnp.float32).eps)
 NETWORK = {"rtol": 2e3 * EPS, "atol": 2e3 * EPS}  # as in test_linen.py
 LAYER = {"rtol": 32 * EPS, "atol": 32 * EPS}

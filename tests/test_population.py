@@ -1,5 +1,6 @@
 """Statistics of a whole data set: against float64 NumPy, over models, batches and devices."""
 
+import functools
 import os
 import pathlib
 import socket
@@ -20,11 +21,12 @@ from jax.sharding import PartitionSpec as P
 import jbn
 import jbn.linen
 import jbn.nnx
-from experiments.images.digits import bundled_digits
 from jbn.population import estimate
 from tests import nets, oracle
 from tests.executions import AXIS, mesh
 from tests.tolerance import assert_close, eps
+
+pytestmark = pytest.mark.usefixtures("cheap_programs")
 
 # Sums of some dozen values in two orders, in float64, through two layers.
 CLOSE = {"rtol": 1e3 * eps("float64"), "atol": 1e3 * eps("float64")}
@@ -148,9 +150,16 @@ def random_net(*shapes, dtype=jnp.float32):
 DIGITS = ((784, 32), (32, 24), (24, 16))
 
 
-def digits(batch_size=256):
-    images = bundled_digits().train_images
-    return [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+@functools.cache
+def images():
+    """[4000, 784], 0 or 1. As in images of digits, many pixels are rarely or never set."""
+    rng = np.random.default_rng(0)
+    how_often = np.clip(rng.normal(0.1, 0.3, 784), 0, 0.9)
+    return (rng.uniform(size=(4000, 784)) < how_often).astype(np.float32)
+
+
+def batches_of(size):
+    return [images()[i : i + size] for i in range(0, len(images()), size)]
 
 
 def wide(params):
@@ -160,9 +169,9 @@ def wide(params):
 @pytest.mark.parametrize("layer_by_layer", [False, True], ids=["one_pass", "layer_by_layer"])
 @pytest.mark.parametrize("variance", ["pooled", "paper"])
 def test_a_whole_data_set(variance, layer_by_layer):
-    """4,000 digits, in 15 batches of 256 and one of 160."""
+    """4,000 images, in 15 batches of 256 and one of 160."""
     params, stats = random_net(*DIGITS)
-    batches = digits()
+    batches = batches_of(256)
     assert len(batches[-1]) == 160
     options = {"variance": variance, "layer_by_layer": layer_by_layer}
     new = estimate(updated, params, stats, batches, **options)
@@ -266,7 +275,7 @@ def test_batches_are_any_cut_of_the_data():
 @pytest.mark.parametrize("variance", ["pooled", "paper"])
 def test_order_does_not_matter(variance):
     params, stats = random_net(*DIGITS)
-    batches = digits(500)
+    batches = batches_of(500)
     one = estimate(updated, params, stats, batches, variance=variance)
     other = estimate(updated, params, stats, batches[::-1], variance=variance)
     # Sums in float64; so at most the last bit when they are rounded to float32.
@@ -276,7 +285,7 @@ def test_order_does_not_matter(variance):
 @pytest.mark.parametrize("layer_by_layer", [False, True])
 def test_again_bit_for_bit(layer_by_layer):
     params, stats = random_net(*DIGITS)
-    args = updated, params, stats, digits(500)
+    args = updated, params, stats, batches_of(500)
     one, other = (estimate(*args, layer_by_layer=layer_by_layer) for _ in range(2))
     chex.assert_trees_all_equal(one, other)
 
@@ -328,7 +337,7 @@ def test_one_value_has_no_unbiased_variance():
 def test_a_last_batch_of_one_example(size):
     """Or all of one: nothing is normalised by them."""
     params, stats = random_net(*DIGITS)
-    x = bundled_digits().train_images[:65]
+    x = images()[:65]
     batches = [x[i : i + size] for i in range(0, 65, size)]
     new = estimate(updated, params, stats, batches, layer_by_layer=True)
     assert all((layer.count == len(batches)).all() for layer in new)
@@ -338,7 +347,7 @@ def test_a_last_batch_of_one_example(size):
 def test_one_example_normalises_nothing():
     """Deeper layers would see the bias, whatever the example."""
     params, stats = random_net(*DIGITS)
-    x = bundled_digits().train_images[:65]
+    x = images()[:65]
     with pytest.raises(ValueError, match="one value per channel"):
         estimate(updated, params, stats, [x[:64], x[64:]])
     across = {"mesh": mesh((8,)), "axis_name": AXIS}
@@ -368,7 +377,7 @@ def assert_normalised(params, stats, x):
 def test_inference_normalises_every_layer():
     """The law that inference wants; one pass gives it to the first layer only."""
     params, stats = random_net(*DIGITS)
-    batches = digits(64)
+    batches = batches_of(64)
     x = np.concatenate(batches)
     exact = estimate(updated, params, stats, batches, layer_by_layer=True)
     assert_normalised(params, exact, x)
@@ -381,7 +390,7 @@ def test_inference_normalises_every_layer():
 
 def test_one_batch_is_exact_in_one_pass():
     params, stats = random_net(*DIGITS)
-    batches = digits(500)
+    batches = batches_of(500)
     whole = estimate(updated, params, stats, [np.concatenate(batches)])
     parts = estimate(updated, params, stats, batches, layer_by_layer=True)
     for one, other in zip(whole, parts, strict=True):
@@ -410,7 +419,7 @@ class Counted:
 
 def test_passes_end():
     params, stats = random_net(*DIGITS)
-    batches = Counted(digits())
+    batches = Counted(batches_of(256))
     estimate(updated, params, stats, batches)
     assert batches.times == 1
     estimate(updated, params, stats, batches, layer_by_layer=True)
@@ -818,7 +827,7 @@ def test_careless_arguments():
 
 def test_a_function_that_returns_what_is_used_up():
     params, stats = random_net(*DIGITS)
-    batches = iter(digits())
+    batches = iter(batches_of(256))
     with pytest.raises(ValueError, match="batches were 16 in the first pass and 0 in pass 2"):
         estimate(updated, params, stats, lambda: batches, layer_by_layer=True)
 

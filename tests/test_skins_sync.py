@@ -14,6 +14,8 @@ import jbn.nnx
 from jbn._core.running import ema_of_flax
 from tests import executions, oracle, tolerance
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 X = np.random.default_rng(0).normal(2.0, 3.0, (4, 6, 3)).astype(np.float32)  # 4 instances
 MASK = (
     np.random.default_rng(1).uniform(size=(4, 6, 1)) < np.array([0.9, 0.1, 0.5, 0.7])[:, None, None]

@@ -22,6 +22,8 @@ from tests import nets
 from tests.executions import AXIS, cut, mesh
 from tests.tolerance import eps
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 # Sums of some dozen values in two orders, in float64.
 CLOSE = {"rtol": 1e3 * eps("float64"), "atol": 1e3 * eps("float64")}
 FIXED = optax.sgd(0.0)  # so that only the statistics change

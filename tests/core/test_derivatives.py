@@ -15,7 +15,7 @@ from jax.test_util import check_grads
 import jbn
 from tests import cases, compiled, oracle, tolerance
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "cheap_programs")
 
 
 def gradients(case, data):

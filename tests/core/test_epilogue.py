@@ -16,6 +16,8 @@ from tests import cases
 from tests.core.test_derivatives import derivatives
 from tests.core.test_residuals import kept
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 SHAPE, CHANNELS = (8, 4, 5), 5
 FORMS = {  # activation, residual
     "relu": (jax.nn.relu, False),

@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 import jbn
 from tests import cases, compiled, executions, oracle, tolerance
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 CASES = (
     cases.Case((8, 3, 5)),
     cases.Case((5, 64), axis=0),

@@ -22,6 +22,8 @@ from jbn.population import estimate
 from tests.executions import AXIS, cut, mesh
 from tests.tolerance import eps
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 FIXED = optax.sgd(0.0)  # so that only the statistics change
 X = np.random.default_rng(0).standard_normal((16, 3)).astype(np.float32) * 2 + 1
 # Sums of 16 values of order 1 in two orders, in float32.

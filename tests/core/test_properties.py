@@ -4,8 +4,11 @@ import chex
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 
 from tests import compiled, oracle, tolerance
+
+pytestmark = pytest.mark.usefixtures("cheap_programs")
 
 DTYPES = ["float32", "bfloat16", "float16"]
 

@@ -20,6 +20,8 @@ from tests import nets
 from tests.executions import AXIS, cut, mesh
 from tests.tolerance import eps
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 STEPS, N = 20, 16
 
 
