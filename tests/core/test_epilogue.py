@@ -1,4 +1,4 @@
-"""activation= and residual= give the values of the composition, and backward keeps less."""
+"""activation= and residual= give the values of the composition and save less for backward."""
 
 import chex
 import jax

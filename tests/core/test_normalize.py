@@ -36,7 +36,7 @@ def test_the_moments_are_those_of_moments(case):
     _, m = forward(case, data)
     same = compiled.moments(data.x, **case.kwargs, **data.support)
     chex.assert_trees_all_equal_shapes_and_dtypes(m, same)
-    eps = tolerance.eps("float32")  # the error of the mean, where the standard deviation is about 1
+    eps = tolerance.eps("float32")  # the mean's error, in units of std
     chex.assert_trees_all_close(m, same, rtol=2 * eps, atol=eps)
 
 

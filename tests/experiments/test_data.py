@@ -102,7 +102,7 @@ def test_each_folder_is_a_class(folder, second, in_memory):
 def test_sets_in_memory_and_in_files_are_the_same(folder):
     files, memory = (data.open_dataset(folder, in_memory=n)[0] for n in (0, 1 << 20))
     assert len({memory.load(i).shape for i in range(17)}) == 4
-    # No image is twice as large as `size`, so that JPEGs are decoded at full size.
+    # No image has twice this size on both sides, so that JPEGs are decoded at full size.
     wanted = {"batch": 5, "size": 32, "seed": 3, "distortion": "full"}
     assert_same(*(take(data.train_batches(images, **wanted), 4) for images in (files, memory)))
 

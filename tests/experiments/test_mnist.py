@@ -173,7 +173,7 @@ def test_download_of_other_bytes_is_refused(mirror, empty_cache):
 
 def test_download_without_a_server_says_what_to_do(empty_cache):
     with pytest.raises(OSError, match=r"Could not fetch MNIST.*--data-dir"):
-        digits.download_mnist("http://127.0.0.1:9")  # the discard port: nobody listens
+        digits.download_mnist("http://127.0.0.1:9")  # no server listens on this port
 
 
 # --- Networks and batches -----------------------------------------------------------------------
