@@ -79,9 +79,8 @@ def judge(c: Compared) -> str | None:
         return values.reshape(len(values), -1)
 
     ours, base = error(c.actual), error(c.base).max(1, initial=0)
-    base = np.where(
-        np.isfinite(base), base, 0.0
-    )  # where two passes fail, only the roundings are allowed
+    # Where two passes fail, only the roundings are allowed.
+    base = np.where(np.isfinite(base), base, 0.0)
     # Two passes may be exact by chance in one feature, but not in half of them: hence the median.
     # The oracle computes in float64 too, and NumPy adds up several axes term by term: for float64
     # its own error was seen to be 26 eps, from 160 terms.
@@ -790,7 +789,7 @@ LAWS = {
     "running": law_running,
     "pool": law_pool,
 }
-PROGRAMS = (  # their results are kept between cases
+PROGRAMS = (  # the programs that they make are cached
     _normalize_program,
     _two_passes_program,
     _derivatives_program,

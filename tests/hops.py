@@ -32,7 +32,7 @@ FLAX = flax.linen.normalization.__file__
 
 
 class Hops(NamedTuple):
-    """The numbers of functions and files that one call goes through."""
+    """The number of calls, functions and files that one call goes through, and its depth."""
 
     calls: int
     functions: int  # different ones

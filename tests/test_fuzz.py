@@ -7,7 +7,7 @@ import pytest
 import jbn
 from tests import cases, fuzz, fuzz_cases, oracle, textbook
 
-# Each law has a case at least; modes, dtypes and data vary.
+# Each law has at least one case; modes, dtypes and data vary.
 RIGHT = (
     "shape=8x3,mode=eager,mask=examples,activation=relu,residual=True,data=integers",
     "shape=16x5x4,axis=-2x-1,dtype=bfloat16,mode=shard_map,groups=2,data=lognormal",

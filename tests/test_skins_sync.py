@@ -110,9 +110,8 @@ def test_linen_init_needs_no_bound_axis_and_no_divisible_batch():
     options = {"axis_name": "batch", "axis_index_groups": [[0, 1], [2, 3]], "groups": 4}
     layer = jbn.linen.BatchNorm(use_running_average=False, **options)
     plain = jbn.linen.BatchNorm(use_running_average=False)
-    variables = layer.init(
-        jax.random.key(0), X[0, :1]
-    )  # one example cannot be divided into four groups
+    # One example cannot be divided into four groups.
+    variables = layer.init(jax.random.key(0), X[0, :1])
     chex.assert_trees_all_equal(variables, plain.init(jax.random.key(0), X[0]))
     assert jax.eval_shape(layer.init, jax.random.key(0), X[0]) is not None
 

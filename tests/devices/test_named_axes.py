@@ -109,9 +109,8 @@ def test_y_statistics_and_gradient_are_those_of_the_oracle(mode, kind):
         stats = jbn.init_stats(CHANNELS)
         keywords = {**arguments(kind, mode), **support(rows), "axis_name": axis_name}
         if mode.checks and kind.index_groups:
-            stats = jax.lax.pcast(
-                stats, axis_name, to="varying"
-            )  # each group has its own statistics
+            # Each group has its own statistics.
+            stats = jax.lax.pcast(stats, axis_name, to="varying")
         return jbn.batch_norm(rows["x"], params, stats, update=jbn.cumulative(), **keywords)
 
     def program(params, rows):
@@ -213,9 +212,8 @@ def test_derivatives_of_the_moments(mode, kind, x64):
         def program(params, rows):
             def loss(x):
                 m = execute(layer, params, {**rows, "x": x})[1]
-                return (
-                    m.mean[2] ** 2 * m.var[0]
-                ).sum()  # from two instances, which share one batch
+                # Two instances give the moments, and both are those of one batch.
+                return (m.mean[2] ** 2 * m.var[0]).sum()
 
             return jax.grad(lambda x: (jax.grad(loss)(x) * rows["dy"]).sum())(rows["x"])
 

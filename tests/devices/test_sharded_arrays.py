@@ -286,9 +286,8 @@ def test_a_batch_on_one_device_is_not_cut_into_blocks():
 def test_a_program_for_several_devices_can_be_kept():
     _, (x,) = placed((8,), AxisType.Auto, P("a"), IMAGES)
     exported = jax.export.export(jax.jit(lambda x: jbn.normalize(x)[0]))(x)
-    assert (
-        "CustomSPMDPartitioning" not in exported.mlir_module()
-    )  # it would call back into this process
+    # Such a call would need this process.
+    assert "CustomSPMDPartitioning" not in exported.mlir_module()
     assert_close(exported.call(x), jbn.normalize(IMAGES)[0])
 
 

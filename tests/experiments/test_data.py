@@ -415,9 +415,8 @@ def test_evaluation_takes_the_centre_or_144_crops(folder):
     lambda path: path.write_text("<html>404"),
 ])  # fmt: skip
 def test_the_next_of_its_class_takes_the_place_of_a_broken_image(folder, caplog, damage, in_memory):
-    damage(
-        folder / "train" / "bee" / "bee_6.JPEG"
-    )  # the last of its class, after which the first comes
+    # This is the last image of its class, so the first image takes its place.
+    damage(folder / "train" / "bee" / "bee_6.JPEG")
     images, _ = data.open_dataset(folder, in_memory=in_memory)
     wanted = {"batch": 17, "size": 16, "seed": 0}
     got = take(data.train_batches(images, **wanted), 2)

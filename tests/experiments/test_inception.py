@@ -294,9 +294,8 @@ def test_measurements_after_the_checkpoint_are_made_again(tmp_path):
     command("BN-x5", "--devices", 1, "--steps", 60, "--stop-after", 5, out=tmp_path)
     [path] = tmp_path.glob("*/measurements.jsonl")
     later = {"kind": "measurement", "step": 7, "top1": 1.0}
-    path.write_text(
-        path.read_text() + json.dumps(later) + "\n" + '{"kind": "meas'
-    )  # killed while writing
+    # The last line is incomplete, as if the run had been killed while writing.
+    path.write_text(path.read_text() + json.dumps(later) + "\n" + '{"kind": "meas')
     command("BN-x5", "--devices", 1, "--steps", 60, out=tmp_path)
     assert [row["step"] for row in measurements(tmp_path, "measurement")] == [7, 12]
 
@@ -518,10 +517,8 @@ def test_steps_are_compared_seed_by_seed(finished_runs):
     assert inception_curves.chosen_rate(curves) == 0.01
     found = {r.name: r for r in inception_curves.results(curves, TABLE)}
     assert found["Inception"].steps_to == [40, 40]
-    assert found["BN-x5"].steps_to == [
-        4,
-        4,
-    ]  # 0.7 is above the 0.6 of one seed and equals the 0.7 of the other
+    # An accuracy of 0.7 is above the baseline's 0.6 of one seed and equals its 0.7 of the other.
+    assert found["BN-x5"].steps_to == [4, 4]
     assert found["BN-x5"].shares == [0.1, 0.1]
     assert found["BN-x5"].first_rate == pytest.approx(0.05)
     assert found["BN-x5"].final_population == [0.68, 0.68]

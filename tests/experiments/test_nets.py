@@ -360,9 +360,8 @@ def test_a_module_is_its_branches_side_by_side(name):
             at, branches = 1, [unit(0, row.conv_1x1, 1, x)]
         y = unit(at, row.reduce_3x3, 1, x)
         branches.append(unit(at + 1, row.conv_3x3, 3, y, row.stride))
-        y = unit(
-            at + 3, row.reduce_double, 1, x
-        )  # units are numbered when made: after the 3x3 that takes it
+        # Units are numbered when they are made, and this one is made after the 3x3 that takes it.
+        y = unit(at + 3, row.reduce_double, 1, x)
         y = unit(at + 2, row.double_3x3, 3, y)
         branches.append(unit(at + 4, row.double_3x3, 3, y, row.stride))
         edge = (1, 1) if row.stride == 1 else (0, 1)
@@ -420,9 +419,8 @@ def test_local_response_norm(channels, dtype):
     x = jnp.asarray(300 * np.random.default_rng(channels).standard_normal((2, 3, 3, channels)))
     x = x.astype(dtype)
     want = local_response_oracle(np.asarray(x, np.float64))
-    assert (
-        abs(want).max() < 0.9 * abs(np.asarray(x, np.float64)).max()
-    )  # the effect is not lost in rounding
+    # The normalisation is strong enough to be seen.
+    assert abs(want).max() < 0.9 * abs(np.asarray(x, np.float64)).max()
     got = bn_inception.local_response_norm(x)
     assert got.dtype == x.dtype
     np.testing.assert_allclose(
