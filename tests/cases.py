@@ -1,4 +1,4 @@
-"""One table of inputs; every law in the tests runs over the rows that it speaks about."""
+"""The table of inputs; each test runs over the rows that its law concerns."""
 
 import zlib
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from tests import oracle, tolerance
 
 
 class Case(NamedTuple):
-    """One input: its shape and types, where its data lie, and which positions count how much."""
+    """Shape, axis, dtype, offset, spread, mask and weights of one input."""
 
     shape: tuple[int, ...]
     axis: int | tuple[int, ...] = -1
@@ -21,7 +21,7 @@ class Case(NamedTuple):
     values: str = "normal"  # integer | symmetric | constant | one_hot | relu: some equal the mean
 
     def __str__(self):
-        """The id of the test."""
+        """Returns the id of the test."""
         axis = "_".join(map(str, np.atleast_1d(self.axis)))
         parts = ["x".join(map(str, self.shape)), f"axis{axis}", self.dtype]
         if self.offset or self.std != 1.0:
@@ -33,17 +33,17 @@ class Case(NamedTuple):
 
     @property
     def ratio(self):
-        """|mean| / std, what the tolerance has to know."""
+        """|mean| / std, on which the tolerance depends."""
         return abs(self.offset) / self.std
 
     @property
     def kwargs(self):
-        """The keyword arguments of the oracle and of the library that are the same for both."""
+        """The keyword arguments that the oracle and the library share."""
         return {"axis": self.axis}
 
 
 class Data(NamedTuple):
-    """Arrays of a case, in NumPy: x and dy in its dtype, the rest in float32 or float64."""
+    """The NumPy arrays of a case: x and dy in its dtype, mask in bool, others in float32 or 64."""
 
     x: np.ndarray
     scale: np.ndarray
@@ -61,7 +61,7 @@ class Data(NamedTuple):
 
     @property
     def valid(self):
-        """[x.shape] bool: the positions that take part."""
+        """The positions that take part, as bool in the shape of x."""
         return oracle.position_weights(self.x, self.mask, self.weights) > 0
 
 
@@ -121,7 +121,7 @@ MASKS = (
     Case((64, 5), weights="examples", dtype="bfloat16"),
 )
 
-# Data of people have these and normal numbers never: values that equal the mean, and each other.
+# Real data have values that equal the mean and each other; normal random numbers never do.
 VALUES = (
     Case((5, 3), values="symmetric"),
     Case((8, 4), values="integer"),
@@ -136,10 +136,10 @@ ALL = AXES + OFFSETS + DTYPES + MASKS + VALUES
 
 
 def make(case: Case, masked: float = 7.0) -> Data:
-    """The data of a case, the same on every call.
+    """Makes the data of a case, the same on every call.
 
-    Masked positions hold offset + `masked` * std. 7 is far enough from the rest to be seen if it
-    enters the statistics; NaN and inf are for the laws about them.
+    Masked positions hold offset + `masked` * std. 7 is so far from all other values that it shows
+    if it enters the statistics; NaN and inf are for the tests about them.
     """
     rng = np.random.default_rng(zlib.crc32(str(case).encode()))
     shape, wide = case.shape, tolerance.accumulator(case.dtype)
@@ -192,7 +192,7 @@ def _mask(rng, case, features, reduced):
         for a, size in enumerate(case.shape)
     )
     mask = rng.uniform(size=shape) < 0.7
-    # The first row is masked: a shift that is taken from it has to look whether it is there.
+    # The first row is masked, so that code that takes the shift from it has to check the mask.
     mask[(0,) * len(shape)] = False
     if case.mask == "channel":
         mask[tuple(1 if a in features else slice(None) for a in range(len(shape)))] = False

@@ -1,6 +1,6 @@
-"""The library's functions under jit, with the arguments that are no arrays static.
+"""The library's functions under jit; arguments that are no arrays are static.
 
-One compilation serves every call with the same shapes; eager calls would compile each operation.
+All calls with the same shapes share one compilation; eager calls would compile each operation.
 """
 
 import functools
@@ -21,7 +21,7 @@ batch_norm_inference = jax.jit(jbn.batch_norm_inference, static_argnames=("axis"
 
 @functools.partial(jax.jit, static_argnames=("axis", "epsilon", "groups"))
 def vjp(x, scale, bias, dy, dmean=None, dvar=None, **kwargs):
-    """(y, moments, gradient): the gradient of sum(dy y) + sum(dmean mean) + sum(dvar var)."""
+    """Returns (y, moments, gradient of sum(dy y) + sum(dmean mean) + sum(dvar var))."""
 
     def outputs(x, scale, bias):
         y, m = jbn.normalize(x, scale, bias, **kwargs)

@@ -1,6 +1,6 @@
-"""Eight virtual CPU devices, strict dtypes and ranks, one deterministic hypothesis profile.
+"""Sets up eight virtual CPU devices, strict promotion and a deterministic hypothesis profile.
 
-Also which tests are `slow`, and which need the extra `experiments`.
+Also marks the tests that are `slow`, and those that need the extra `experiments`.
 """
 
 import collections
@@ -8,7 +8,8 @@ import importlib.util
 import os
 import pathlib
 
-# Before JAX starts: the tests of synchronisation need several devices and must never find one.
+# This must happen before JAX starts. The tests of synchronisation need several devices; on a
+# single one they would test nothing.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -83,13 +84,13 @@ def cheap_programs():
 
 @pytest.fixture
 def x64():
-    """The test runs with 64-bit types enabled, and only that test."""
+    """Enables 64-bit types for one test."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture
 def one_device():
-    """As on a machine with one device, where no batch is cut into blocks."""
+    """Sets a mesh of one device, on which no batch is divided into blocks."""
     with jax.set_mesh(jax.make_mesh((1,), ("only",), (jax.sharding.AxisType.Auto,))):
         yield

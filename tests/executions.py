@@ -1,9 +1,9 @@
-"""One law, many executions: the batch whole, and split over devices or instances of a named axis.
+"""Modes that run a law on the whole batch, or split over devices or instances of a named axis.
 
 Every mode runs f(params, rows, axis_name) -> (per row, shared). `rows` is a dict of arrays whose
-first axis is the whole batch; a mode gives f its instance's share of them, or the global arrays
-where the compiler cuts them, and puts the results together again: per row in the order of the
-batch, shared as [4, ...], one for each of four instances.
+first axis is the whole batch. A mode gives f the share of one instance, or the global arrays where
+the compiler divides them. It joins the results: those per row in the order of the batch, shared
+ones as [4, ...], one for each of four instances.
 """
 
 import contextlib
@@ -21,18 +21,18 @@ INSTANCES = 4
 
 
 def mesh(shape=(INSTANCES,), names=(AXIS,), axis_type=AxisType.Auto):
-    """A mesh of virtual CPU devices."""
+    """Makes a mesh of virtual CPU devices."""
     devices = jax.devices()[: functools.reduce(int.__mul__, shape)]
     return jax.make_mesh(shape, names, (axis_type,) * len(shape), devices=devices)
 
 
 def cut(instances, x):
-    """[N, ...] -> [instances, N / instances, ...]."""
+    """Reshapes [N, ...] to [instances, N / instances, ...]."""
     return x.reshape(instances, -1, *x.shape[1:])
 
 
 def rejoin(x):
-    """The inverse of `cut`."""
+    """Inverts `cut`."""
     return x.reshape(-1, *x.shape[2:])
 
 
@@ -46,7 +46,7 @@ class Mode(NamedTuple):
     Attributes:
       execute: (f, params, rows) -> (per row, shared).
       names: the named axes among which the batch is split; None where f sees the global arrays.
-      axis_type: of the mesh that is set while it runs, if one is.
+      axis_type: the axis type of the mesh that is set while it runs, if one is.
       checks: whether JAX knows over which axes a value varies.
     """
 
@@ -60,7 +60,7 @@ class Mode(NamedTuple):
         return self.name
 
     def run(self, program, params, rows):
-        """jit(program)(params, rows) in the mode's surroundings, rows where it wants them."""
+        """Runs jit(program)(params, rows) with the mesh of the mode, on which it places rows."""
         if self.names is not None:
             return jax.jit(program)(params, rows)
         where = mesh(axis_type=self.axis_type or AxisType.Auto)
@@ -92,7 +92,7 @@ def _nested_vmap(f, params, rows):
 
 
 def _shard_map(check_vma, f, params, rows):
-    # `shared` leaves with an axis of its own: with index groups it differs.
+    # `shared` gets an axis for the instances, because it differs between index groups.
     def instance(params, share):
         per_row, shared = f(params, share, AXIS)
         return per_row, jax.tree.map(lambda v: v[None], shared)
@@ -102,9 +102,9 @@ def _shard_map(check_vma, f, params, rows):
 
 
 def _shard_map_of_vmap(f, params, rows):
-    """Two devices, two instances on each.
+    """Runs two instances on each of two devices.
 
-    check_vma=False: a checking shard_map has no collectives over an axis of vmap (jax 0.12).
+    check_vma is False: a checking shard_map has no collectives over an axis of vmap (jax 0.12).
     """
 
     def instance(params, share):

@@ -1,13 +1,13 @@
-"""Counts what the library's programs consist of, so that a change which changes one is seen.
+"""Counts the operations of the library's programs, so that a change of a program is noticed.
 
-    python -m tests.fingerprints            # the table, and how it differs from what is recorded
-    python -m tests.fingerprints --write    # records it in tests/fingerprints.json
+    python -m tests.fingerprints            # prints the table and its differences from the record
+    python -m tests.fingerprints --write    # records the counts in tests/fingerprints.json
 
-A program is traced, lowered and compiled for the CPU, and not run. Counted are the equations of its
-jaxpr and its StableHLO operations, which are what tracing and lowering cost, and the instructions,
-collectives and bytes of what XLA makes of it. XLA's choices differ from one version to the next, so
-each version of JAX that the tests run on has an entry of its own: record with all of them. About
-half a minute a version.
+A program is traced, lowered and compiled for the CPU, and not run. The equations of its jaxpr and
+its StableHLO operations are counted, because they are the cost of tracing and lowering. So are the
+instructions, collectives and bytes of the program that XLA compiles. XLA's choices differ between
+versions, so each version of JAX that the tests run on has an entry of its own: record with all of
+them. A version takes about half a minute.
 """
 
 import argparse
@@ -55,12 +55,12 @@ class Program(NamedTuple):
 
 
 def one_device() -> Mesh:
-    """One device of type Auto, so that the library cuts the batch into no blocks."""
+    """Makes a mesh of one device, on which the library does not divide a batch into blocks."""
     return executions.mesh((1,), ("only",))
 
 
 def both(layer: Callable[..., Any]) -> Callable[..., Any]:
-    """(dy, trained, *rest) -> (y, new, gradients), of a layer (trained, *rest) -> (y, new)."""
+    """Turns (trained, *rest) -> (y, new) into (dy, trained, *rest) -> (y, new, gradients)."""
 
     def program(dy, trained, *rest):
         y, pull, new = jax.vjp(lambda trained: layer(trained, *rest), trained, has_aux=True)
@@ -79,9 +79,10 @@ def core(
     given: dict[str, Any] | None = None,
     **static: Any,
 ) -> Program:
-    """`jbn.batch_norm`, of x, params and perhaps a residual forward and backward.
+    """Makes a program of `jbn.batch_norm`, forward and, if `backward`, of its gradients.
 
-    rows: axis of the mesh over which x lies. given: shapes of masks, weights and residuals.
+    `rows` is the axis of the mesh over which x lies. `given` has the shapes of masks, weights and
+    residuals.
     """
     mesh = one_device() if mesh is None else mesh
     x = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(rows)))
@@ -99,12 +100,12 @@ def core(
 
 
 def vectors(features: int) -> tuple[jbn.Params, jbn.RunningStats]:
-    """The shapes of a layer's parameters and statistics."""
+    """Returns the shapes of a layer's parameters and statistics."""
     return jax.eval_shape(lambda: (jbn.init_params(features), jbn.init_stats(features)))
 
 
 def named_axis() -> Program:
-    """Four devices of a shard_map share their statistics."""
+    """Makes a program in which four devices of a shard_map share their statistics."""
     mesh = executions.mesh()
     x = jax.ShapeDtypeStruct(VECTORS, jnp.float32)
     params, stats = vectors(VECTORS[-1])
@@ -125,7 +126,7 @@ def inference() -> Program:
 
 
 def module(layer: nn.Module, x: jax.ShapeDtypeStruct) -> Program:
-    """A module of Flax linen in training, which keeps the shape of x."""
+    """Makes a program of a linen module in training that keeps the shape of x."""
     variables = jax.eval_shape(layer.init, jax.random.key(0), x)
 
     def apply(trained, stats):
@@ -143,7 +144,7 @@ def linen_layer(dtype: str = "float32") -> Program:
 
 
 def resnet_block(dtype: str = "float32") -> Program:
-    """A bottleneck block without a change of width: three convolutions and three layers."""
+    """Makes a program of a bottleneck block of constant width, with three normalisations."""
     norm = functools.partial(jbn.linen.BatchNorm, use_running_average=False, dtype=dtype)
     conv = functools.partial(nn.Conv, dtype=dtype)
     block = BottleneckBlock(IMAGES[-1] // 4, norm=norm, conv=conv)
@@ -165,7 +166,7 @@ def nnx_layer() -> Program:
 
 
 def sharded(axis_type: AxisType) -> Program:
-    """The batch lies over four devices, which the compiler (Auto) or JAX (Explicit) knows."""
+    """Makes a program of a batch on four devices, which XLA (Auto) or JAX (Explicit) knows."""
     return core(mesh=executions.mesh(axis_type=axis_type), rows=executions.AXIS)
 
 
@@ -173,7 +174,7 @@ _mask = jax.ShapeDtypeStruct((*IMAGES[:-1], 1), jnp.bool_)
 _weights = jax.ShapeDtypeStruct((IMAGES[0], 1, 1, 1), jnp.float32)
 _residual = jax.ShapeDtypeStruct(IMAGES, jnp.float32)
 
-# Forward and backward, where the name does not say otherwise.
+# Programs are forward and backward, unless the name says otherwise.
 PROGRAMS: dict[str, Callable[[], Program]] = {
     "vectors, forward": functools.partial(core, backward=False),
     "vectors": core,
@@ -196,7 +197,7 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
     "ResNet block, bfloat16": functools.partial(resnet_block, "bfloat16"),
 }
 
-# --- What they consist of ------------------------------------------------------------------------
+# --- Counting ------------------------------------------------------------------------------------
 
 Fingerprint = dict[str, dict[str, int]]  # part -> what -> how many
 
@@ -224,35 +225,35 @@ def fingerprint(name: str) -> Fingerprint:
 
 
 def counted(names: Any) -> dict[str, int]:
-    """Name -> how often, in alphabetical order, after the sum of all."""
+    """Counts each name; the sum of all comes first, then the names in alphabetical order."""
     counts = collections.Counter(names)
     return {"all": counts.total(), **dict(sorted(counts.items()))}
 
 
 def sizes(found: list[hlo.Collective]) -> dict[str, int]:
-    """Kind of a collective -> how many bytes each device sends."""
+    """Adds up the bytes that each device sends, by kind of collective."""
     sent: dict[str, int] = {}
     for c in found:
         sent[c.kind] = sent.get(c.kind, 0) + c.sent
     return dict(sorted(sent.items()))
 
 
-# --- What is recorded ----------------------------------------------------------------------------
+# --- The record ----------------------------------------------------------------------------------
 
 
 def version() -> str:
-    """The version of JAX, by which the entries are named."""
+    """Returns the version of JAX, which is the name of an entry."""
     jaxlib = importlib.metadata.version("jaxlib")
     return jax.__version__ + (f" with jaxlib {jaxlib}" if jaxlib != jax.__version__ else "")
 
 
 def read() -> dict[str, dict[str, Fingerprint]]:
-    """Version of JAX -> name of a program -> its fingerprint."""
+    """Reads the record: version of JAX -> name of a program -> its fingerprint."""
     return json.loads(PATH.read_text()) if PATH.exists() else {}
 
 
 def write(entries: dict[str, dict[str, Fingerprint]]) -> None:
-    """Writes a line for each part of a fingerprint: a difference can be read in a diff."""
+    """Writes a line for each part of a fingerprint, so that a diff shows what changed."""
     versions = []
     for version, programs in sorted(entries.items()):
         names = []
@@ -264,7 +265,7 @@ def write(entries: dict[str, dict[str, Fingerprint]]) -> None:
 
 
 def changes(old: Fingerprint, new: Fingerprint) -> list[str]:
-    """What changed, such as "stablehlo reduce: 4 -> 5"; what is absent is 0."""
+    """Lists changes such as "stablehlo reduce: 4 -> 5"; a name that is absent counts as 0."""
     found = []
     for part in dict.fromkeys([*old, *new]):
         before, after = old.get(part, {}), new.get(part, {})
@@ -291,7 +292,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 
 def table(programs: dict[str, Fingerprint]) -> str:
-    """Markdown: the columns that say the most, and the bytes that collectives send."""
+    """Returns a Markdown table of the main counts and of the bytes that collectives send."""
     rows = [["program", *COLUMNS, "sent"]]
     for name, found in programs.items():
         counts = [found[part].get(what, 0) for part, what in COLUMNS.values()]
@@ -306,7 +307,7 @@ def table(programs: dict[str, Fingerprint]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table; the exit status is 1 where it is not as recorded, and is not written."""
+    """Prints the table; returns 1 if it differs from the record and is not written."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help=f"record it in {PATH.name}")
     args = parser.parse_args(argv)

@@ -38,7 +38,7 @@ def source_of_flax(folder: pathlib.Path) -> pathlib.Path:
 
 
 def mentions(source: pathlib.Path) -> list[str]:
-    """The test files that use a BatchNorm."""
+    """Returns the test files that use a BatchNorm."""
     files = sorted((source / "tests").rglob("*_test.py"))
     return [
         str(f.relative_to(source)) for f in files if re.search(r"nnx?\.BatchNorm", f.read_text())

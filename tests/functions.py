@@ -1,4 +1,4 @@
-"""Measures the functions of the package: how long they are, and how many parameters they have."""
+"""Measures the lengths of the package's functions and counts their parameters."""
 
 import ast
 import pathlib
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jbn
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "jbn"
-LINES, PARAMETERS = 40, 8  # at most; what is public may have more parameters
+LINES, PARAMETERS = 40, 8  # at most; public functions may have more parameters
 
 
 class Function(NamedTuple):
@@ -21,12 +21,12 @@ class Function(NamedTuple):
 
 
 def of_package() -> list[Function]:
-    """All functions of jbn/."""
+    """Returns all functions of jbn/."""
     return [f for path in sorted(PACKAGE.rglob("*.py")) for f in of_file(path)]
 
 
 def of_file(path: pathlib.Path) -> list[Function]:
-    """All functions of one file of the package."""
+    """Returns all functions of one file of the package."""
     module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     return list(_of_scope(ast.parse(path.read_text()), module, hidden=False, method=False))
 
@@ -45,7 +45,7 @@ def _of_scope(scope: ast.AST, name: str, hidden: bool, method: bool) -> Iterator
 
 
 def is_public(name: str) -> bool:
-    """Whether users call "file.function": by its own name, or because `jbn` has it."""
+    """Tells whether users call "file.function", by its own name or as a name of `jbn`."""
     *_, top = parts = name.split(".")
     if any(part.startswith("_") and not part.endswith("__") for part in parts[1:]):
         return False
@@ -69,5 +69,5 @@ def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef, method: bool) -> i
 
 
 def lines_of_package() -> int:
-    """Lines of the Python files of jbn/, with docstrings and comments."""
+    """Counts the lines of the Python files of jbn/, with docstrings and comments."""
     return sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py"))

@@ -5,11 +5,11 @@
     python -m tests.fuzz --run 'law=pool,seed=3'   # one case again, from the line of its failure
     python -m tests.fuzz --run ... --shrink        # the same, made simpler as long as it fails
 
-An error is a failure where it exceeds ten times that of two float32 passes over the data, compiled
-by the same compiler and differentiated by JAX (`textbook`), plus a few roundings of the numbers
-that the result is made of. The truth is `oracle`, or for higher derivatives `textbook` in float64.
+An error is a failure if it exceeds ten times that of two float32 passes over the data, compiled by
+the same compiler and differentiated by JAX (`textbook`), plus a few roundings of the terms of the
+result. The truth comes from `oracle`, or for higher derivatives from `textbook` in float64.
 
-What the JBN_NATIVE variable does to the library it does here: with 1 the C++ kernel is compared.
+The JBN_NATIVE variable has the same effect as for the library: with 1 the C++ kernel is compared.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from tests.fuzz_cases import Case, Data
 
 FACTOR = 10  # times the error of two float32 passes
 ROUNDINGS = tolerance.tol("float32", 0)["atol"] / tolerance.eps("float32")
-REPEATS = 8  # cases a program
+REPEATS = 8  # cases for each program
 COMPILED = 32  # programs that are kept
 
 
@@ -48,9 +48,10 @@ class Failure(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """One result: ours, the truth, two float32 passes', and what it is made of, in one unit.
+    """One result of the library, the truth, that of two float32 passes, and the size of its terms.
 
-    All of shape [k, ...]: results along k are judged by themselves, such as those of a feature.
+    All arrays have the shape [k, ...]. Each of the k rows, such as that of a feature, is judged on
+    its own.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Compared(NamedTuple):
 
 
 def judge(c: Compared) -> str | None:
-    """What is wrong with the result, or None."""
+    """Returns what is wrong with the result, or None."""
     size = c.size + np.finfo(np.float32).tiny
 
     def error(values):
@@ -73,13 +74,14 @@ def judge(c: Compared) -> str | None:
         rounding = 0.505 * float(info.eps) * np.abs(c.truth) + float(info.smallest_subnormal)
         values = np.maximum(np.abs(values - c.truth) - rounding, 0) / size
         values = np.where(np.isfinite(values), values, np.inf)
-        # What is beyond the range of the result's dtype is infinite, or the largest number.
+        # A value beyond the range of the result's dtype may become infinite or the largest number.
         values = np.where(np.abs(c.truth) < 0.99 * float(info.max), values, 0.0)
         return values.reshape(len(values), -1)
 
     ours, base = error(c.actual), error(c.base).max(1, initial=0)
-    base = np.where(np.isfinite(base), base, 0.0)  # two passes fail: the roundings remain
-    # Two passes may have luck in one feature, but not in half of them.
+    # Where two passes fail, only the roundings are allowed.
+    base = np.where(np.isfinite(base), base, 0.0)
+    # Two passes may be exact by chance in one feature, but not in half of them: hence the median.
     # The oracle computes in float64 too, and NumPy adds up several axes term by term: for float64
     # its own error was seen to be 26 eps, from 160 terms.
     roundings = ROUNDINGS if c.precision > 1e-10 else 8 * ROUNDINGS
@@ -131,7 +133,7 @@ UPDATES = {
 
 
 def _examples(f, params, rows):
-    """An instance of the named axis for each example, which has no batch axis any more."""
+    """Runs an instance of the named axis for each example, which then has no batch axis."""
     instance = lambda params, row: f(params, row, executions.AXIS)  # noqa: E731
     per_row, shared = jax.vmap(instance, axis_name=executions.AXIS, in_axes=(None, 0))(params, rows)
     return per_row, shared
@@ -148,7 +150,7 @@ MODES = {mode.name: mode for mode in executions.ALL} | {
 
 
 def run(case: Case, program: Callable, params, rows):
-    """program(params, rows) in the case's mode, as NumPy arrays of float64."""
+    """Runs program(params, rows) in the case's mode; returns NumPy arrays of float64."""
     mode = MODES[case.mode]
     if case.mode == "eager":
         result = program(params, rows)
@@ -168,28 +170,28 @@ def to_numpy(tree):
 
 
 def types(case: Case):
-    """64-bit types where the case needs them."""
+    """Enables 64-bit types where the case needs them."""
     return jax.enable_x64(True) if case.dtype == "float64" else contextlib.nullcontext()
 
 
 def order(case: Case) -> np.ndarray:
-    """The examples in the order in which groups are consecutive, for all instances together."""
+    """Returns the order of the examples in which groups are consecutive over all instances."""
     rows = np.arange(case.shape[case.reduced[0]])
     if case.groups == 1 or not fuzz_cases.named(case.mode):
         return rows
-    # An instance cuts its own share, so the first group has the first part of every share.
+    # An instance divides its own share, so the first group has the first part of every share.
     return rows.reshape(executions.INSTANCES, case.groups, -1).swapaxes(0, 1).ravel()
 
 
 def in_order(case: Case, values):
-    """An array of x's shape in that order; others as they are."""
+    """Puts an array of x's shape into that order; leaves any other array unchanged."""
     if np.shape(values) != case.shape:
         return values
     return np.take(values, order(case), case.reduced[0])
 
 
 def layer(case: Case, x, scale, bias, residual, rows, axis_name):
-    """jbn.normalize as the case says."""
+    """Calls jbn.normalize as the case says."""
     return jbn.normalize(
         x,
         scale,
@@ -206,7 +208,7 @@ def layer(case: Case, x, scale, bias, residual, rows, axis_name):
 
 
 def ours(case: Case, rows):
-    """The library's (x, scale, bias, residual) -> (y, mean, var), count in the case's mode."""
+    """Returns the library's function (x, scale, bias, residual) -> ((y, mean, var), count)."""
 
     def outputs(args):
         x, scale, bias, residual = args
@@ -227,7 +229,7 @@ def ours(case: Case, rows):
 
 
 def two_passes(case: Case, w):
-    """The same function by the textbook, in x's accumulator; count is left out."""
+    """Returns the same function by the textbook, in x's accumulator and without the count."""
 
     def outputs(args):
         x, scale, bias, residual = args
@@ -249,24 +251,24 @@ def two_passes(case: Case, w):
 
 
 def finish(case: Case, y, residual, dtype):
-    """activation(y + residual) in the dtype."""
+    """Computes activation(y + residual) in the dtype."""
     y = y if residual is None else y + residual.astype(y.dtype)
     activation = ACTIVATIONS[case.activation].function
     return (y if activation is None else activation(y)).astype(dtype)
 
 
 def weighted_sum(cotangents, values):
-    """The scalar whose gradient is that of `values` along `cotangents`."""
+    """Returns the scalar whose gradient is that of `values` along `cotangents`."""
     pairs = zip(jax.tree.leaves(cotangents), jax.tree.leaves(values), strict=True)
     wide = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
     return sum((c.astype(wide) * v.astype(wide)).sum() for c, v in pairs)
 
 
 def differentiated(f, order: str, directions, cotangents):
-    """f, a function args -> outputs, differentiated: the last letter of `order` first.
+    """Differentiates f, a function args -> outputs, by the letters of `order`, the last one first.
 
-    f: its derivative along a direction. r: the gradient of its weighted sum, of outputs weighted by
-    the cotangents and of what is like args by a direction.
+    The letter f is the derivative along a direction. The letter r is the gradient of a weighted
+    sum: outputs are weighted by the cotangents, values of the structure of args by a direction.
     """
     like_args = False
     for letter, along in zip(reversed(order), directions, strict=False):
@@ -290,14 +292,14 @@ def _reverse(f, cotangents, args):
 
 
 def per_part(case: Case, values: np.ndarray) -> np.ndarray:
-    """[x.shape] -> [groups * C, n]: what each group and feature has."""
+    """Reshapes [x.shape] to [groups * C, n], a row for each group and feature."""
     parts = np.split(values, case.groups, case.reduced[0])
     rows = [np.moveaxis(p, case.features, range(len(case.features))) for p in parts]
     return np.concatenate([r.reshape(int(np.prod(case.sizes)), -1) for r in rows])
 
 
 def flat(values: np.ndarray) -> np.ndarray:
-    """[groups, *C] or [*C] -> [groups * C]."""
+    """Flattens [groups, *C] or [*C] to [groups * C]."""
     return np.asarray(values, np.float64).reshape(-1)
 
 
@@ -328,7 +330,7 @@ def _two_passes_program(case: Case):
 
 
 def law_normalize(case: Case, data: Data) -> Iterator[Compared]:
-    """y, the moments and first derivatives of jbn.normalize, against the oracle."""
+    """Compares y, the moments and first derivatives of jbn.normalize with the oracle."""
     t = truth(case, data)
     data = t.data
     params = data.scale, data.bias, data.dmean, data.dvar
@@ -367,10 +369,10 @@ def law_normalize(case: Case, data: Data) -> Iterator[Compared]:
 
 
 def near_zero(case: Case, x: np.ndarray, w: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """(x - K, K) in float64, K a value of x of each feature, [C], that takes part.
+    """Returns (x - shift, shift) in float64; the shift, [C], is a value of x that takes part.
 
-    Nothing but the mean depends on K, and float64 x far from zero is no harder for the references
-    than float32 x. The difference is rounded by half an ulp of itself at most.
+    Only the mean depends on the shift, so float64 x far from zero is no harder for the references
+    than float32 x. The difference is rounded by at most half an ulp of itself.
     """
     x = np.asarray(x, np.float64)
     some = np.ones(x.shape, bool) if w is None else w > 0
@@ -385,14 +387,14 @@ def near_zero(case: Case, x: np.ndarray, w: np.ndarray | None) -> tuple[np.ndarr
 
 
 def moments(case: Case, x: np.ndarray, w: np.ndarray | None) -> oracle.Moments:
-    """The oracle's moments of x."""
+    """Returns the oracle's moments of x."""
     z, k = near_zero(case, x, w)
     m = oracle.moments(z, case.axis, weights=w)
     return m._replace(mean=np.where(m.count > 0, m.mean + k, 0.0))
 
 
 def _counts(name: str, actual, truth, case: Case) -> Compared:
-    """Sums of weights. In float64 the oracle, which sums them one by one, has an error itself."""
+    """Compares sums of weights; in float64 the oracle sums one by one and has an error, too."""
     eps = tolerance.eps(tolerance.accumulator(case.dtype))
     base = truth * (1 + np.prod(case.shape) ** 0.5 * tolerance.eps("float64"))
     values = map(flat, (actual, truth, base, truth))
@@ -400,7 +402,7 @@ def _counts(name: str, actual, truth, case: Case) -> Compared:
 
 
 class Truth(NamedTuple):
-    """What the oracle says, with the groups consecutive, and the sizes of the terms of it."""
+    """The oracle's results, with the groups consecutive, and the sizes of their terms."""
 
     data: Data  # with no cotangent where an activation has a kink
     values: dict[str, np.ndarray]
@@ -410,7 +412,7 @@ class Truth(NamedTuple):
 
 
 def truth(case: Case, data: Data) -> Truth:
-    """All results of the law of normalize, by the oracle, group by group."""
+    """Computes all results of `law_normalize` by the oracle, group by group."""
     split = lambda v: np.split(in_order(case, v), case.groups, case.reduced[0])  # noqa: E731
     x = split(data.rows["x"])
     w = split(np.ones(case.shape) if data.w is None else data.w)
@@ -432,7 +434,7 @@ def truth(case: Case, data: Data) -> Truth:
         xhat = np.abs(oracle.normalize(z, weights=w[k], **given)[0])
         size = wide(np.abs(scale)) * (1 + xhat) + wide(np.abs(bias)) + np.abs(residual[k])
         pre = pre + residual[k]
-        # A place of tiny weight may lie further away than float32 has digits.
+        # A value of tiny weight may be so far away that float32 has no digits left for it.
         far = np.where(w[k] > 0, xhat, 0).max(case.reduced)
         sound.append(_sound(case, m.var) & (far < 1e6))
         near_kink = (act.function is jax.nn.relu) & (np.abs(pre) < 1e-2 * size)
@@ -442,7 +444,7 @@ def truth(case: Case, data: Data) -> Truth:
         dmean, dvar = (np.asarray(v[k], np.float64) for v in (data.dmean, data.dvar))
         dx, dscale, dbias = oracle.vjp(z, scale, bias, dpre, dmean, dvar, weights=w[k], **given)
         p = w[k] / wide(np.where(m.count > 0, m.count, 1.0))
-        a, each = wide(np.abs(scale) / std), np.abs(dy[k])  # slopes are 1 at most, about
+        a, each = wide(np.abs(scale) / std), np.abs(dy[k])  # slopes are at most about 1
         sums = [wide(v.sum(case.reduced)) for v in (each, each * xhat)]
         finite = np.where(w[k] > 0, np.asarray(x[k], np.float64), 0.0)
         rms = np.sqrt((p * finite**2).sum(case.reduced))
@@ -474,10 +476,10 @@ def truth(case: Case, data: Data) -> Truth:
 
 
 def _sound(case: Case, var: np.ndarray) -> np.ndarray:
-    """Where float32 can hold the variance, and squares of the values it comes from.
+    """Tells where float32 can hold the variance, and the squares that it comes from.
 
-    Beyond that the library promises other things (y is the bias), and two passes nothing. Without
-    epsilon a variance of 0 has no reciprocal.
+    Elsewhere the library promises something else (y is the bias), and two passes promise nothing.
+    Without epsilon a variance of 0 has no reciprocal.
     """
     least = 1e-28 if case.epsilon == 0 else 0.0
     return (var >= least) & ((var == 0) | (var > 1e-30)) & (var < 1e30)
@@ -496,7 +498,7 @@ def _derivatives_program(case: Case):
 
 @functools.lru_cache(2 * COMPILED)
 def _textbook_program(case: Case, wide: bool):
-    del wide  # a program of its own: jit with 64-bit types is another
+    del wide  # a key of the cache: with 64-bit types jit makes another program
 
     @jax.jit
     def program(args, w, directions, cotangents):
@@ -507,7 +509,7 @@ def _textbook_program(case: Case, wide: bool):
 
 
 def law_derivatives(case: Case, data: Data) -> Iterator[Compared]:
-    """Derivatives of jbn.normalize of orders 1 to 3, against JAX's of the textbook in float64."""
+    """Compares derivatives of jbn.normalize of orders 1 to 3 with the textbook's in float64."""
     if case.junk == "huge" and case.order != "r":
         return  # at x = 1e38 float32 has no range for xhat, nor for what other orders need of it
     t = truth(case, data)
@@ -532,7 +534,7 @@ def law_derivatives(case: Case, data: Data) -> Iterator[Compared]:
 
 
 def _directions(rng, args, n, keep):
-    """n random directions in the space of args; 0 in x where `keep` is not."""
+    """Draws n random directions in the space of args; they are 0 in x where `keep` is false."""
 
     def one(i, v):
         along = rng.normal(size=v.shape)
@@ -542,7 +544,7 @@ def _directions(rng, args, n, keep):
 
 
 def _against_textbook(case: Case, actual, at, var) -> Iterator[Compared]:
-    """Derivatives of the case's order; var, [groups, *C], says how large their terms are."""
+    """Compares derivatives of the case's order; var, [groups, *C], gives the size of terms."""
     (x, *rest), w, *others = at
     z, k = near_zero(case, x, w)
     if case.law == "inference":
@@ -554,8 +556,9 @@ def _against_textbook(case: Case, actual, at, var) -> Iterator[Compared]:
         expected, plain = (to_numpy(program(*as_type(np.float64)(v))) for v in (shifted, at))
     base = _textbook_program(case.program, False)(*as_type(np.float32)(at))
     eps = tolerance.eps(tolerance.accumulator(case.dtype))
-    # A result may be a small difference of terms. Each derivative divides once more by the standard
-    # deviation, but for one in scale or bias, and makes twice as many; the variance is an output.
+    # A result may be a small difference of terms. Each derivative, except one in scale or bias,
+    # divides once more by the standard deviation, and it doubles the number of terms. The variance
+    # is an output, too.
     order, rstd = len(case.order), (np.maximum(var, 1e-30) + case.epsilon) ** -0.5
     size = 2**order * (rstd**order + rstd ** (order - 1) + var * rstd**order)
     names: Iterable[str] = ("y", "mean", "var")
@@ -575,7 +578,7 @@ def _against_textbook(case: Case, actual, at, var) -> Iterator[Compared]:
             two = np.abs(two - true) * (eps / tolerance.eps("float32"))
             two = true + np.maximum(two, np.abs(wide - true))
         mine, true, two = map(rows, (mine, true, two))
-        # A curved activation has derivatives in these alone, which divide by nothing.
+        # In these results alone, a curved activation adds terms without a standard deviation.
         curved = case.activation in ("tanh", "silu") and name in ("y", "scale", "bias", "residual")
         sizes = size + 2**order * curved
         terms = flat(sizes) if len(true) == size.size else rows(sizes).max(1)
@@ -621,7 +624,7 @@ def _inference_program(case: Case):
 
 
 def law_inference(case: Case, data: Data) -> Iterator[Compared]:
-    """jbn.batch_norm_inference and its derivatives, by statistics near those of the data."""
+    """Compares jbn.batch_norm_inference and its derivatives, by statistics near the data's."""
     rng = np.random.default_rng(case.seed + 1)
     x, wide = data.rows["x"], tolerance.accumulator(case.dtype)
     m = moments(case, x, None)
@@ -668,7 +671,7 @@ def _running_program(case: Case):
 
 
 def law_running(case: Case, data: Data) -> Iterator[Compared]:
-    """The running statistics of three batches of jbn.batch_norm, and its y, against the oracle."""
+    """Compares y and running statistics of three batches of jbn.batch_norm with the oracle."""
     update = UPDATES[case.rule]
     dtype = tolerance.accumulator(case.dtype)
     eps = tolerance.eps(dtype)
@@ -701,7 +704,7 @@ def law_running(case: Case, data: Data) -> Iterator[Compared]:
 
 
 def _by_two_passes(case: Case, data: Data) -> tuple[np.ndarray, ...]:
-    """(y, mean, var) of two passes in the accumulator's dtype, the groups consecutive."""
+    """Returns (y, mean, var) of two passes in the accumulator's dtype, groups consecutive."""
     sort = functools.partial(in_order, case)
     args = sort(data.rows["x"]), data.scale, data.bias, sort(data.rows.get("residual"))
     zeros = np.zeros((case.groups, *case.sizes), tolerance.accumulator(case.dtype))
@@ -710,7 +713,7 @@ def _by_two_passes(case: Case, data: Data) -> tuple[np.ndarray, ...]:
 
 
 def _cuts(case: Case) -> dict[str, list[tuple[int, int]]]:
-    """Where the parts of a batch begin and end that the library puts together."""
+    """Returns where the parts of a batch begin and end that the library merges or pools."""
     n = case.shape[case.reduced[0]]
     half = n // 2 or 1
     thirds = [(k * n // 3, (k + 1) * n // 3) for k in range(3)]
@@ -744,7 +747,7 @@ def _pool_program(case: Case):
 
 
 def law_pool(case: Case, data: Data) -> Iterator[Compared]:
-    """jbn.moments, of the whole and put together by merge and pool, against the oracle."""
+    """Compares jbn.moments of the whole batch, and merged and pooled ones, with the oracle."""
     x, w = data.rows["x"], np.ones(case.shape) if data.w is None else data.w
     m = moments(case, x, w)
     rows = {k: v for k, v in data.rows.items() if k in ("x", "mask", "weights")}
@@ -767,7 +770,7 @@ def law_pool(case: Case, data: Data) -> Iterator[Compared]:
 
 
 def _of_rounded_means(case: Case, parts, whole: oracle.Moments) -> np.ndarray:
-    """What an eps in the means of parts, numbers of the accumulator's dtype, does to the variance.
+    """Returns the error of the variance, in units of eps, from the rounded means of parts.
 
     The sum of n_i / n (mean_i - mean)^2 changes by the error of mean_i times twice the difference.
     """
@@ -786,7 +789,7 @@ LAWS = {
     "running": law_running,
     "pool": law_pool,
 }
-PROGRAMS = (  # what is kept between cases
+PROGRAMS = (  # the programs that they make are cached
     _normalize_program,
     _two_passes_program,
     _derivatives_program,
@@ -801,9 +804,9 @@ PROGRAMS = (  # what is kept between cases
 
 
 def check(case: Case) -> list[Failure]:
-    """Everything that is wrong with one case."""
+    """Returns all failures of one case."""
     try:
-        # Squares that overflow or are lost: the reference's own, which `_sound` leaves out.
+        # The references' squares may overflow or underflow; `_sound` leaves such results out.
         with types(case), np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("error")
             results = list(LAWS[case.law](case, fuzz_cases.make(case)))
@@ -815,7 +818,7 @@ def check(case: Case) -> list[Failure]:
 
 
 def shrink(case: Case, kind: str) -> Case:
-    """A simpler case that fails in the same way: every field its default, where that fails too."""
+    """Finds a simpler case that fails in the same way, by setting fields to their defaults."""
     for name, default in Case._field_defaults.items():
         if name in ("law", "order", "seed") or getattr(case, name) == default:
             continue
@@ -829,7 +832,7 @@ def shrink(case: Case, kind: str) -> Case:
 
 
 def fuzz(seed: int, cases: float, seconds: float) -> list[Failure]:
-    """Draws and checks cases until there were so many, or the time is over."""
+    """Draws and checks cases until there were `cases` of them, or `seconds` have passed."""
     rng = np.random.default_rng(seed)
     began, done, failures = time.monotonic(), 0, []
     while done < cases and time.monotonic() - began < seconds:
@@ -842,7 +845,7 @@ def fuzz(seed: int, cases: float, seconds: float) -> list[Failure]:
             failures += found
             done += 1
         if done // REPEATS % 10 == 0:
-            # Compiled programs are of no more use, and fill the memory.
+            # Old compiled programs are not used again, and fill the memory.
             jax.clear_caches()
             print(f"{done} cases in {time.monotonic() - began:.0f} s", flush=True)
     print(f"{done} cases in {time.monotonic() - began:.0f} s, {len(failures)} failures")
@@ -865,7 +868,7 @@ def summary(failures: list[Failure]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status 1 if a case failed."""
+    """Returns the exit status, which is 1 if a case failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--cases", type=float, default=float("inf"))

@@ -1,8 +1,8 @@
-"""The random inputs of `tests.fuzz`: a case, how it is drawn, the line that repeats it, its data.
+"""Draws the random cases of `tests.fuzz`, reads and writes their lines, and makes their data.
 
-The fields of a case above `data` decide which programs are compiled, those from `data` on only
-what arrays hold. Cases are drawn in runs that share the first, because compiling takes a second
-and running a millisecond.
+The fields of a case before `data` decide which programs are compiled; `data` and the fields after
+it decide only what arrays hold. Cases are drawn in runs that share the fields before `data`,
+because compiling takes a second and running a millisecond.
 """
 
 import math
@@ -22,13 +22,13 @@ LARGE = (
     *((16, 56, 56, 4), (16, 112, 112, 4), (8, 24, 24, 3)),
 )
 DTYPES = ("float32",) * 5 + ("bfloat16", "float16", "float64")
-HERE = ("eager", "one_device", "jit")  # in any layout: nothing says which axis holds the examples
+HERE = ("eager", "one_device", "jit")  # for any layout: no axis must hold the examples
 SPLIT = (*(mode.name for mode in executions.ALL if mode.name != "jit"), "jit_sharded", "examples")
 KINDS = (
     *("normal", "integers", "sparse", "onehot", "constant", "symmetric", "two_values", "ramp"),
     *("lognormal", "cauchy", "odd_example", "border", "outlier", "odd_place", "odd_rows"),
 )
-# Of many values, those of which a few are far from the mean: K may be one of the few.
+# Large arrays have these kinds: a few values are far from the mean, and one may be the shift.
 ADVERSE = ("odd_place", "odd_rows", "odd_example", "border", "outlier", "sparse", "lognormal")
 OFFSETS = (0.0,) * 4 + (1.0, -3.0, 100.0, 1e3, -1e4, 1e5, 1e6)
 STDS = (1.0,) * 5 + (1e-2, 1e2, 1e-6, 1e6, 1e-13, 1e13)
@@ -37,7 +37,7 @@ ORDERS = {1: ("f", "r"), 2: ("fr", "rf", "rr", "ff"), 3: ("ffr", "rrr", "frr", "
 
 
 class Case(NamedTuple):
-    """One comparison. `str` gives the fields that are not the default, `parse` reads them."""
+    """One comparison. `str` writes the fields that are not the default, and `parse` reads them."""
 
     law: str = "normalize"  # normalize | derivatives | inference | running | pool
     shape: tuple[int, ...] = (64, 2)
@@ -70,7 +70,7 @@ class Case(NamedTuple):
 
     @property
     def program(self) -> "Case":
-        """The case with the default data: equal for cases that run the same programs."""
+        """The case with the default data, which is equal for cases that run the same programs."""
         return Case(*self[: self._fields.index("data")])
 
     @property
@@ -88,7 +88,7 @@ class Case(NamedTuple):
 
 
 def parse(text: str) -> Case:
-    """The case of a line that `str(case)` has made."""
+    """Reads the case from a line that `str(case)` has written."""
     case = Case()
     for item in filter(None, text.split(",")):
         name, value = item.split("=")
@@ -102,7 +102,7 @@ def parse(text: str) -> Case:
 
 
 def draw(rng: np.random.Generator, repeats: int) -> list[Case]:
-    """`repeats` cases of one program."""
+    """Draws `repeats` cases of one program."""
     program = _program(rng)
     return [_with_data(rng, program) for _ in range(repeats)]
 
@@ -154,12 +154,12 @@ def _program(rng) -> Case:
         if divisors and rng.uniform() < 0.2 and mode != "examples" and law != "pool":
             case = case._replace(groups=_one_of(rng, divisors))
     if mode == "examples" and shape[case.reduced[0]] > 4096:
-        case = case._replace(mode="jit")  # a million instances are a sum of another order
+        case = case._replace(mode="jit")  # over a million instances XLA sums in another order
     return case
 
 
 def named(mode: str) -> bool:
-    """Whether the batch is split over a named axis in this mode."""
+    """Tells whether the batch is split over a named axis in this mode."""
     return mode == "examples" or mode in {m.name for m in executions.NAMED}
 
 
@@ -173,7 +173,7 @@ def _with_data(rng, program: Case) -> Case:
         factor=_one_of(rng, (1.0, 1.0, 1.0, 1e-30, 1e-10, 1e10, 1e30)),
         seed=int(rng.integers(2**31)),
     )
-    if case.law in ("derivatives", "inference"):  # of 1/std up to the seventh power
+    if case.law in ("derivatives", "inference"):  # their terms have 1/std up to the seventh power
         least = 1e-3 if case.epsilon == 0 else 1e-6
         case = case._replace(std=float(np.clip(case.std, least, 1e6)))
     if case.dtype == "float16":  # whose range is 6e-8 to 65504
@@ -195,11 +195,11 @@ class Data(NamedTuple):
     bias: np.ndarray | None
     dmean: np.ndarray  # [groups, *C]
     dvar: np.ndarray
-    w: np.ndarray | None  # [x.shape] float64: the weights as the library says that they count
+    w: np.ndarray | None  # [x.shape] float64: the weights as the library counts them
 
 
 def make(case: Case) -> Data:
-    """The arrays of a case, the same on every call."""
+    """Makes the arrays of a case, the same on every call."""
     rng = np.random.default_rng(case.seed)
     wide = np.dtype(tolerance.accumulator(case.dtype))
     mask, weights = _mask(rng, case), _weights(rng, case)
@@ -239,14 +239,14 @@ def make(case: Case) -> Data:
 
 
 def _counted(weights: np.ndarray) -> np.ndarray:
-    """Weights, of the accumulator's dtype, as they count: none below its normal range, capped."""
+    """Returns the weights as they count: 0 below the dtype's normal range, and at most a cap."""
     info = np.finfo(weights.dtype)
     weights = np.where(weights < info.tiny, 0, weights).astype(np.float64)
     return np.minimum(weights, float(info.max) / 2**24)
 
 
 def _values(rng, case: Case) -> np.ndarray:
-    """x, of the case's shape."""
+    """Makes x, of the case's shape."""
     rows = tuple(case.shape[a] for a in case.reduced)
     c = math.prod(case.sizes)
     z = _standard(rng, case.data, rows, c)
@@ -258,7 +258,7 @@ def _values(rng, case: Case) -> np.ndarray:
 
 
 def _standard(rng, kind: str, rows: tuple[int, ...], c: int) -> np.ndarray:
-    """[*rows, c]: values of the kind, without offset and of a magnitude of about 1."""
+    """Draws values [*rows, c] of the kind, without offset and of a magnitude of about 1."""
     n = math.prod(rows)
     z = rng.normal(size=(*rows, c))
     flat = z.reshape(n, c)  # a view

@@ -1,11 +1,11 @@
-"""Counts how much of the library one call of `jbn.batch_norm` goes through, beside Flax's layer.
+"""Counts the library's functions that one call of `jbn.batch_norm` goes through, and Flax's.
 
     python -m tests.hops
 
-The call has a mask and a named axis; it is traced under vmap, with JAX's caches cleared. Counted by
-`sys.setprofile` are the calls of functions that the library's own files define, comprehensions left
-out, and how many of them are under way when the values of x are first summed. Then follow the lines
-of `jbn/` and its largest functions, by `tests.functions`.
+The call has a mask and a named axis; it is traced under vmap, with JAX's caches cleared.
+`sys.setprofile` counts the calls of functions that the library's own files define, without
+comprehensions, and how many of them are on the stack when the values of x are first summed. The
+command also prints the lines of `jbn/` and its largest functions, from `tests.functions`.
 """
 
 import collections
@@ -32,7 +32,7 @@ FLAX = flax.linen.normalization.__file__
 
 
 class Hops(NamedTuple):
-    """What one call goes through."""
+    """The number of calls, functions and files that one call goes through, and its depth."""
 
     calls: int
     functions: int  # different ones
@@ -41,9 +41,9 @@ class Hops(NamedTuple):
 
 
 def measure(run: Callable[[], Any], prefix: str, size: int) -> Hops:
-    """Counts calls of functions in files whose name begins so, while run() traces.
+    """Counts calls of functions in files whose name begins with `prefix`, while run() traces.
 
-    size: of x in one instance. The first sum over so many values is that over x.
+    `size` is the size of x in one instance: the first sum over so many values is that over x.
     """
     calls: collections.Counter[tuple[str, int, str]] = collections.Counter()
     depth, outer = 0, sys._getframe()
@@ -76,7 +76,7 @@ def measure(run: Callable[[], Any], prefix: str, size: int) -> Hops:
 
 
 def stack(frame: Any, outer: Any) -> list[Any]:
-    """A frame, the one that called it, and so on, up to the last one before `outer`."""
+    """Lists a frame, the frame that called it, and so on, up to the last one before `outer`."""
     frames = []
     while frame is not outer:
         frames.append(frame)
@@ -85,7 +85,7 @@ def stack(frame: Any, outer: Any) -> list[Any]:
 
 
 def jbn_call() -> Hops:
-    """`jbn.batch_norm`."""
+    """Measures `jbn.batch_norm`."""
     params, stats = jbn.init_params(FEATURES), jbn.init_stats(FEATURES)
 
     def layer(x, mask):
@@ -95,7 +95,7 @@ def jbn_call() -> Hops:
 
 
 def flax_call() -> Hops:
-    """Flax's linen layer, in the file that defines it; what its modules cost is not counted."""
+    """Measures Flax's linen layer in the file that defines it, without the code of modules."""
     layer = nn.BatchNorm(use_running_average=False, axis_name=AXIS)
     variables = jax.jit(layer.init)(jax.random.key(0), jnp.ones((2, FEATURES)))
 
@@ -109,7 +109,7 @@ def trace(layer: Callable[..., Any], prefix: str) -> Hops:
     """Measures (x, mask) -> (y, new) under vmap."""
     x, mask = jnp.ones((INSTANCES, EXAMPLES, FEATURES)), jnp.ones((INSTANCES, EXAMPLES, 1), bool)
     run = functools.partial(jax.make_jaxpr(jax.vmap(layer, axis_name=AXIS)), x, mask)
-    with jax.set_mesh(executions.mesh((1,), ("only",))):  # as on a machine with one device
+    with jax.set_mesh(executions.mesh((1,), ("only",))):  # the library divides no batch there
         return measure(run, prefix, EXAMPLES * FEATURES)
 
 

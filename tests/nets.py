@@ -1,9 +1,9 @@
-"""One small network, three times: over the core, linen and nnx, as training steps want it.
+"""A small network over the core, over linen and over nnx, in the form that training steps take.
 
     x -> dense -> BN -> relu -> dense -> BN -> relu -> dense
 
-`build` gives (params, stats, loss_fn); the loss is that of `jbn.training.make_train_step`, with the
-examples that the batch's mask leaves.
+The functions in `BUILD` return (params, stats, loss_fn). The loss has the form that
+`jbn.training.make_train_step` takes, and leaves out masked examples.
 """
 
 import itertools
@@ -21,11 +21,11 @@ import jbn.nnx
 from jbn.training import Mean
 
 SIZES = (6, 8, 5, 3)  # of the input, the hidden layers and the classes
-UPDATE = jbn.ema(0.9, unbiased=True)  # Bessel's factor: the count matters
+UPDATE = jbn.ema(0.9, unbiased=True)  # with Bessel's factor, so that the count matters
 
 
 def batch(seed, n, dtype):
-    """n examples, of which some are masked: half in the second quarter, all in the third."""
+    """Makes n examples; about half of the second quarter and all of the third are masked."""
     rng = np.random.default_rng(seed)
     kept = np.array([1.0, 0.5, 0.0, 0.9])[np.arange(n) * 4 // n]
     return {
@@ -36,7 +36,7 @@ def batch(seed, n, dtype):
 
 
 def masked_loss(logits, batch):
-    """(loss, metrics): cross-entropy and accuracy over the examples that are not masked."""
+    """Returns (loss, metrics), cross-entropy and accuracy over examples that are not masked."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
     mask, hits = batch["mask"], logits.argmax(-1) == batch["y"]
     loss = Mean(jnp.where(mask, losses, 0).sum(), mask.sum())

@@ -1,12 +1,12 @@
 """Batch Normalization in NumPy float64, from the equations of the paper (arXiv 1502.03167).
 
-Nothing here is fast or clever, and nothing is shared with the library: two passes over the data,
-the backward pass of section 3 with the weights carried along, and the running averages as plain
-sums. `test_oracle.py` holds the backward pass against finite differences of the forward pass.
+Nothing here is fast or clever, and nothing is shared with the library. There are two passes over
+the data, the backward pass of section 3 with weights, and the running averages as plain sums.
+`test_oracle.py` compares the backward pass with finite differences of the forward pass.
 
-Shapes: everything per channel has the sizes of the feature axes, in the order of the array. A
-position with weight 0 is masked: it takes no part in the statistics, and is normalised by them.
-What is not finite there is normalised to 0, whatever it is.
+Arrays per channel have the sizes of the feature axes, in the order of x's axes. A position with
+weight 0 is masked: it takes no part in the statistics, and is normalised by them. A value that is
+not finite there is normalised to 0.
 """
 
 import functools
@@ -32,19 +32,19 @@ class Running(NamedTuple):
 
 
 def axes(ndim: int, axis: int | tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(feature axes, reduced axes), both ascending."""
+    """Returns (feature axes, reduced axes), both ascending."""
     given = (axis,) if isinstance(axis, int) else axis
     features = tuple(sorted(a % ndim for a in given))
     return features, tuple(a for a in range(ndim) if a not in features)
 
 
 def _wide(reduced, values):
-    """Values per channel, so that they broadcast against x."""
+    """Expands values per channel so that they broadcast against x."""
     return np.expand_dims(np.asarray(values, np.float64), reduced)
 
 
 def position_weights(x, mask=None, weights=None):
-    """The weight of every position of x; 0 is masked."""
+    """Returns the weight of every position of x; 0 is masked."""
     w = np.ones(x.shape)
     if mask is not None:
         w = w * np.asarray(mask, np.float64)
@@ -54,7 +54,7 @@ def position_weights(x, mask=None, weights=None):
 
 
 def moments(x, axis=-1, mask=None, weights=None) -> Moments:
-    """Algorithm 1, lines 1 and 2, with p = w / sum(w) for 1/m: sum(p x) and sum(p (x - mean)^2)."""
+    """Computes lines 1 and 2 of Algorithm 1, sum(p x) and sum(p (x - mean)^2), p = w / sum(w)."""
     w = position_weights(x, mask, weights)
     x = np.where(w > 0, np.asarray(x, np.float64), 0.0)
     reduced = axes(x.ndim, axis)[1]
@@ -66,7 +66,7 @@ def moments(x, axis=-1, mask=None, weights=None) -> Moments:
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """The moments of two batches together, from their sums of x and of x^2."""
+    """Merges the moments of two batches by their sums of x and of x^2."""
     count = a.count + b.count
     some = np.where(count > 0, count, 1.0)
     mean = (a.count * a.mean + b.count * b.mean) / some
@@ -75,7 +75,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def affine(x, mean, var, scale=None, bias=None, axis=-1, epsilon=1e-5):
-    """Algorithm 1, lines 3 and 4; with population statistics, line 11 of algorithm 2."""
+    """Computes lines 3 and 4 of Algorithm 1, or by population statistics line 11 of Algorithm 2."""
     reduced = axes(np.ndim(x), axis)[1]
     wide = functools.partial(_wide, reduced)
     xhat = (np.asarray(x, np.float64) - wide(mean)) / np.sqrt(wide(var) + epsilon)
@@ -84,9 +84,9 @@ def affine(x, mean, var, scale=None, bias=None, axis=-1, epsilon=1e-5):
 
 
 def normalize(x, scale=None, bias=None, axis=-1, epsilon=1e-5, mask=None, weights=None):
-    """(y, moments) of algorithm 1; a masked position is normalised with the others' statistics.
+    """Computes (y, moments) of Algorithm 1; masked positions are normalised, too.
 
-    A channel in which nothing takes part has none, and shows its bias.
+    A channel without any weight has no statistics, and y is its bias.
     """
     m = moments(x, axis, mask, weights)
     x = np.where(_is_constant(x, mask, weights), _wide(axes(x.ndim, axis)[1], m.mean), x)
@@ -95,21 +95,21 @@ def normalize(x, scale=None, bias=None, axis=-1, epsilon=1e-5, mask=None, weight
 
 
 def _is_constant(x, mask, weights):
-    """Where y does not depend on x: masked, and not finite."""
+    """Tells where y does not depend on x: at masked positions that are not finite."""
     return (position_weights(x, mask, weights) == 0) & ~np.isfinite(np.asarray(x, np.float64))
 
 
 def vjp(x, scale, bias, dy, dmean, dvar, axis=-1, epsilon=1e-5, mask=None, weights=None):
-    """(dx, dscale, dbias) of the loss sum(dy y) + sum(dmean mean) + sum(dvar var).
+    """Computes (dx, dscale, dbias) of the loss sum(dy y) + sum(dmean mean) + sum(dvar var).
 
-    The paper's chain of section 3, with p = w / sum(w) for 1/m and cotangents of the moments:
+    This is the chain of section 3 with p = w / sum(w) for 1/m and cotangents of the moments:
 
         dxhat = dy scale
         dvar  = sum(dxhat (x - mean)) (-1/2) (var + eps)^(-3/2)  + dvar given
         dmean = sum(dxhat) (-1) (var + eps)^(-1/2)               + dmean given
         dx    = dxhat (var + eps)^(-1/2) + dvar 2 (x - mean) p + dmean p
 
-    A channel in which nothing takes part is its bias, whatever x and scale are.
+    In a channel without any weight y is the bias, whatever x and scale are.
     """
     w = position_weights(x, mask, weights)
     m = moments(x, axis, mask, weights)
@@ -128,12 +128,13 @@ def vjp(x, scale, bias, dy, dmean, dvar, axis=-1, epsilon=1e-5, mask=None, weigh
 
 
 def running(batches, decay=None, debias=False, unbiased=False) -> Running:
-    """The running statistics after `batches` (a list of Moments), as one weighted sum of them.
+    """Computes the running statistics after `batches`, a list of Moments, as one weighted sum.
 
     `decay=None` is the plain average. With a decay d the k-th of t absorbed batches has the weight
-    (1 - d) d^(t-k); what is left, d^t, stays with the initial mean 0 and variance 1, or, debiased,
-    the weights are divided by their sum. A batch enters a channel if the channel has a count (for
-    the unbiased variance of two observations, up to rounding) and finite moments.
+    (1 - d) d^(t-k). The initial mean 0 and variance 1 have the remaining weight d^t; with `debias`
+    the weights of the batches are divided by their sum instead. A batch enters a channel if its
+    moments are finite there and it has a count, for the unbiased variance of two observations, up
+    to rounding.
     """
     shape = np.shape(batches[0].mean)
     mean, var, absorbed = np.zeros(shape), np.ones(shape), np.zeros(shape, np.int32)
@@ -160,7 +161,7 @@ def running(batches, decay=None, debias=False, unbiased=False) -> Running:
 
 
 def conv(x, kernel):
-    """[N, H, W, C] -> [N, H - h + 1, W - w + 1, D] with a kernel [h, w, C, D]; or a dense layer."""
+    """Applies a kernel [h, w, C, D] to x: [N, H, W, C] without padding, or a dense layer [C, D]."""
     if kernel.ndim == 2:
         return x @ kernel
     windows = np.lib.stride_tricks.sliding_window_view(x, kernel.shape[:2], axis=(1, 2))
@@ -168,18 +169,18 @@ def conv(x, kernel):
 
 
 def population(batches, layers, *, paper=False, layer_by_layer=False, epsilon=1e-5):
-    """Algorithm 2, lines 7 to 10: the Running statistics of each layer of a net, one by one.
+    """Computes lines 7 to 10 of Algorithm 2, the Running statistics of each layer of a net.
 
-    Pooled, they are the moments of all batches put together; as in the paper, `running` of them
-    with equal weights, which is E_B[mean_B] and E_B[m/(m-1) var_B].
+    By default they are the moments of all batches put together. With `paper` they are E_B[mean_B]
+    and E_B[m/(m-1) var_B], which is `running` with equal weights.
 
     Args:
       batches: [(x, mask)]; masks are None or of x's first axis.
       layers: [(kernel, scale, bias)] of x -> conv or dense -> batch normalization -> relu -> ...
-      paper: line 10 as printed.
-      layer_by_layer: what the next layer sees is normalised by the statistics found; otherwise by
-        those of its batch.
-      epsilon: of all layers.
+      paper: whether line 10 is computed as printed.
+      layer_by_layer: whether the next layer's input is normalised by the statistics found, and not
+        by those of its batch.
+      epsilon: the epsilon of all layers.
     """
     found = []
     batches = [(np.asarray(x, np.float64), mask) for x, mask in batches]

@@ -1,4 +1,4 @@
-"""The Python in README and in the guides runs as it stands, each page from top to bottom."""
+"""The Python code in README and in the guides runs, each page from top to bottom."""
 
 import pathlib
 import re
@@ -21,7 +21,7 @@ def test_the_pages_with_code_are_found():
 def test_code_runs(page):
     text = page.read_text()
     namespace = {"__name__": page.stem}
-    # JAX as a reader has it, not as strict as the other tests.
+    # Readers have JAX's default promotion, not the strict one of the other tests.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for block in BLOCK.finditer(text):
             # The empty lines give tracebacks the page's line numbers.

@@ -1,4 +1,4 @@
-"""How experiments/ is laid out: a folder a question, and no import that goes round in a circle."""
+"""experiments/ has a folder for each question, and its imports make no circle."""
 
 import ast
 import graphlib
@@ -12,7 +12,7 @@ SHARED = ("common", "images", "nets")  # each may import those before it
 QUESTIONS = sorted({p.parent.name for p in FOLDER.glob("*/__main__.py")})
 FILES = sorted(FOLDER.rglob("*.py"))
 
-# Which question may import from which other one, and why.
+# Questions that may import from another question, and why.
 ALLOWED = {
     ("inception_beyond", "inception"): "looks at the networks that the other has trained",
     ("speed", "targets"): "`experiments.speed --target` is the command of the other",
@@ -20,7 +20,7 @@ ALLOWED = {
 
 
 def name_of(path: pathlib.Path, root: pathlib.Path = ROOT) -> str:
-    """The module that a file defines: "experiments.mnist" for experiments/mnist/__init__.py."""
+    """Returns the module of a file, "experiments.mnist" for experiments/mnist/__init__.py."""
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -29,7 +29,7 @@ MODULES = {name_of(path) for path in FILES}
 
 
 def imported(source: str, modules: set[str]) -> set[str]:
-    """The modules among these that a source imports: at its top, in a function, or for types."""
+    """Returns those of `modules` that a source imports at its top, in a function or for types."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -80,8 +80,8 @@ def test_a_folder_is_a_question_or_shared(folder):
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_imports_of_a_file(module):
-    """Nothing imports a command line; what is shared knows no question; questions stay apart."""
+def test_a_file_imports_no_command_line_and_no_other_question(module):
+    """Checks also that shared folders import only the shared folders before them."""
     assert not [name for name in IMPORTS[module] if name.endswith(".__main__")]
     folder = folder_of(module)
     others = {folder_of(name) for name in IMPORTS[module]} - {folder}

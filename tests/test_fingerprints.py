@@ -1,4 +1,4 @@
-"""Programs of the library consist of what is recorded: whoever changes one, sees it."""
+"""The library's programs are as recorded, so that a change of a program is noticed."""
 
 import os
 import pathlib
@@ -59,7 +59,7 @@ def test_changes_are_found():
     ]
 
 
-def test_what_is_written_can_be_read(tmp_path, monkeypatch):
+def test_written_entries_can_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprints, "PATH", tmp_path / "fingerprints.json")
     assert fingerprints.read() == {}
     part = {"jaxpr": {"all": 1}, "collectives": {}}

@@ -1,4 +1,4 @@
-"""Functions are short and take little, and one call goes through few of them."""
+"""Functions are short and have few parameters, and one call goes through few of them."""
 
 import jax
 import jax.numpy as jnp
@@ -6,18 +6,18 @@ import pytest
 
 from tests import functions, hops
 
-# Functions that are larger than `functions` says, and how large they are at most. The lists may
-# only shrink: a test fails where one is not needed any more.
+# Functions that may exceed the limits in `functions`, and how large they may be. The lists may only
+# shrink: a test fails if an exception is not needed any more.
 LONG = {"nnx.BatchNorm.__init__": 51}
 WIDE: dict[str, int] = {}
-# What one call goes through at most, in all versions of Python and JAX.
+# The most that one call may go through, in all versions of Python and JAX.
 CEILING = hops.Hops(calls=180, functions=111, files=21, depth=10)
 
 FOUND = functions.of_package()
 
 
 def sizes(quantity, limit):
-    """Name -> size of the functions that are larger than the limit."""
+    """Returns the sizes, by name, of the functions that are larger than the limit."""
     large = {f.name: getattr(f, quantity) for f in FOUND if getattr(f, quantity) > limit}
     public = {f.name for f in FOUND if f.public}
     return large if quantity == "lines" else {n: k for n, k in large.items() if n not in public}
@@ -98,5 +98,5 @@ def test_hops_are_counted():
         return [inner(x) for _ in range(2)] + [(lambda x: -x)(x)]
 
     found = hops.measure(lambda: jax.make_jaxpr(outer)(jnp.ones((3, 5))), __file__, 15)
-    # The call itself and its lambda, outer, inner twice, and the lambda in outer.
+    # The calls are those of the lambda `run`, of outer, of inner twice, and of the lambda in outer.
     assert found == hops.Hops(calls=5, functions=4, files=1, depth=3)

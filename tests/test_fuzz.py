@@ -1,4 +1,4 @@
-"""The random tester: what is right passes, what is wrong is found, and a case can be run again."""
+"""The random tester accepts right functions, finds wrong ones, and can repeat a case."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 import jbn
 from tests import cases, fuzz, fuzz_cases, oracle, textbook
 
-# One of each law, over modes, dtypes and data.
+# Each law has at least one case; modes, dtypes and data vary.
 RIGHT = (
     "shape=8x3,mode=eager,mask=examples,activation=relu,residual=True,data=integers",
     "shape=16x5x4,axis=-2x-1,dtype=bfloat16,mode=shard_map,groups=2,data=lognormal",
@@ -20,7 +20,7 @@ RIGHT = (
 
 @pytest.fixture
 def fresh():
-    """No program is kept of before the test, and none of the test afterwards."""
+    """Clears the cached programs before and after the test."""
 
     def clear():
         for cached in fuzz.PROGRAMS:
@@ -61,7 +61,7 @@ def _no_variance_between(a, b):
         ("moments", None, "law=pool,shape=8x3", {"raises TypeError"}),
     ],
 )
-def test_what_is_broken_is_found(function, broken, line, kinds, fresh, monkeypatch):
+def test_a_broken_function_is_found(function, broken, line, kinds, fresh, monkeypatch):
     monkeypatch.setattr(jbn, function, broken)
     assert {failure.kind for failure in fuzz.check(fuzz_cases.parse(line))} == kinds
 
@@ -69,7 +69,7 @@ def test_what_is_broken_is_found(function, broken, line, kinds, fresh, monkeypat
 def test_a_failure_is_printed_with_the_command_that_repeats_it(fresh, monkeypatch, capsys):
     monkeypatch.setattr(jbn, "moments", None)
     assert fuzz.main(["--run", "law=pool,shape=40x7,data=ramp,seed=5", "--shrink"]) == 1
-    line = "--run 'law=pool,seed=5'"  # what does not matter is gone
+    line = "--run 'law=pool,seed=5'"  # fields that do not matter are gone
     assert line in capsys.readouterr().out
 
 

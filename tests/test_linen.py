@@ -1,4 +1,4 @@
-"""jbn.linen.BatchNorm in the place of flax.linen.BatchNorm."""
+"""jbn.linen.BatchNorm can take the place of flax.linen.BatchNorm."""
 
 import dataclasses
 import functools
@@ -23,8 +23,8 @@ from jbn.training import init, make_train_step
 pytestmark = pytest.mark.usefixtures("cheap_programs")
 
 EPS = float(jnp.finfo(jnp.float32).eps)
-# A network of a few layers: each output is a sum of some hundred products, BN divides by their
-# standard deviation, and gradients pass through all of it twice.
+# In a network of a few layers each output is a sum of some hundred products, BN divides by their
+# standard deviation, and gradients pass through all layers twice.
 NETWORK = {"rtol": 2e3 * EPS, "atol": 2e3 * EPS}
 # One layer: sums of at most 60 values.
 LAYER = {"rtol": 32 * EPS, "atol": 32 * EPS}
@@ -73,7 +73,7 @@ IMAGES, LABELS = normal(0, (6, 8, 8, 3)) + 0.5, jnp.arange(6)
 
 @functools.cache
 def trained(norm, steps=3):
-    """Initial variables, then loss, gradient, parameters and statistics of a few SGD steps."""
+    """Returns initial variables, losses and gradients of a few SGD steps, and final variables."""
     model, optimizer = ResNet(norm), optax.sgd(0.05, momentum=0.9)
     initial = model.init(jax.random.key(1), IMAGES)
 
@@ -205,7 +205,7 @@ def test_layer_computes_what_flax_computes(kwargs):
 
 
 def apply(x, cls=BatchNorm, variables=None, call=None, **kwargs):
-    """(y, new batch_stats) of one training step."""
+    """Returns (y, new batch_stats) of one training step."""
     layer = cls(use_running_average=False, **kwargs)
     if variables is None:
         variables = layer.init(jax.random.key(0), x)
@@ -237,7 +237,7 @@ def test_accepts_what_flax_accepts(x, mask):
 
 
 def test_mask_of_features_leaves_a_finite_channel():
-    """A bare (C,) mask chooses features, as in Flax, whose unchosen channels become NaN."""
+    """Takes a (C,) mask, which chooses features, as in Flax; there the other channels are NaN."""
     x, mask = normal(0, (10, 3)), jnp.array([True, False, True])
     y, stats = apply(x, call={"mask": mask})
     with jax.numpy_rank_promotion("allow"):
@@ -283,8 +283,8 @@ def test_complex_layers_have_statistics_of_the_right_type_from_init_on(kwargs, c
 
             return jax.lax.scan(step, variables["batch_stats"], x)
 
-        stats, y = epoch(variables, x)  # scan takes no step that changes a type
-        # As in Flax, which returns what is complex of real x and complex parameters.
+        stats, y = epoch(variables, x)  # scan refuses a step that changes a type
+        # As in Flax, y is complex for real x and complex parameters.
         flax = nn.BatchNorm(use_running_average=False, momentum=0.5, **kwargs)
         given = variables
         for x_, y_ in zip(x, y, strict=True):
@@ -336,7 +336,7 @@ def test_y_cannot_be_real_where_x_or_parameters_are_complex(train):
         layer.init(key, x, residual=x.astype(jnp.complex64))
 
 
-# A single value, and storage that cannot hold a batch.
+# Single values, and dtypes that cannot hold the statistics of a batch.
 
 
 def test_a_single_value_enters_as_in_flax():
@@ -345,7 +345,7 @@ def test_a_single_value_enters_as_in_flax():
         ours, theirs = (apply(given, cls, call=call)[1] for cls in (BatchNorm, nn.BatchNorm))
         chex.assert_trees_all_close(ours, theirs, **LAYER)
         assert (ours["var"] < 1).all()
-    # A rule of jbn's does as in the core: the mean enters alone.
+    # With a rule of jbn only the mean enters, as in the core.
     _, stats = apply(x, update=jbn.ema(0.9), call={"mask": mask})
     chex.assert_trees_all_close(stats["mean"], 0.1 * x[2], **LAYER)
     chex.assert_trees_all_equal(stats["var"], jnp.ones(3))
@@ -355,7 +355,7 @@ def test_a_single_value_enters_as_in_flax():
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_no_finite_batch_makes_statistics_infinite(dtype, microbatches):
-    # A variance of 160000 is no float16, and one of 3.4e38, in float32, no bfloat16.
+    # A variance of 160000 overflows float16; one of 3.4e38 fits float32 but overflows bfloat16.
     scale = 400 if dtype == jnp.float16 else 1.8443e19
     sign = 1 - 2 * (jnp.arange(64) // 2 % 2).astype(jnp.float32)
     x = normal(0, (64, 3)).at[:, 1].set(scale * sign)
@@ -384,7 +384,7 @@ def test_no_finite_batch_makes_statistics_infinite(dtype, microbatches):
 
 
 @pytest.mark.parametrize("use", ["no", b"yes", "traced"])
-def test_the_switch_is_true_or_false(use):
+def test_use_running_average_is_true_or_false(use):
     layer, x = BatchNorm(use_running_average=None), normal(0, (4, 3))
 
     def run(use):
@@ -396,7 +396,7 @@ def test_the_switch_is_true_or_false(use):
 
 
 @pytest.mark.parametrize("x", [None, "abc", {}], ids=str)
-def test_what_is_no_array(x):
+def test_an_x_that_is_no_array_is_refused(x):
     layer, use = BatchNorm(use_running_average=None), True
     with pytest.raises(TypeError, match=rf"x must be an array; got {type(x).__name__}"):
         layer.init_with_output(jax.random.key(0), x, use)[0]
@@ -455,7 +455,7 @@ def test_bad_batch_does_not_enter_the_statistics(bad):
 
 
 def test_failed_step_leaves_no_trace_under_apply_if_finite():
-    """optax restores parameters; the statistics were never poisoned."""
+    """Lets optax restore the parameters; the NaN never enters the statistics."""
     model = nn.Sequential([nn.Dense(3), BatchNorm(use_running_average=False)])
     optimizer = optax.apply_if_finite(optax.sgd(0.1), max_consecutive_errors=5)
     x = normal(0, (6, 4))
@@ -548,7 +548,7 @@ def test_misuse_raises_what_flax_raises(misuse):
         MISUSES[misuse](BatchNorm, variables, x)
 
 
-# What jbn adds.
+# Additions of jbn.
 
 
 def test_update_rule_takes_the_place_of_momentum():
@@ -565,7 +565,7 @@ def test_update_rule_takes_the_place_of_momentum():
 
 
 def test_statistics_stored_in_bfloat16_still_move():
-    """A rate of 0.001 is nothing to a bfloat16 decay of 0.999, which would be 1."""
+    """Takes a decay of 0.999, which bfloat16 would round to 1."""
     x = normal(0, (64, 3)).astype(jnp.bfloat16) + 8
     kwargs = {"param_dtype": jnp.bfloat16, "force_float32_reductions": False}
     for rule in ({"momentum": 0.999}, {"update": jbn.cumulative()}):
@@ -583,7 +583,7 @@ def test_weights_repeat_examples():
     chex.assert_trees_all_close(jnp.repeat(y, repeats, axis=0), repeated, **LAYER)
 
 
-# Every transform under which Flax's module works.
+# All transformations under which Flax's module works.
 
 X = normal(0, (8, 4, 3)) + 1
 VARIABLES = BatchNorm(use_running_average=False).init(jax.random.key(0), X)
@@ -594,7 +594,7 @@ def output(x, cls=BatchNorm, **kwargs):
 
 
 def both(f):
-    """f of our class and of Flax's."""
+    """Compares f of our class with f of Flax's."""
     chex.assert_trees_all_close(f(BatchNorm), f(nn.BatchNorm), **NETWORK)
 
 
@@ -654,7 +654,7 @@ def test_lifted_vmap_and_scan():
             vmapped = nn.vmap(self.norm, variable_axes=axes, split_rngs={"params": True})
             x = vmapped(use_running_average=False)(x)
             layer = self.norm(use_running_average=False)
-            layer(x[0])  # nn.scan wants its carry to exist
+            layer(x[0])  # nn.scan needs its carry to exist
             scan = nn.scan(
                 lambda layer, carry, x: (carry, layer(x)),
                 variable_carry="batch_stats",
@@ -784,7 +784,7 @@ def test_x64(x64):
 
 
 def test_flax_sees_one_method():
-    """Tools that look at every method of a module and what it returns see what Flax's has."""
+    """Checks that tools that record the methods of a module see the same as with Flax's."""
     layer = BatchNorm(use_running_average=False)
 
     @jax.jit

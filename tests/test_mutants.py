@@ -1,4 +1,4 @@
-"""Every mutant is a program that breaks a law, and names tests that exist."""
+"""Every mutant is a valid program that differs from the library and names tests that exist."""
 
 import re
 
@@ -18,7 +18,7 @@ def test_each_mutant_is_a_program_and_its_tests_exist(mutant):
         assert all(re.search(rf"^def {f}\(", text, re.MULTILINE) for f in function), name
 
 
-def test_laws_have_names_of_their_own():
+def test_laws_are_unique():
     laws = [mutant.law for mutant in mutants.MUTANTS]
     assert len(set(laws)) == len(laws)
 
@@ -48,7 +48,7 @@ def test_undefined_names_are_found_in_every_scope(source, names):
         ("features.append(a % ndim)", "features.append(b % ndim)", "b undefined"),
     ],
 )
-def test_what_is_no_mutant_is_refused(old, new, error):
+def test_an_invalid_mutant_is_refused(old, new, error):
     with pytest.raises(ValueError, match=error):
         mutants.apply(
             mutants.Mutant("law", "_core/axes.py", old, new, "core/test_axes.py"), PACKAGE

@@ -1,4 +1,4 @@
-"""jbn.nnx.BatchNorm in the place of flax.nnx.BatchNorm."""
+"""jbn.nnx.BatchNorm can take the place of flax.nnx.BatchNorm."""
 
 import functools
 import inspect
@@ -69,7 +69,7 @@ IMAGES, LABELS = normal(0, (6, 8, 8, 3)) + 0.5, jnp.arange(6)
 
 @functools.cache
 def trained(norm, steps=3):
-    """The initial state, losses and gradients of a few SGD steps, and the final model."""
+    """Returns the initial state, losses and gradients of a few SGD steps, and the final model."""
     model = ResNet(norm, nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.sgd(0.05, momentum=0.9), wrt=nnx.Param)
     initial = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model)))
@@ -144,7 +144,7 @@ def test_arguments_are_those_of_flax_then_our_own():
 @pytest.mark.parametrize("scale", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_random_draws_are_those_of_flax(scale, bias):
-    """The key that the next layer gets depends on how many the layers before it drew."""
+    """Compares also the next key, which depends on how many keys the layer drew."""
     kwargs = {"scale_init": nnx.initializers.normal(), "bias_init": nnx.initializers.normal()}
     kwargs |= {"use_scale": scale, "use_bias": bias}
     draws = []
@@ -160,7 +160,7 @@ def test_metadata_is_kept():
 
 
 def run(x, cls=BatchNorm, call=None, **kwargs):
-    """(y, mean, var) of one training step."""
+    """Returns (y, mean, var) of one training step."""
     layer = cls(kwargs.pop("num_features", 3), rngs=nnx.Rngs(0), **kwargs)
     y = layer(x, **(call or {}))
     return y, layer.mean[...], layer.var[...]
@@ -237,7 +237,7 @@ def test_mask_of_features_leaves_a_finite_channel():
 
 
 def test_complex_mean_keeps_its_imaginary_part():
-    """Flax stores the real part only."""
+    """Differs from Flax, which stores only the real part."""
     x = normal(0, (20, 3), jnp.complex64) + (1 - 2j)
     with jax.numpy_dtype_promotion("standard"):
         _, mean, var = run(x, momentum=0.0)
@@ -259,7 +259,7 @@ def test_complex_layers_have_a_complex_mean_from_the_start(name):
         return nnx.state(layer, nnx.BatchStat), y
 
     with jax.numpy_dtype_promotion("standard"):
-        stats, _ = jax.lax.scan(step, stats, x)  # takes no step that changes a type
+        stats, _ = jax.lax.scan(step, stats, x)  # scan refuses a step that changes a type
     weights = 0.01 * 0.99 ** np.arange(4)[::-1]
     expected = np.einsum("k,knc->c", weights, np.asarray(x, np.complex128)) / 20
     chex.assert_trees_all_close(stats["mean"][...], expected.astype(np.complex64), **LAYER)
@@ -303,7 +303,7 @@ def test_no_finite_batch_makes_converted_statistics_infinite():
 
 
 @pytest.mark.parametrize("use", ["no", b"yes", "traced"])
-def test_the_switch_is_true_or_false(use):
+def test_use_running_average_is_true_or_false(use):
     layer, x = BatchNorm(3, use_running_average=None, rngs=nnx.Rngs(0)), normal(0, (4, 3))
 
     def run(use):
@@ -315,7 +315,7 @@ def test_the_switch_is_true_or_false(use):
 
 
 @pytest.mark.parametrize("x", [None, "abc", {}], ids=str)
-def test_what_is_no_array(x):
+def test_an_x_that_is_no_array_is_refused(x):
     layer, use = BatchNorm(3, use_running_average=None, rngs=nnx.Rngs(0)), True
     with pytest.raises(TypeError, match=rf"x must be an array; got {type(x).__name__}"):
         layer(x, use)
@@ -338,7 +338,7 @@ def test_train_eval_and_call_switch_as_in_flax():
         evaluated = layer(x)
         chex.assert_trees_all_equal(layer.mean[...], mean)
         assert not np.allclose(trained_y, evaluated)
-        layer(x, use_running_average=False)  # the call goes before the attribute
+        layer(x, use_running_average=False)  # the argument of the call overrides the attribute
         assert not np.allclose(layer.mean[...], mean)
         layer.train()
         chex.assert_trees_all_close(layer(x), trained_y, **LAYER)
@@ -443,7 +443,7 @@ def test_misuse_raises_what_flax_raises(misuse):
         MISUSES[misuse](BatchNorm, x)
 
 
-# What jbn adds.
+# Additions of jbn.
 
 
 def test_update_rule_takes_the_place_of_momentum():
@@ -474,13 +474,13 @@ def test_linen_and_nnx_agree():
     chex.assert_trees_all_equal(run(x), expected)
 
 
-# Every transform under which Flax's module works.
+# All transformations under which Flax's module works.
 
 X = normal(0, (8, 4, 3)) + 1
 
 
 def both(f):
-    """f of our class and of Flax's."""
+    """Compares f of our class with f of Flax's."""
     chex.assert_trees_all_close(f(BatchNorm), f(nnx.BatchNorm), **NETWORK)
 
 

@@ -1,4 +1,4 @@
-"""The oracle against itself: its backward pass and finite differences of its forward pass."""
+"""The oracle agrees with finite differences, its parts with the whole, its sums with recursion."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,8 @@ def test_backward_is_the_derivative_of_the_forward_pass(case):
             for sign in (1, -1)
         )
         slope = (loss(*ahead) - loss(*behind)) / (2 * h)
-        # Central differences: h^2 of truncation, eps/h of rounding, both below 1e-9 of the terms.
+        # Central differences have truncation errors of h^2 and rounding errors of eps/h, both below
+        # 1e-9 of the terms.
         np.testing.assert_allclose(slope, (gradient[k] * direction).sum(), rtol=1e-6, atol=1e-7)
 
 

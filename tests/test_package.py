@@ -1,4 +1,4 @@
-"""The package as a package: what importing costs, which way imports point, what is documented."""
+"""Importing the package costs JAX alone, imports point one way, and public names are documented."""
 
 import ast
 import importlib.metadata
@@ -17,12 +17,12 @@ import jbn.training
 ROOT = pathlib.Path(__file__).parent.parent
 JBN = ROOT / "jbn"
 MODULES = sorted(p.relative_to(JBN).with_suffix("").as_posix() for p in JBN.rglob("*.py"))
-# What a file or a folder of files may import besides jbn, JAX and NumPy.
+# Packages that a file or a folder of files may import besides jbn, JAX and NumPy.
 OUTSIDE = {"linen": {"flax"}, "nnx": {"flax"}, "training": {"optax"}}
 
 
 def order(text: str) -> dict[str, int]:
-    """Name of a file -> its line in the table of CONTRIBUTING.md, counted from the top.
+    """Returns the line of each file in the table of CONTRIBUTING.md, counted from the top.
 
     The table is the first block of text under "## Layout". A file imports from the lines below its
     own, never sideways or up.
@@ -50,7 +50,7 @@ def imports(path: pathlib.Path):
 
 
 def own(module: str) -> str:
-    """The file of jbn that defines a module or a name, such as "jbn.ema" or "jbn._core.moments"."""
+    """Returns the file that defines a module or a name, such as "jbn.ema", "jbn._core.moments"."""
     parts = module.split(".")[1:]
     for n in range(len(parts), 0, -1):
         name = "/".join(parts[:n])
@@ -62,7 +62,7 @@ def own(module: str) -> str:
 
 
 def roots(modules) -> set[str]:
-    """The packages outside the standard library that modules come from."""
+    """Returns the packages outside the standard library that modules come from."""
     return {m.split(".")[0] for m in modules} - set(sys.stdlib_module_names)
 
 

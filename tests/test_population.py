@@ -1,4 +1,4 @@
-"""Statistics of a whole data set: against float64 NumPy, over models, batches and devices."""
+"""Statistics of a whole data set agree with float64 NumPy, for any models, batches, devices."""
 
 import functools
 import os
@@ -28,13 +28,13 @@ from tests.tolerance import assert_close, eps
 
 pytestmark = pytest.mark.usefixtures("cheap_programs")
 
-# Sums of some dozen values in two orders, in float64, through two layers.
+# Some dozen values are summed in two orders, in float64, through two layers.
 CLOSE = {"rtol": 1e3 * eps("float64"), "atol": 1e3 * eps("float64")}
 SIZES = (12, 16, 7)  # of the batches; the last one is ragged
 
 
 def data(sizes=SIZES, dtype=np.float64):
-    """Batches with masks, of which some leave whole quarters of the examples out."""
+    """Makes batches with masks, which leave out whole quarters of the examples."""
     return [nets.batch(seed, n, dtype) for seed, n in enumerate(sizes)]
 
 
@@ -43,7 +43,7 @@ def together(batches):
 
 
 def one_layer(params, stats, batch):
-    """The statistics of a single layer that sees the batch itself."""
+    """Returns the statistics of a single layer that sees the batch itself."""
     return jbn.batch_norm(batch, params, stats)[1]
 
 
@@ -53,13 +53,13 @@ def of_one_layer(batches, features, dtype=jnp.float32, **options):
 
 
 def net(name="core", axis_name=None, dtype=jnp.float64):
-    """(params, statistics, apply_fn) of `nets`."""
+    """Returns (params, statistics, apply_fn) of `nets`."""
     params, stats, loss_fn = nets.BUILD[name](axis_name, dtype)
     return params, stats, lambda *args: loss_fn(*args)[1]
 
 
 def kernels(name, params):
-    """[(kernel, scale, bias)] of the layers before each normalisation in a net of `nets`."""
+    """Returns [(kernel, scale, bias)] of each normalised layer in a net of `nets`."""
     if name == "core":
         return [
             (kernel, *norm)
@@ -74,7 +74,7 @@ def kernels(name, params):
 
 
 def by_layer(name, stats):
-    """[(mean, var)] of a tree of statistics."""
+    """Returns [(mean, var)] of a tree of statistics."""
     if name == "core":
         return [(s.mean, s.var) for s in stats]
     if name == "linen":
@@ -83,7 +83,7 @@ def by_layer(name, stats):
     return [(norms[i]["mean"], norms[i]["var"]) for i in range(2)]
 
 
-# Against the oracle.
+# Comparison with the oracle.
 
 
 @pytest.mark.parametrize("layer_by_layer", [False, True], ids=["one_pass", "layer_by_layer"])
@@ -109,9 +109,10 @@ def test_models(name, variance, layer_by_layer):
 
 
 def forward(params, stats, x, train):
-    """Dense or convolutional layers, each normalised without scale, bias and epsilon, then relu.
+    """Applies dense or convolutional layers, each normalised without epsilon, and relu between.
 
-    Returns what the layers saw normalised to, and their statistics.
+    The normalisation has no scale and no bias. Returns the normalised output of each layer, and
+    their statistics.
     """
     outputs, new = [], []
     x = x.astype(params[0].dtype)
@@ -138,7 +139,7 @@ def updated(params, stats, batch):
 
 
 def random_net(*shapes, dtype=jnp.float32):
-    """Kernels under which no channel is dead, and statistics."""
+    """Makes kernels under which no channel is dead, and initial statistics."""
     keys = jax.random.split(jax.random.key(0), len(shapes))
     params = [
         jax.random.normal(k, s, dtype) / np.sqrt(np.prod(s[:-1])).astype(dtype)
@@ -169,7 +170,7 @@ def wide(params):
 @pytest.mark.parametrize("layer_by_layer", [False, True], ids=["one_pass", "layer_by_layer"])
 @pytest.mark.parametrize("variance", ["pooled", "paper"])
 def test_a_whole_data_set(variance, layer_by_layer):
-    """4,000 images, in 15 batches of 256 and one of 160."""
+    """Takes 4,000 images, in 15 batches of 256 and one of 160."""
     params, stats = random_net(*DIGITS)
     batches = batches_of(256)
     assert len(batches[-1]) == 160
@@ -206,7 +207,7 @@ def test_convolutions_at_an_offset(layer_by_layer):
 
 @pytest.mark.parametrize("variance", ["pooled", "paper"])
 def test_large_offsets(variance):
-    """Between batches whose means differ, at mean / std = 1e4."""
+    """Takes batches whose means differ, at mean / std = 1e4."""
     rng = np.random.default_rng(1)
     batches = [
         (1e4 + rng.standard_normal(3) + rng.standard_normal((n, 3))).astype(np.float32)
@@ -222,7 +223,7 @@ def test_large_offsets(variance):
 
 @pytest.mark.usefixtures("x64")
 def test_nothing_cancels():
-    """Sums of x^2 would lose 12 of 16 digits at mean / std = 1e6."""
+    """Takes mean / std = 1e6, where sums of x^2 would lose 12 of 16 digits."""
     rng = np.random.default_rng(2)
     batches = [1e6 + rng.standard_normal((n, 3)) for n in (8, 8, 5)]
     new = of_one_layer(batches, 3, jnp.float64)
@@ -230,7 +231,7 @@ def test_nothing_cancels():
     np.testing.assert_allclose(new.var, np.concatenate(batches).var(0), rtol=1e6 * eps("float64"))
 
 
-# What averages of averages, and float32, would get wrong.
+# Batches for which averages of averages, or float32, would be wrong.
 
 
 def weighted(params, stats, batch):
@@ -238,7 +239,7 @@ def weighted(params, stats, batch):
 
 
 def test_counts_above_two_to_the_24():
-    """In float32 the count would stay at 2^24, however many single values follow."""
+    """Adds single values to a count of 2^24, where a float32 count would not grow."""
     first = {"x": np.float32([[0], [0]]), "w": np.float32([[2**23], [2**23]])}
     other = {"x": np.float32([[3000], [1000]]), "w": np.float32([[0.5], [0.5]])}
     args = weighted, jbn.init_params(1), jbn.init_stats(1)
@@ -247,7 +248,7 @@ def test_counts_above_two_to_the_24():
     mean = 1000 * 2000 / n
     assert_close(new.mean, [mean], "float32", 2)
     assert_close(new.var, [square / n - mean**2], "float32", 2)
-    # 6e-5 of what float32 would say, so the test can tell.
+    # A float32 count would be off by 6e-5, which the comparison above notices.
     assert abs(n / 2**24 - 1) > 100 * eps("float32")
 
 
@@ -257,7 +258,7 @@ def test_thousands_of_batches():
     new = of_one_layer(list(x), 2)
     exact = x.reshape(-1, 2).astype(np.float64)
     np.testing.assert_allclose(new.mean, exact.mean(0), rtol=eps("float32"))
-    # The rounding of a batch's mean, 3e-5, squared and averaged; as for a single batch.
+    # The error is that of a batch's mean, 3e-5, squared and averaged, as for a single batch.
     np.testing.assert_allclose(new.var, exact.var(0), rtol=16 * eps("float32"))
     assert (new.count == 3000).all()
 
@@ -278,19 +279,19 @@ def test_order_does_not_matter(variance):
     batches = batches_of(500)
     one = estimate(updated, params, stats, batches, variance=variance)
     other = estimate(updated, params, stats, batches[::-1], variance=variance)
-    # Sums in float64; so at most the last bit when they are rounded to float32.
+    # The sums are in float64, so results differ at most in the last bit of float32.
     chex.assert_trees_all_close(one, other, rtol=eps("float32"))
 
 
 @pytest.mark.parametrize("layer_by_layer", [False, True])
-def test_again_bit_for_bit(layer_by_layer):
+def test_a_second_call_gives_the_same_bits(layer_by_layer):
     params, stats = random_net(*DIGITS)
     args = updated, params, stats, batches_of(500)
     one, other = (estimate(*args, layer_by_layer=layer_by_layer) for _ in range(2))
     chex.assert_trees_all_equal(one, other)
 
 
-# Batches that say nothing, of some features or at all.
+# Batches without information on some features, or on all.
 
 
 def masked(params, stats, batch):
@@ -335,7 +336,7 @@ def test_one_value_has_no_unbiased_variance():
 
 @pytest.mark.parametrize("size", [64, 1])
 def test_a_last_batch_of_one_example(size):
-    """Or all of one: nothing is normalised by them."""
+    """Takes one example in the last batch or in all; with fixed statistics this is allowed."""
     params, stats = random_net(*DIGITS)
     x = images()[:65]
     batches = [x[i : i + size] for i in range(0, 65, size)]
@@ -345,7 +346,7 @@ def test_a_last_batch_of_one_example(size):
 
 
 def test_one_example_normalises_nothing():
-    """Deeper layers would see the bias, whatever the example."""
+    """Refuses such a batch in a single pass: deeper layers would see the bias for any example."""
     params, stats = random_net(*DIGITS)
     x = images()[:65]
     with pytest.raises(ValueError, match="one value per channel"):
@@ -375,7 +376,7 @@ def assert_normalised(params, stats, x):
 
 
 def test_inference_normalises_every_layer():
-    """The law that inference wants; one pass gives it to the first layer only."""
+    """Checks that layers are normalised at inference; after one pass only the first layer is."""
     params, stats = random_net(*DIGITS)
     batches = batches_of(64)
     x = np.concatenate(batches)
@@ -399,7 +400,7 @@ def test_one_batch_is_exact_in_one_pass():
 
 
 def test_deep_nets():
-    """Passes in between may be off by orders of magnitude in deep layers; the last is exact."""
+    """Takes 24 layers: passes in between may be far off in deep layers, the last one is exact."""
     params, stats = random_net(*[(16, 16)] * 24)
     x = np.random.default_rng(9).standard_normal((512, 16)).astype(np.float32)
     exact = estimate(updated, params, stats, list(x.reshape(8, 64, 16)), layer_by_layer=True)
@@ -407,7 +408,7 @@ def test_deep_nets():
 
 
 class Counted:
-    """Batches that know how often they were read."""
+    """Batches that count how often they were read."""
 
     def __init__(self, batches):
         self.batches, self.times = batches, 0
@@ -417,7 +418,7 @@ class Counted:
         return iter(self.batches)
 
 
-def test_passes_end():
+def test_there_is_one_pass_for_each_layer():
     params, stats = random_net(*DIGITS)
     batches = Counted(batches_of(256))
     estimate(updated, params, stats, batches)
@@ -437,12 +438,12 @@ def test_parallel_branches_need_no_pass_each():
     stats = {"branches": [jbn.init_stats(3)] * 5, "last": jbn.init_stats(3)}
     batches = Counted([x[:20], x[20:]])
     new = estimate(branches, jbn.init_params(3), stats, batches, layer_by_layer=True)
-    assert batches.times in (3, 4)  # two, and one or two in which nothing changes; not six
+    assert batches.times in (3, 4)  # two passes, and one or two in which nothing changes; not six
     assert_close(new["last"].var, np.maximum(5 * oracle.normalize(x)[0], 0).var(0), "float32", 40)
 
 
 def full_layer(params, stats, batch):
-    """A layer with all that it can do, then another that sees its result."""
+    """Applies a layer with many options, then another layer to its result."""
     y, first = jbn.batch_norm(
         batch["x"],
         params,
@@ -482,7 +483,7 @@ class Block(nn.Module):
 
 
 class Scanned(nn.Module):
-    axis: int = 0  # of the statistics, that of the layers
+    axis: int = 0  # the axis of the statistics that counts layers
 
     @nn.compact
     def __call__(self, x):
@@ -532,7 +533,7 @@ def test_calls_of_one_layer_are_pooled():
 
 
 class ThenFrozen(nn.Module):
-    """One layer, first in training, then in inference; then another."""
+    """A layer that is called in training, then in inference, and another layer after it."""
 
     @nn.compact
     def __call__(self, x):
@@ -569,7 +570,7 @@ def test_frozen_layers_stay():
 
 
 def narrow_layer(dtype):
-    """A Flax layer that stores its statistics in half precision: (model, statistics)."""
+    """Makes a Flax layer that stores statistics in half precision: (apply_fn, statistics)."""
     layer = jbn.linen.BatchNorm(
         use_running_average=False,
         use_scale=False,
@@ -680,7 +681,7 @@ def test_sharded_batches(layer_by_layer):
 @pytest.mark.parametrize("name", nets.BUILD)
 @pytest.mark.usefixtures("x64")
 def test_shard_map(name, layer_by_layer):
-    batches = data((32, 32, 16))  # of these some devices have masked examples only
+    batches = data((32, 32, 16))  # some devices have masked examples only
     options = {"layer_by_layer": layer_by_layer}
     params, stats, apply_fn = net(name)
     one = estimate(apply_fn, params, stats, batches, **options)
@@ -688,7 +689,8 @@ def test_shard_map(name, layer_by_layer):
     synced = net(name, AXIS)[-1]
     many = estimate(synced, params, stats, batches, **across, **options)
     chex.assert_trees_all_close(many, one, **CLOSE)
-    # Layers that normalise on each device alone: a deeper one sees that, unless layer by layer.
+    # These layers normalise on each device alone, which changes the input of deeper layers, unless
+    # layer by layer.
     local = by_layer(name, estimate(apply_fn, params, stats, batches, **across, **options))
     exact = by_layer(name, one)
     chex.assert_trees_all_close(local[0], exact[0], **CLOSE)
@@ -792,7 +794,7 @@ def test_two_processes(tmp_path):
         assert_close(var, exact.var(0), "float32", 48)
 
 
-# What is refused.
+# Errors.
 
 
 def raises(error, match, batches=PARTS, apply_fn=one_layer, **options):
@@ -816,7 +818,7 @@ def test_errors():
     raises(TypeError, "not jbn's", apply_fn=lambda p, s, x: s._replace(mean=x.mean(0)))
 
 
-def test_careless_arguments():
+def test_arguments_of_a_wrong_type_are_refused():
     args = jbn.init_params(2), jbn.init_stats(2)
     with pytest.raises(TypeError, match=r"apply_fn must be a function .*got NoneType"):
         estimate(None, *args, [np.ones((4, 2))])
@@ -846,7 +848,7 @@ def test_a_model_in_inference_is_an_error():
         estimate(apply_fn, params, stats, PARTS)
 
 
-def test_layers_of_others_are_named():
+def test_layers_not_of_jbn_are_refused_by_name():
     apply_fn, params, stats = of_linen(nn.BatchNorm(use_running_average=False))
     with pytest.raises(TypeError, match=r"at \['mean'\] belong to a layer that is not jbn's"):
         estimate(apply_fn, params, stats, PARTS)

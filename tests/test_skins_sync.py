@@ -1,4 +1,4 @@
-"""The Flax modules over devices and groups: what the core computes, and uneven counts too."""
+"""Flax layers over devices and groups compute what the core does, also with uneven counts."""
 
 import chex
 import jax
@@ -24,7 +24,7 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-6}  # the same operations, fused differently
 
 
 def linen_layer(x, cls=jbn.linen.BatchNorm, mask=None, **options):
-    """(y, mean, var) of a training call from fresh variables."""
+    """Returns (y, mean, var) of a training call from fresh variables."""
     layer = cls(use_running_average=False, momentum=0.9, **options)
     variables = layer.init(jax.random.key(0), x)
     y, new = layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
@@ -64,13 +64,13 @@ def mapped(layer, **options):
     ],
     ids=str,
 )
-def test_options_mean_what_they_mean_in_the_core(skin, options):
+def test_options_mean_the_same_as_in_the_core(skin, options):
     chex.assert_trees_all_close(mapped(skin, **options), mapped(core, **options), **CLOSE)
 
 
 @SKINS
 def test_uneven_counts_are_those_of_the_whole_batch(skin):
-    # What Flax does not do: it averages the means of the instances.
+    # Flax, however, averages the means of the instances.
     y, mean, var = mapped(skin, axis_name="batch")
     x, mask = executions.rejoin(X), executions.rejoin(MASK)
     expected, m = oracle.normalize(x, mask=mask)
@@ -108,11 +108,12 @@ def test_groups_of_devices_under_shard_map(skin, check_vma):
     chex.assert_trees_all_close(jax.jit(run)(X), expected, **CLOSE)
 
 
-def test_linen_init_needs_no_axis_and_no_fitting_batch():
+def test_linen_init_needs_no_bound_axis_and_no_divisible_batch():
     options = {"axis_name": "batch", "axis_index_groups": [[0, 1], [2, 3]], "groups": 4}
     layer = jbn.linen.BatchNorm(use_running_average=False, **options)
     plain = jbn.linen.BatchNorm(use_running_average=False)
-    variables = layer.init(jax.random.key(0), X[0, :1])  # one example: no four groups
+    # One example cannot be divided into four groups.
+    variables = layer.init(jax.random.key(0), X[0, :1])
     chex.assert_trees_all_equal(variables, plain.init(jax.random.key(0), X[0]))
     assert jax.eval_shape(layer.init, jax.random.key(0), X[0]) is not None
 

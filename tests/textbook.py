@@ -1,8 +1,8 @@
-"""Batch Normalization in jax.numpy as a textbook has it, which JAX differentiates by itself.
+"""Textbook Batch Normalization in jax.numpy, which JAX differentiates by itself.
 
-The second reference beside `oracle`: for derivatives of any order, in float64, and for the error
-that two passes over the data have in float32, which is the unit of the tester's bounds. It shares
-nothing with the library; `test_fuzz.py` holds it against the oracle.
+This is the second reference beside `oracle`. It gives derivatives of any order, in float64, and
+the error of two passes over the data in float32, which is the unit of the tester's bounds. It
+shares nothing with the library; `test_fuzz.py` compares it with the oracle.
 """
 
 import math
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 def normalize(x, scale, bias, *, axis, epsilon=1e-5, w=None, groups=1, devices=1):
-    """(y, mean, var) of algorithm 1, in x's dtype; mean and var are [groups, *C].
+    """Computes (y, mean, var) of Algorithm 1, in x's dtype; mean and var are [groups, *C].
 
     Args:
       x: [N, ..., C].
@@ -21,7 +21,7 @@ def normalize(x, scale, bias, *, axis, epsilon=1e-5, w=None, groups=1, devices=1
       epsilon: as in the library.
       w: the weights of all positions, of x's shape; 0 is masked. None: all the same.
       groups: how many equal parts of the first reduced axis have statistics of their own.
-      devices: of how many parts each sum is the sum. The order of additions decides the rounding.
+      devices: how many partial sums each sum has. The order of additions decides the rounding.
     """
     features = tuple(sorted(a % x.ndim for a in axis))
     reduced = tuple(a for a in range(x.ndim) if a not in features)
@@ -52,7 +52,7 @@ def _group(x, scale, bias, epsilon, w, reduced, devices):
         z = each(lambda x: x - mean, x)
         var = total(each(jnp.square, z)) / n
     else:
-        # Divided by the largest of the feature: weights with a common factor are the same weights.
+        # Weights are divided by the largest of the feature, so that a common factor has no effect.
         largest = jnp.max(w, reduced, keepdims=True)
         some = largest > 0
         w = cut(w / jnp.where(some, largest, 1.0))
@@ -61,7 +61,7 @@ def _group(x, scale, bias, epsilon, w, reduced, devices):
         inside = each(lambda x, w: jnp.where(w > 0, x, 0.0), x, w)
         mean = total(each(lambda p, x: p * x, p, inside))
         var = total(each(lambda p, x: p * (x - mean) ** 2, p, inside))
-        # What a masked position holds may be anything; a feature without data shows its bias.
+        # A masked position may hold anything; a feature without data gives its bias.
         z = each(lambda x, w: jnp.where(some & ((w > 0) | jnp.isfinite(x)), x - mean, 0.0), x, w)
     y = each(lambda z: z / jnp.sqrt(var + epsilon), z)
     y = y if scale is None else each(lambda y: y * jnp.expand_dims(scale, reduced), y)
@@ -70,7 +70,7 @@ def _group(x, scale, bias, epsilon, w, reduced, devices):
 
 
 def inference(x, scale, bias, mean, var, *, axis, epsilon=1e-5):
-    """Line 11 of algorithm 2: normalised by the statistics given, [C] each."""
+    """Computes line 11 of Algorithm 2 with the given statistics, [C] each."""
     features = tuple(sorted(a % x.ndim for a in axis))
     reduced = tuple(a for a in range(x.ndim) if a not in features)
     xhat = (x - jnp.expand_dims(mean, reduced)) / jnp.sqrt(jnp.expand_dims(var, reduced) + epsilon)

@@ -1,6 +1,6 @@
-"""Every tolerance of the tests, and where it comes from.
+"""The tolerances of the tests, and their sources.
 
-A result is compared with the float64 oracle of the *rounded* input, so what may differ is
+A result is compared with the float64 oracle of the *rounded* input, so its error comes from
 
 1. the rounding of the result to its own dtype: half an ulp, `eps(dtype) / 2` of each element;
 2. the computation in float32 (float64 for float64): a sum of n terms with rounding errors of
@@ -19,17 +19,17 @@ import numpy as np
 
 
 def eps(dtype) -> float:
-    """The distance from 1 to the next number of the dtype."""
+    """Returns the distance from 1 to the next number of the dtype."""
     return float(jnp.finfo(dtype).eps)
 
 
 def accumulator(dtype):
-    """The dtype that statistics of `dtype` are computed in: at least float32."""
+    """Returns the dtype in which statistics of `dtype` are computed, at least float32."""
     return np.promote_types(np.dtype(dtype), np.float32)
 
 
 def tol(dtype, n: int, ratio: float = 0.0) -> dict[str, float]:
-    """rtol (1. above) and atol for values of magnitude 1 (2. and 3. above)."""
+    """Returns rtol (1. above) and atol for values of magnitude 1 (2. and 3. above)."""
     accurate = eps(accumulator(dtype))
     return {
         "rtol": 0.5 * eps(dtype) * 1.01,  # 1.01: the rounding of an already rounded number
@@ -38,14 +38,14 @@ def tol(dtype, n: int, ratio: float = 0.0) -> dict[str, float]:
 
 
 def assert_close(actual, desired, dtype, n: int, *, magnitude=None, ratio: float = 0.0):
-    """`actual` is `desired` up to `tol(dtype, n, ratio)`, in units of `magnitude`.
+    """Checks that `actual` is `desired` up to `tol(dtype, n, ratio)`, in units of `magnitude`.
 
     Args:
       actual: a pytree of arrays.
       desired: a pytree of NumPy float64 arrays from the oracle.
-      dtype: of the result.
-      n: terms in the longest sum.
-      magnitude: of the terms summed, where it is not that of the result (a sum that cancels).
+      dtype: the dtype of the result.
+      n: the number of terms in the longest sum.
+      magnitude: that of the terms summed, where it is not that of the result (a sum that cancels).
       ratio: |mean| / std of the data.
     """
     t = tol(dtype, n, ratio)

@@ -1,1 +1,1 @@
-"""Tests of jbn/_core/: most files have the name of the file that they test, others of a law."""
+"""Tests of jbn/_core/. Most files are named after the file that they test, some after a law."""

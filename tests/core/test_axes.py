@@ -1,4 +1,4 @@
-"""Any axis or tuple of axes of any rank >= 2 can hold the features, and the rest is reduced."""
+"""Any axis or tuple of axes can hold the features, at any rank >= 2; other axes are reduced."""
 
 import itertools
 
@@ -33,7 +33,7 @@ def test_every_subset_of_axes(axis):
 
 @pytest.mark.parametrize("axis", [(1, 3), (3, 1), (-1, 1), (-3, -1)], ids=str)
 def test_order_and_sign_of_the_axes_do_not_matter(axis):
-    # Per-channel arrays have the sizes in the order of the array, however the axes are listed.
+    # The axes of scale and bias are in the order of x's axes, however `axis` lists them.
     x = normal(SHAPE)
     scale, bias = normal((2, 4), 1), normal((2, 4), 2)
     y, m = compiled.normalize(x, scale, bias, axis=axis)
@@ -42,7 +42,7 @@ def test_order_and_sign_of_the_axes_do_not_matter(axis):
 
 
 @pytest.mark.parametrize("axis", range(-4, 4))
-def test_a_single_axis_is_the_tuple_of_it(axis):
+def test_a_single_axis_equals_a_tuple_of_one(axis):
     x = normal(SHAPE)
     one, same = compiled.moments(x, axis=axis), compiled.moments(x, axis=(axis,))
     chex.assert_trees_all_equal(one, same)
@@ -59,7 +59,7 @@ def test_moving_the_features_moves_the_output():
 
 @pytest.mark.parametrize("shape", [(4,), (3, 4)], ids=str)
 @pytest.mark.parametrize("function", [jbn.moments, jbn.normalize])
-def test_only_features_leaves_nothing_to_average_over(function, shape):
+def test_features_on_all_axes_are_refused(function, shape):
     with pytest.raises(ValueError, match=r"no axis to take statistics over") as error:
         function(jnp.zeros(shape), axis=tuple(range(len(shape))))
     assert str(shape) in str(error.value)
@@ -68,24 +68,24 @@ def test_only_features_leaves_nothing_to_average_over(function, shape):
 
 @pytest.mark.parametrize("axis", [2, -3, (0, 2), (1, -4)], ids=str)
 @pytest.mark.parametrize("function", [jbn.moments, jbn.normalize])
-def test_an_axis_that_is_not_there(function, axis):
+def test_an_axis_out_of_range_is_refused(function, axis):
     with pytest.raises(ValueError, match=r"axis.*2"):
         function(jnp.zeros((3, 4)), axis=axis)
 
 
 @pytest.mark.parametrize("axis", [(1, 1), (1, -1), (0, 1, -2)], ids=str)
-def test_an_axis_twice(axis):
+def test_a_repeated_axis_is_refused(axis):
     with pytest.raises(ValueError, match="axis"):
         jbn.normalize(jnp.zeros((3, 4)), axis=axis)
 
 
 @pytest.mark.parametrize("axis", [(), 1.0, "1", None, (0.0,), True], ids=repr)
-def test_what_is_no_axis(axis):
+def test_an_invalid_axis_is_refused(axis):
     with pytest.raises((TypeError, ValueError), match="axis"):
         jbn.normalize(jnp.zeros((3, 4)), axis=axis)
 
 
-def test_a_scalar_has_no_axis():
+def test_a_scalar_x_is_refused():
     with pytest.raises(ValueError, match=r"shape \(\) is a single number"):
         jbn.normalize(jnp.float32(1))
 

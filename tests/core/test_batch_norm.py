@@ -1,4 +1,4 @@
-"""batch_norm is normalize and the update together, and goes through every transformation."""
+"""batch_norm equals normalize and then the update, and works under every transformation."""
 
 import chex
 import jax
@@ -16,7 +16,7 @@ CASE = cases.Case((32, 5))
 
 
 def layer(case=CASE, dtype=jnp.float32):
-    """(data, params, fresh statistics)."""
+    """Returns (data, params, fresh statistics)."""
     data = cases.make(case)
     return data, jbn.Params(data.scale, data.bias), jbn.init_stats(data.scale.shape, dtype)
 
@@ -36,7 +36,7 @@ def layer(case=CASE, dtype=jnp.float32):
     ids=str,
 )
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_it_is_normalize_and_the_rule(case, rule):
+def test_batch_norm_is_normalize_and_the_update_rule(case, rule):
     data, params, stats = layer(case)
     y, new = compiled.batch_norm(
         data.x, params, stats, update=rule, epsilon=1e-3, **case.kwargs, **data.support
@@ -96,7 +96,7 @@ def test_inference_of_one_example_and_of_large_offsets():
     stats = jbn.init_stats(5)._replace(mean=np.float32(m.mean), var=np.float32(m.var))
     y = compiled.batch_norm_inference(data.x[:1], params, stats)
     expected = oracle.affine(data.x[:1], stats.mean, stats.var, *params)
-    # x - mean is exact (Sterbenz), so the offset does not show.
+    # x - mean is exact (Sterbenz), so the offset costs no accuracy.
     tolerance.assert_close(y, expected, "float32", 1)
 
 
@@ -151,7 +151,7 @@ def test_vmap_of_one_argument_and_of_its_gradient(mapped):
 
     together, one = jax.jit(jax.vmap(gradient))(several), jax.jit(gradient)
     each = jax.tree.map(lambda *a: jnp.stack(a), *(one(v) for v in several))
-    # 8 terms of the sums of scale: their magnitude, not that of the sum.
+    # The gradient of scale is a sum of 8 terms: the tolerance follows their size, not the sum's.
     close = tolerance.tol("float32", 8)
     chex.assert_trees_all_close(together, each, rtol=close["rtol"], atol=8 * close["atol"])
 
@@ -214,7 +214,7 @@ def test_eval_shape(dtype):
 
 
 def test_one_trace_for_many_steps():
-    # A weak type or another dtype in what a step returns would trace the next step again.
+    # If a step returned a weak type or another dtype, JAX would trace the next step again.
     data, params, stats = layer()
 
     @jax.jit
@@ -245,7 +245,7 @@ def test_the_types_of_the_state_are_a_fixed_point(dtype, of_stats, rule, x64):
         assert (was.shape, was.dtype, was.weak_type) == (now.shape, now.dtype, now.weak_type)
     m = jax.eval_shape(jbn.moments, data.x)
     chex.assert_type([m.mean, m.var], "float64" if dtype == "float64" else "float32")
-    # And jax.lax.scan, which compares them itself, agrees.
+    # jax.lax.scan compares the types itself.
     step = lambda s, x: (jbn.batch_norm(x, params, s, update=rule)[1], None)  # noqa: E731
     jax.eval_shape(lambda s, xs: jax.lax.scan(step, s, xs), stats, data.x[None])
 
@@ -289,7 +289,7 @@ def test_jit_and_eager_agree():
 
 
 def test_export_with_a_symbolic_batch():
-    # One artefact for every batch size, in training and at inference.
+    # One exported program serves every batch size, in training and at inference.
     data, params, stats = layer()
     (batch,) = jax.export.symbolic_shape("b")
     x = jax.ShapeDtypeStruct((batch, 5), jnp.float32)
@@ -308,7 +308,7 @@ def test_inference_has_a_taylor_series():
     square = lambda x: jbn.batch_norm_inference(x, jbn.init_params(3), stats, epsilon=0.25) ** 2  # noqa: E731
     one, none = jnp.ones_like(x), jnp.zeros_like(x)
     y, (first, second) = jet.jet(square, (x,), ((one, none),))
-    # Of x^2 / 1.25: 2 x / 1.25 and 2 / 1.25.
+    # The derivatives of x^2 / 1.25 are 2 x / 1.25 and 2 / 1.25.
     np.testing.assert_allclose(y, x**2 / 1.25, rtol=1e-5)
     np.testing.assert_allclose(first, 2 * x / 1.25, rtol=1e-5)
     np.testing.assert_allclose(second, np.full(x.shape, 1.6), rtol=1e-5)

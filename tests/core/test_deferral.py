@@ -1,4 +1,4 @@
-"""Statistics that wait for all moments of a step: pooled, they are those of the whole batch."""
+"""Deferred statistics pool the moments of all parts of a step, as if it were one batch."""
 
 import functools
 import re
@@ -24,13 +24,13 @@ from tests.tolerance import eps
 
 pytestmark = pytest.mark.usefixtures("cheap_programs")
 
-# Sums of some dozen values in two orders, in float64.
+# A dozen values are summed in two orders, in float64.
 CLOSE = {"rtol": 1e3 * eps("float64"), "atol": 1e3 * eps("float64")}
 FIXED = optax.sgd(0.0)  # so that only the statistics change
 
 
 def layer(axis_name=None, axis_index_groups=None):
-    """(params, statistics, loss) of a single layer."""
+    """Returns (params, statistics, loss) of a single layer."""
     n = nets.SIZES[0]
 
     def loss_fn(params, stats, batch):
@@ -50,7 +50,7 @@ def layer(axis_name=None, axis_index_groups=None):
 
 
 def of_whole(stats, batch):
-    """The statistics that the whole batch makes of those of `layer`."""
+    """Returns `stats` after one update with the moments of the whole batch."""
     moments = jbn.moments(jnp.asarray(batch["x"]), mask=jnp.asarray(batch["mask"])[:, None])
     return nets.UPDATE(stats, moments)
 
@@ -75,7 +75,7 @@ def test_deeper_layers_pool_what_their_microbatches_saw():
     params, stats, loss_fn = nets.core(None, jnp.float64)
     new = one_step(loss_fn, params, stats, batch, microbatches=2)
 
-    def of_moments(stats, moments):  # keeps the moments themselves
+    def of_moments(stats, moments):  # stores the moments themselves
         return stats._replace(mean=moments.mean, var=moments.var)
 
     _, _, recording = nets.core(None, jnp.float64, of_moments)
@@ -89,7 +89,7 @@ def test_deeper_layers_pool_what_their_microbatches_saw():
 
 
 def across(mode, step, state, batch):
-    """One step on four devices; the same state on each of them, or an error."""
+    """Runs one step on four devices, which must agree on the result."""
     if mode == "pmap":
         run = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), devices=jax.devices()[:4])
         state, metrics = run(state, jax.tree.map(functools.partial(cut, 4), batch))
@@ -125,7 +125,7 @@ def test_devices_pool(mode, sharing, microbatches):
 
 
 def test_collectives_of_local_layers():
-    """Gradients in one, moments of all layers in two; not one a layer."""
+    """Counts one collective for the gradients and two for the moments of all layers together."""
     params, stats, loss_fn = nets.core(None, jnp.float32)
     step = training.make_train_step(loss_fn, FIXED, axis_name=AXIS)
     state = training.init(params, stats, FIXED)
@@ -136,7 +136,7 @@ def test_collectives_of_local_layers():
 
 
 def test_uneven_devices_keep_digits_at_large_means():
-    """A naive psum of mean and mean square would have no digit left at mean / std = 1e4."""
+    """Takes mean / std = 1e4, where a plain psum of mean and mean square would lose all digits."""
     x = 1e4 + jax.random.normal(jax.random.key(0), (16, 4))
 
     def loss_fn(params, stats, x):
@@ -152,7 +152,7 @@ def test_uneven_devices_keep_digits_at_large_means():
     np.testing.assert_allclose(new.mean, exact.mean(0), rtol=2 * eps("float32"))
 
 
-# Layers in linen and nnx, through their transforms: one part, settled, is as without deferral.
+# Layers of linen and nnx, also in Flax's transformations: deferral of one part changes nothing.
 
 
 class Twice(nn.Module):
@@ -295,10 +295,10 @@ def test_nnx(forward):
     chex.assert_trees_all_equal_shapes_and_dtypes(in_parts, stats)
 
 
-# What is refused.
+# Refused statistics.
 
 
-def test_layers_of_others_are_named():
+def test_linen_layers_not_of_jbn_are_refused_by_name():
     net = nn.BatchNorm(use_running_average=False)
     variables = net.init(jax.random.key(0), X)
 
@@ -310,12 +310,12 @@ def test_layers_of_others_are_named():
     with pytest.raises(TypeError, match=r"at \['mean'\].*not jbn's.*pool_stats=False"):
         run(microbatches=2)
     mean, momentum = run(microbatches=2, pool_stats=False)["mean"], 0.99
-    halves = [X[0::2].mean(0), X[1::2].mean(0)]  # one after the other
+    halves = [X[0::2].mean(0), X[1::2].mean(0)]  # the halves update one after the other
     expected = (1 - momentum) * (momentum * halves[0] + halves[1])
     np.testing.assert_allclose(mean, expected, rtol=1e-4)
 
 
-def test_nnx_layers_of_others_are_named():
+def test_nnx_layers_not_of_jbn_are_refused_by_name():
     model = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
     graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
 
@@ -327,7 +327,7 @@ def test_nnx_layers_of_others_are_named():
         one_step(loss_fn, params, stats, X, microbatches=2)
 
 
-def test_statistics_computed_by_hand_are_named():
+def test_statistics_computed_by_hand_are_refused_by_name():
     def loss_fn(params, stats, x):
         return jnp.mean(x**2), {"mean": jnp.mean(x, 0)}, {}
 
@@ -336,11 +336,11 @@ def test_statistics_computed_by_hand_are_named():
 
 
 @pytest.mark.parametrize("use", [jnp.sin, lambda v: 0.9 * v, lambda v: v[...], np.asarray])
-def test_deferred_arrays_say_what_they_are(use):
+def test_using_a_deferred_array_says_that_it_belongs_to_a_layer(use):
     with pytest.raises(TypeError, match=r"the statistics at \['mean'\] belong to a layer"):
         use(defer({"mean": jnp.zeros(4)})["mean"])
 
 
-def test_what_no_layer_touches_stays():
+def test_statistics_that_no_layer_updates_stay_unchanged():
     stats = {"a": jbn.init_stats(3), "b": jnp.arange(3.0)}
     chex.assert_trees_all_equal(settle(defer(stats)), stats)

@@ -1,4 +1,4 @@
-"""Input that leaves nothing to normalise stays finite, forward and backward."""
+"""Results stay finite for input that leaves nothing to normalise, forward and backward."""
 
 import chex
 import jax
@@ -12,14 +12,14 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def parts(shape, seed=0):
-    """scale, bias and dy for x of this shape."""
+    """Returns scale, bias and dy for x of this shape."""
     rng = np.random.default_rng(seed)
     sizes = [shape[-1], shape[-1], shape]
     return [rng.normal(size=size).astype(np.float32) for size in sizes]
 
 
 def assert_constant(x, channels, support=None):
-    """In `channels` x is constant where it counts: y is the bias there, the variance exactly 0."""
+    """Checks that y is the bias and the variance 0 in `channels`, where valid x are constant."""
     support = support or {}
     scale, bias, dy = parts(x.shape)
     valid = oracle.position_weights(x, **support) > 0
@@ -39,8 +39,8 @@ def assert_constant(x, channels, support=None):
 @pytest.mark.parametrize("offset", [0.0, 0.1, -33333.3, 1e-20, 1e8, -1e25])
 @pytest.mark.parametrize("rows", [2, 3, 75, 4096])
 def test_a_constant_channel_gives_the_bias_exactly(offset, rows):
-    # A mean by sum and division is not the constant: at -33333.3 over 75 rows it is an ulp off,
-    # which 1/sqrt(epsilon) = 316 makes visible.
+    # A mean by sum and division is not exactly the constant: at -33333.3 over 75 rows it is an ulp
+    # off, which 1/sqrt(epsilon) = 316 makes visible.
     x = np.random.default_rng(0).normal(size=(rows, 3)).astype(np.float32)
     x[:, 1] = offset
     assert_constant(x, [1])
@@ -48,8 +48,8 @@ def test_a_constant_channel_gives_the_bias_exactly(offset, rows):
 
 @pytest.mark.parametrize("rows", [2, 75, 4096])
 def test_a_constant_channel_at_the_end_of_the_range_gives_the_bias_exactly(rows):
-    # Beyond max * eps / 4 a shift could make x - K overflow, so there is none, and the sum of two
-    # such values is infinite, as are mean and variance; y is the bias all the same.
+    # From max * eps / 4 on, x - shift could overflow, so the shift is 0. The sum of two such values
+    # is then infinite, and so are mean and variance; y is still the bias.
     x = np.random.default_rng(0).normal(size=(rows, 3)).astype(np.float32)
     x[:, 1] = np.finfo(np.float32).max
     scale, bias, dy = parts(x.shape)
@@ -93,7 +93,7 @@ def test_one_row_gives_the_bias(axis):
     np.testing.assert_array_equal(y, np.broadcast_to(bias, x.shape))
     np.testing.assert_array_equal(m.mean, x.reshape(sizes))
     np.testing.assert_array_equal(m.var, 0)
-    # a dy - a E[dy]: exactly 0, or the rounding of one of the products where the other is fused.
+    # dx = a dy - a E[dy] is exactly 0, or the rounding of one product where the other is fused.
     a_dy = np.abs(scale * dy.reshape(sizes)).max() / np.sqrt(1e-5)
     np.testing.assert_allclose(dx, 0, atol=tolerance.eps("float32") * a_dy)
     np.testing.assert_array_equal(dscale, 0)
@@ -158,7 +158,7 @@ def test_squares_that_overflow(size, support):
         lambda x, dx: jax.jvp(lambda x: jbn.normalize(x, scale, **given)[0], (x,), (dx,))
     )
     chex.assert_tree_all_finite(push(x, dy))
-    # And the other channels do not notice.
+    # The other channels are not affected.
     none = np.zeros_like(scale)
     expected = oracle.normalize(x, scale, bias, **given)[0]
     backward = oracle.vjp(x, scale, bias, dy, none, none, **given)
@@ -185,7 +185,7 @@ def test_the_scale_has_finite_second_derivatives_where_squares_overflow():
 
 
 def test_squares_that_overflow_only_around_zero():
-    # 1e20 squared is no float32, but the variance, 1e34, is one.
+    # 1e20 squared overflows float32, but the variance, 1e34, does not.
     case = cases.Case((64, 3), offset=1e20, std=1e17)
     data = cases.make(case)
     y, _ = compiled.normalize(data.x, data.scale, data.bias)
@@ -194,7 +194,7 @@ def test_squares_that_overflow_only_around_zero():
 
 
 def test_float16_at_its_limits():
-    # Neither the sum of 4096 values of 60000 nor a square is a float16.
+    # Both the sum of 4096 values of 60000 and a square overflow float16.
     x = np.where(np.random.default_rng(0).uniform(size=(4096, 2)) < 0.5, -6e4, 6e4).astype(
         np.float16
     )
@@ -215,7 +215,8 @@ def test_one_bad_sample_spoils_its_channel_alone(bad, row):
     part = data.scale[others], data.bias[others], data.dy[:, others]
     expected, moments = oracle.normalize(clean, *part[:2])
     backward = oracle.vjp(clean, *part, np.zeros(3), np.zeros(3))
-    # It shows: a NaN has made the mean NaN; an infinite variance leaves the other rows the bias.
+    # The bad value shows: a NaN makes the mean NaN; where the variance is infinite, the other rows
+    # are the bias.
     shown = np.isnan(np.asarray(y)[:, 1])
     assert shown.all() if np.isnan(bad) else shown[row]
     tolerance.assert_close(y[:, others], expected, "float32", 16)

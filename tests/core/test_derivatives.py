@@ -1,8 +1,8 @@
-"""Every derivative is that of the formula: all orders, in x, scale and bias, through masks.
+"""Derivatives of all orders, in x, scale and bias, are those of the formula, also under masks.
 
-First order in the table's dtypes against the oracle's closed form; every order in float64 against
-JAX's derivatives of the formula as the paper writes it. Cotangents are random: sum(y) is constant
-in x, so its gradient is zero whatever the code does.
+The first order is compared with the oracle's closed form, in the dtypes of the table. Every order
+is compared in float64 with JAX's derivatives of the formula as the paper writes it. Cotangents are
+random: sum(y) is constant in x, so its gradient is zero even if the code is wrong.
 """
 
 import chex
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_device", "cheap_programs")
 
 
 def gradients(case, data):
-    """(dx, dscale, dbias) of sum(dy y) + sum(dmean mean) + sum(dvar var)."""
+    """Returns (dx, dscale, dbias) of sum(dy y) + sum(dmean mean) + sum(dvar var)."""
     at = data.x, data.scale, data.bias, data.dy, data.dmean, data.dvar
     return compiled.vjp(*at, **case.kwargs, **data.support)[2]
 
@@ -34,7 +34,8 @@ def test_gradient_against_the_oracle(case):
     n, wide = data.x.size // data.scale.size, tolerance.accumulator(case.dtype)
     close = tolerance.assert_close
     close(dx, expected[0], case.dtype, n, ratio=case.ratio)
-    # Sums of n cotangents of both signs: what is rounded are the terms, not the small result.
+    # dscale and dbias sum n terms of both signs: rounding is relative to the terms, not to the
+    # small result.
     size = np.abs(np.asarray(data.dy, np.float64)).sum() / data.scale.size
     close(dscale, expected[1], wide, n, magnitude=size, ratio=case.ratio)
     close(dbias, expected[2], wide, n, magnitude=size)
@@ -42,10 +43,10 @@ def test_gradient_against_the_oracle(case):
 
 @pytest.mark.parametrize("kind", ["examples", "positions", "features", "channel"])
 @pytest.mark.parametrize("junk", [np.nan, np.inf, 3e38])
-def test_what_lies_or_arrives_under_a_mask_touches_no_gradient(kind, junk):
+def test_masked_values_reach_no_gradient(kind, junk):
     case = cases.Case((6, 4, 5), mask=kind)
     clean, dirty = cases.make(case), cases.make(case, masked=junk)
-    # As of a loss that leaves out what is masked.
+    # dy is that of a loss that leaves out masked positions.
     clean, dirty = (d._replace(dy=np.where(d.valid, d.dy, np.float32(0))) for d in (clean, dirty))
     expected = gradients(case, clean)
     chex.assert_tree_all_finite(expected)
@@ -53,15 +54,16 @@ def test_what_lies_or_arrives_under_a_mask_touches_no_gradient(kind, junk):
 
 
 @pytest.mark.parametrize("by", ["mask", "weights"])
-def test_reference_examples_normalise_the_others_and_all_are_differentiated(by):
-    # Statistics of the first two rows, as of reference examples: d y / d x of the others is
-    # scale rstd, and through the moments every cotangent reaches the first two.
+def test_gradient_where_a_mask_chooses_reference_examples(by):
+    # The first two rows are reference examples: they alone give the statistics. For the last two
+    # rows dy/dx is scale rstd; through the moments every cotangent reaches the first two.
     x = np.float32([[1.0], [3.0], [7.0], [2.0]])
     first = np.array([[True], [True], [False], [False]])
     support = {by: first if by == "mask" else first.astype(np.float32)}
     scale, bias, dy = np.float32([2.0]), np.float32([0.5]), np.float32([[0.0], [0], [1], [10]])
     y, _, (dx, dscale, dbias) = compiled.vjp(x, scale, bias, dy, epsilon=0.0, **support)
-    # mean 2, var 1: dmean = -2 (1 + 10), and dvar = -2 (1 * 5 + 10 * 0) / 2, of 2 (x - mean) / 2.
+    # mean 2, var 1. The loss's derivative is -2 (1 + 10) in the mean and -2 (1 * 5 + 10 * 0) / 2 in
+    # the variance; the derivatives of these in x are 1 / 2 and 2 (x - mean) / 2.
     np.testing.assert_allclose(y[:, 0], [-1.5, 2.5, 10.5, 0.5], rtol=1e-6)
     np.testing.assert_allclose(dx[:, 0], [-11 + 5, -11 - 5, 2, 20], rtol=1e-6)
     np.testing.assert_allclose([dscale[0], dbias[0]], [5, 11], rtol=1e-6)
@@ -69,7 +71,7 @@ def test_reference_examples_normalise_the_others_and_all_are_differentiated(by):
 
 @pytest.mark.parametrize("groups", [None, 2])
 def test_gradient_where_x_differs_in_its_last_digits(groups):
-    # The mean lies between two float32 numbers: rounded, it is off by a third of the deviation.
+    # The mean is between two float32 numbers: rounded, it is off by a third of the deviation.
     rng = np.random.default_rng(0)
     x = (1e5 + rng.integers(0, 4, size=(32, 3)) / 128).astype(np.float32)
     scale, bias, dy = rng.normal(size=3), rng.normal(size=3), rng.normal(size=(32, 3))
@@ -87,7 +89,7 @@ def test_gradient_where_x_differs_in_its_last_digits(groups):
     np.testing.assert_allclose(gradient[1], sum(e[1] for e in expected), rtol=1e-4, atol=1e-4)
 
 
-def test_tangents_under_a_mask_stay_in_their_place():
+def test_tangents_under_a_mask_change_no_other_position():
     case = cases.Case((6, 4, 5), mask="features")
     data = cases.make(case, masked=np.nan)
 
@@ -125,9 +127,9 @@ def test_mask_weights_and_count_carry_no_gradient():
 
 
 def textbook(x, scale, bias, w, epsilon=1e-5):
-    """Algorithm 1 over the first axes of x: [..., C] as written; w: its weights.
+    """Computes Algorithm 1 as the paper writes it, for x: [..., C] with weights w.
 
-    A channel without any weight is its bias.
+    A channel without any weight gives its bias.
     """
     first, (channels,) = tuple(range(x.ndim - 1)), scale.shape
     wide = lambda v: jnp.broadcast_to(v.reshape((1,) * len(first) + (channels,)), x.shape)  # noqa: E731
@@ -141,7 +143,7 @@ def textbook(x, scale, bias, w, epsilon=1e-5):
 
 
 def derivatives(f, at, directions, cotangents):
-    """Derivatives of f: at -> (y, mean, var), weighted with cotangents, in every nesting."""
+    """Returns derivatives of f: at -> (y, mean, var), times cotangents, in nestings to order 3."""
 
     def loss(*at):
         return sum((c * v).sum() for c, v in zip(cotangents, f(*at), strict=True))
@@ -187,7 +189,7 @@ def test_every_order_is_that_of_the_textbook_formula(case, x64):
     directions = [tuple(rng.normal(size=v.shape) for v in at) for _ in range(3)]
     w = jnp.asarray(oracle.position_weights(data.x, data.mask, data.weights))
     cotangents = data.dy, data.dmean, data.dvar
-    # Of a constant channel a third derivative is of the size of epsilon^(-5/2).
+    # The third derivative of a constant channel is of the size of epsilon^(-5/2).
     epsilon = 1e-5 if case.values == "normal" else 1e-2
 
     def ours(*at):
@@ -197,15 +199,15 @@ def test_every_order_is_that_of_the_textbook_formula(case, x64):
     run = jax.jit(derivatives, static_argnums=0)
     actual = run(ours, at, directions, cotangents)
     expected = run(lambda *at: textbook(*at, w, epsilon), at, directions, cotangents)
-    # 1e-10: each order multiplies by 1/std, which is at most 1/sqrt(epsilon) = 300 in the channel
-    # without data, and eps(float64) 300^3 is 6e-9 of terms that are there exactly 0 otherwise.
+    # 1e-10: each order multiplies rounding by 1/std. That is at most 1/sqrt(epsilon) = 300, in the
+    # channel without data, where eps(float64) 300^3 = 6e-9 multiplies terms that are exactly 0.
     chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("activation", [None, jax.nn.relu, jax.nn.silu])
 @pytest.mark.parametrize("case", cases.VALUES[1:5:3], ids=str)
 def test_every_order_where_values_equal_the_mean(case, activation, x64):
-    """In float32, which the kernel takes, against the formula in float64."""
+    """Compares float32, which the kernel takes, with the formula in float64."""
     data = cases.make(case)
     rng = np.random.default_rng(0)
     at = data.x, data.scale, data.bias
@@ -312,9 +314,9 @@ def test_without_scale_or_bias(absent):
     tolerance.assert_close(dx, expected, "float32", 32)
 
 
-def test_dropping_the_dependence_of_the_statistics_is_noticed():
-    # The backward pass removes the mean and the xhat component of dy, and dy = 1 + xhat is made of
-    # nothing else: what is left is the share of epsilon in the variance.
+def test_the_gradient_removes_the_mean_and_the_xhat_component_of_dy():
+    # dy = 1 + xhat has no part but its mean and its xhat component. The backward pass removes both,
+    # and leaves the share of epsilon in the variance.
     case = cases.Case((64, 3))
     data = cases.make(case)
     xhat, m = oracle.normalize(data.x)

@@ -1,4 +1,4 @@
-"""Functions that mix the elements of an array, told from those that do not."""
+"""`mixes` tells functions that mix the elements of an array from those that do not."""
 
 import functools
 
@@ -14,7 +14,7 @@ TABLE = jnp.arange(10.0) ** 2
 
 
 def cut(f, y):
-    """f of y, of which the axis of features is cut into two."""
+    """Applies f to y while the axis of features is split into two."""
     return f(y.reshape(4, 2, 3)).reshape(y.shape)
 
 

@@ -1,4 +1,4 @@
-"""activation= and residual=: the values of the composition, and what a backward pass keeps."""
+"""activation= and residual= give the values of the composition and save less for backward."""
 
 import chex
 import jax
@@ -41,7 +41,7 @@ def fused(form, x, scale, bias, r, **options):
 
 
 def composed(form, x, scale, bias, r, **options):
-    """The same behind the layer, in the accumulator's dtype, rounded once."""
+    """Applies activation and residual after the layer, in the accumulator's dtype; rounds once."""
     activation, adds = FORMS[form]
     dtype = jbn._core.shift.accumulator(x.dtype)
     y, m = jbn.normalize(x, scale, bias, dtype=dtype, **options)
@@ -112,18 +112,19 @@ def test_an_activation_with_a_learned_slope_goes_behind_the_layer():
             transformed(0.1)
 
 
-# --- What is kept --------------------------------------------------------------------------------
+# --- Saved for backward --------------------------------------------------------------------------
 
 
 @each_form
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_backward_pass_keeps_x_and_what_follows_keeps_anyway(form, dtype, one_device):
+def test_a_backward_pass_keeps_x_and_at_most_y_or_the_residual(form, dtype, one_device):
     case = cases.Case(SHAPE, dtype=dtype)
     data, r = cases.make(case), residual_of(case)
     at = data.x, data.scale, data.bias, r
     leaves = kept(lambda *at: fused(form, *at)[0], *at)
     large = [a for a in leaves if a.size > CHANNELS]
-    # Of add and relu y, the input of what comes next; with another activation the residual.
+    # With add and relu it keeps y, which the next layer stores anyway as its input; with add and
+    # another activation it keeps the residual.
     y = jax.jit(lambda *at: fused(form, *at)[0])(*at)
     expected = [data.x, *{"add relu": [y], "add silu": [r]}.get(form, [])]
     assert len(large) == len(expected), [f"{a.dtype}{list(a.shape)}" for a in leaves]
@@ -131,8 +132,9 @@ def test_a_backward_pass_keeps_x_and_what_follows_keeps_anyway(form, dtype, one_
         assert any(a.dtype == values.dtype and np.array_equal(a, values) for a in large)
 
 
-def test_behind_the_layer_more_is_kept(one_device):
-    # What the test above counts: the composition keeps the activation's input, or its mask, too.
+def test_an_activation_after_the_layer_keeps_more(one_device):
+    # This shows that the test above can fail: the composition also keeps the activation's input or
+    # its mask.
     data = cases.make(cases.Case(SHAPE))
     leaves = kept(lambda x: jax.nn.relu(jbn.normalize(x)[0]), data.x)
     assert sum(a.size > CHANNELS for a in leaves) > 1
@@ -160,7 +162,7 @@ def is_jaxpr(value):
     return hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
-def test_the_policy_computes_again_neither_convolutions_nor_moments(one_device):
+def test_the_policy_rematerialises_neither_convolutions_nor_moments(one_device):
     x = jax.random.normal(jax.random.key(0), (2, 3, 8, 8))
     kernels = jax.random.normal(jax.random.key(1), (3, 3, 3, 3, 3))
 
@@ -177,7 +179,8 @@ def test_the_policy_computes_again_neither_convolutions_nor_moments(one_device):
     assert ours[:2] == plain[:2]
     assert everything[0] > plain[0]
     assert everything[1] > plain[1]
-    # A layer's convolution is kept, and the input of the block, which jax.checkpoint always keeps.
+    # Each block keeps the result of its convolution, and its input, which jax.checkpoint always
+    # keeps.
     assert ours[2] <= plain[2]
 
 
@@ -191,7 +194,7 @@ def test_gradients_under_a_checkpoint_are_the_same(policy):
     chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-# --- Everywhere ----------------------------------------------------------------------------------
+# --- The core, Flax layers and several devices ---------------------------------------------------
 
 
 def test_core_training_and_inference():
@@ -234,7 +237,7 @@ def test_nnx(inference):
     chex.assert_trees_all_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_single_example_in_a_skin():
+def test_a_linen_layer_takes_a_single_example():
     layer = jbn.linen.BatchNorm(use_running_average=False, activation=jax.nn.relu)
     x, r = jnp.array([1.0, -2.0]), jnp.array([3.0, -4.0])
     variables = layer.init(jax.random.key(0), x)
@@ -281,7 +284,7 @@ def test_shard_map():
     chex.assert_trees_all_close(actual, jax.device_get(expected), rtol=1e-5, atol=1e-5)
 
 
-# --- What a careless user types ------------------------------------------------------------------
+# --- Wrong arguments -----------------------------------------------------------------------------
 
 
 class Unhashable(list):
@@ -311,7 +314,7 @@ def test_errors(inference, given, error, message):
 
 @pytest.mark.parametrize("form", ["silu", "add relu", "add silu"])
 @pytest.mark.parametrize("junk", [np.nan, -np.inf, 1e30])
-def test_what_is_not_finite_under_a_mask_reaches_no_gradient(form, junk):
+def test_a_masked_value_that_is_not_finite_reaches_no_gradient(form, junk):
     case = cases.Case(SHAPE, mask="positions")
     data, r = cases.make(case, masked=junk), residual_of(case)
     r = np.where(data.valid, r, np.float32(junk))

@@ -1,4 +1,4 @@
-"""What a user can get wrong: each error says what came, what was expected and what to write."""
+"""Errors say what was given, what was expected and what to write instead."""
 
 import math
 
@@ -19,7 +19,7 @@ MESH = executions.mesh((2, 2), ("data", "model"))
 
 
 def fails(error, call, *words):
-    """`call` raises `error`, and the message has all of `words`."""
+    """Checks that `call` raises `error` and that the message has all of `words`."""
     with pytest.raises(error) as caught:
         call()
     message = str(caught.value)
@@ -63,15 +63,15 @@ def test_the_wrong_number_of_features(mode):
 
 
 def test_features_on_another_axis():
-    # The features of channels-first images: the message shows x, so that the axis is seen.
+    # For channels-first images the message shows x's shape, so that the wrong axis is visible.
     images = np.zeros((2, 5, 4, 4), np.float32)
     fails(ValueError, train(images), "(2, 5, 4, 4)", "(5,)", "(4,)", "axis=")
     two = np.zeros((2, 3, 4, 5), np.float32)
     fails(ValueError, train(two, axis=(1, 3)), "(5,)", "(3, 5)")
 
 
-def test_a_single_value_where_a_vector_is_due():
-    # No broadcasting of parameters: a scalar would hide a wrong axis.
+def test_parameters_do_not_broadcast():
+    # A scalar that broadcasts would hide a wrong axis.
     fails(ValueError, lambda: jbn.normalize(X, jnp.float32(2.0)), "scale", "()", "(5,)")
     fails(ValueError, lambda: jbn.normalize(X, None, jnp.zeros((1, 5))), "bias", "(1, 5)", "(5,)")
 
@@ -82,7 +82,7 @@ def test_one_value_per_channel_cannot_be_trained_on(shape):
     ways_out = "larger batch", "axis_name", "batch_norm_inference"
     fails(ValueError, train(x), "one value per", shape, *ways_out)
     fails(ValueError, jax.jit(train(x)), "one value per")
-    # All but training takes it, and so does training that shares its statistics.
+    # Everything but training takes such x, and so does training that shares its statistics.
     shared = lambda x: jbn.batch_norm(x, PARAMS, STATS, axis_name="i")  # noqa: E731
     jax.eval_shape(jbn.normalize, x)
     jax.eval_shape(jbn.moments, x)
@@ -141,7 +141,7 @@ def test_a_decay_of_one_has_no_debiased_form():
     jbn.ema(1.0)  # frozen statistics
 
 
-def test_a_rule_instead_of_its_name():
+def test_a_name_or_a_number_instead_of_a_rule_is_refused():
     for update in ("ema", 0.99, None, np.ones(4), jnp.ones(5)):
         fails(TypeError, train(update=update), "update", repr(update), "jbn.ema")
 
@@ -156,7 +156,7 @@ def test_a_rule_that_returns_no_running_statistics():
     ids=["pair", "dict", "none", "params"],
 )
 @pytest.mark.parametrize("mode", [train, infer])
-def test_what_are_no_running_statistics(mode, stats):
+def test_only_running_stats_are_taken_as_statistics(mode, stats):
     words = "stats", "RunningStats", type(stats).__name__, "jbn.init_stats"
     fails(TypeError, mode(stats=stats), *words)
 
@@ -182,7 +182,7 @@ def test_parameters_and_statistics_are_made_of_floating_point(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float31", 3, X])
-def test_what_is_no_dtype(dtype):
+def test_an_invalid_dtype_is_refused(dtype):
     for call in (
         lambda: jbn.init_stats(5, dtype),
         lambda: jbn.init_params(5, dtype),
@@ -202,7 +202,7 @@ def test_the_number_of_features(features):
     "params", [STATS, None, jnp.ones(5), 1.0], ids=["stats", "none", "array", "float"]
 )
 @pytest.mark.parametrize("mode", [train, infer])
-def test_what_are_no_parameters(mode, params):
+def test_only_params_are_taken_as_parameters(mode, params):
     fails(TypeError, mode(params=params), "params", "Params", "jbn.init_params")
 
 
@@ -268,10 +268,10 @@ def test_complex_statistics_for_real_x_and_real_ones_for_complex_x():
     for mode in (train, infer):
         fails(TypeError, mode(stats=COMPLEX_STATS), *words, "x.astype(complex64)")
     fails(TypeError, train(COMPLEX), *words, "jbn.init_stats(C, dtype=complex64)")
-    jax.eval_shape(infer(COMPLEX))  # nothing is lost
+    jax.eval_shape(infer(COMPLEX))  # no imaginary part is lost
 
 
-def test_a_format_without_a_sign():
+def test_a_dtype_without_a_sign_is_refused():
     x = X.astype(jnp.float8_e8m0fnu)
     for call in (train(x), infer(x), lambda: jbn.moments(x), lambda: jbn.normalize(x)):
         fails(TypeError, call, "x is float8_e8m0fnu", "sign", "x.astype(jnp.float32)")
@@ -280,7 +280,7 @@ def test_a_format_without_a_sign():
 
 @pytest.mark.parametrize("name", ["x", "mask", "weights", "residual", "scale"])
 @pytest.mark.parametrize("what", ["abc", {"a": X}, object()], ids=lambda v: type(v).__name__)
-def test_what_is_no_array(name, what):
+def test_arguments_that_are_no_arrays_are_refused(name, what):
     def call():
         given = {} if name in ("x", "scale") else {name: what}
         return jbn.normalize(what if name == "x" else X, what if name == "scale" else None, **given)
@@ -291,7 +291,7 @@ def test_what_is_no_array(name, what):
 # --- what must be static -----------------------------------------------------------------------
 
 
-def test_a_traced_axis():
+def test_a_traced_axis_is_refused():
     for f in (jbn.moments, jbn.normalize):
         fails(TypeError, lambda f=f: jax.jit(f)(X, axis=1), "axis", "traced", "static_argnames")
     call = lambda: jax.jit(jbn.batch_norm)(X, PARAMS, STATS, axis=1)  # noqa: E731
@@ -300,7 +300,7 @@ def test_a_traced_axis():
     fails(TypeError, call, "axis", "traced", "static_argnames", "close over it")
 
 
-def test_traced_groups():
+def test_a_traced_number_of_groups_is_refused():
     for f in (jbn.moments, jbn.normalize):
         fails(TypeError, lambda f=f: jax.jit(f)(X, groups=2), "groups", "traced", "close over it")
     call = lambda: jax.jit(jbn.batch_norm)(X, PARAMS, STATS, groups=2)  # noqa: E731
@@ -308,18 +308,18 @@ def test_traced_groups():
 
 
 @pytest.mark.parametrize("integer", [np.int8, np.array, jnp.array])
-def test_integers_of_numpy_and_jax(integer):
+def test_axis_and_groups_may_be_integers_of_numpy_and_jax(integer):
     expected = jbn.normalize(X.T, axis=0, groups=4)
     chex.assert_trees_all_equal(jbn.normalize(X.T, axis=integer(0), groups=integer(4)), expected)
 
 
 @pytest.mark.parametrize("name", [3, True, 1.5, np.array(1), {}, {"i"}, (3,), ("i", 0)], ids=repr)
-def test_what_is_no_name_of_an_axis(name):
+def test_an_invalid_axis_name_is_refused(name):
     mapped = jax.vmap(lambda x: train(x, axis_name=name)(), axis_name="i")
     fails(TypeError, lambda: mapped(X[None]), "axis_name", repr(name), "'batch'", "axis=")
 
 
-def test_no_names_share_with_nobody():
+def test_an_empty_tuple_of_axis_names_is_no_axis_name():
     fails(ValueError, train(X[:1], axis_name=()), "one value per channel", "axis_name")
     fails(ValueError, train(axis_name=(), axis_index_groups=[[0]]), "pass axis_name= too")
     chex.assert_trees_all_equal(train(axis_name=())(), train()())
@@ -371,10 +371,10 @@ def test_activations_that_return_another_kind_of_number(activation, dtype):
         fails(TypeError, mode(activation=activation), "activation", "floating point", dtype)
 
 
-# --- moments of a user's -----------------------------------------------------------------------
+# --- moments that a user passes ----------------------------------------------------------------
 
 
-def test_what_are_no_moments():
+def test_only_moments_are_pooled_and_merged():
     m = jbn.moments(X)
     fails(TypeError, lambda: jbn.pool([m, m]), "jbn.Moments", "list", "jnp.stack(v), *ms")
     for wrong in (None, tuple(m), STATS, X):
@@ -383,7 +383,7 @@ def test_what_are_no_moments():
         fails(TypeError, lambda w=wrong: jbn.merge(w, m), "a must be jbn.Moments", name)
 
 
-def test_moments_that_do_not_fit():
+def test_moments_of_different_shapes_are_refused():
     m = jbn.moments(X)
     fails(ValueError, lambda: jbn.merge(m, jbn.moments(X[:, :1])), "(5,)", "(1,)", "same features")
     fails(ValueError, lambda: jbn.pool(jbn.Moments(1, 1.0, 1.0)), "leading axis", "()", "jnp.stack")
@@ -412,7 +412,7 @@ def test_the_shape_of_mask_and_weights(name, shape):
 
 @pytest.mark.parametrize("name", ["mask", "weights"])
 def test_a_bare_vector_says_that_it_would_choose_features(name):
-    # As many examples as features: NumPy's broadcasting would silently mask channels.
+    # With as many examples as features, NumPy's broadcasting would silently mask channels.
     square = np.zeros((5, 5), np.float32)
     values = np.ones(5, bool if name == "mask" else np.float32)
     fails(
@@ -437,15 +437,15 @@ def test_weights_that_are_not_real(dtype):
     fails(TypeError, train(weights=weights), "weights", np.dtype(dtype).name, "mask")
 
 
-def test_errors_come_while_tracing():
-    # At the public edge, before anything is compiled or run.
+def test_errors_are_raised_while_tracing():
+    # The public function raises, before anything is compiled or run.
     x = jax.ShapeDtypeStruct((8, 3), jnp.float32)
     with pytest.raises(ValueError, match=r"\(5,\).* \(8, 3\)"):
         jax.eval_shape(lambda x: jbn.batch_norm(x, PARAMS, STATS), x)
 
 
 @pytest.mark.parametrize("maker", [jbn.ema, jbn.cumulative])
-def test_the_maker_of_a_rule_instead_of_a_rule(maker):
+def test_a_rule_without_its_parentheses_is_refused(maker):
     fails(TypeError, train(update=maker), "update", f"jbn.{maker.__name__}()")
 
 
@@ -465,7 +465,7 @@ def test_a_traced_epsilon():
     fails(TypeError, call, "epsilon", "traced")
 
 
-# --- which values share statistics -------------------------------------------------------------
+# --- groups and named axes ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("groups", [3, 16])
@@ -487,7 +487,7 @@ def test_groups_of_one_value():
     fails(ValueError, train(groups=8), "one value per channel", "in each of 8 groups", (8, 5))
 
 
-def test_groups_of_nothing():
+def test_groups_without_a_batch_axis_are_refused():
     call = lambda: jax.vmap(  # noqa: E731
         lambda x: jbn.normalize(x, axis_name="i", groups=2), axis_name="i"
     )(X)
@@ -523,10 +523,10 @@ def shard_mapped(f, check_vma=True):
     return lambda: jax.shard_map(f, mesh=MESH, check_vma=check_vma, **specs)(X, STATS)
 
 
-def test_local_statistics_about_to_leave_shard_map_as_replicated():
+def test_local_statistics_may_not_leave_shard_map_as_replicated():
     words = "axes 'data'", "bound axes: 'data', 'model'", "axis_name='data'", "pcast", "P('data')"
     fails(ValueError, shard_mapped(lambda x, stats: train(x, stats=stats)()), *words)
-    # What the message says to write is right.
+    # The code that the message suggests works.
     shard_mapped(lambda x, stats: train(x, stats=stats, axis_name="data")())()
 
     def own(x, stats):
@@ -536,7 +536,7 @@ def test_local_statistics_about_to_leave_shard_map_as_replicated():
     shard_mapped(own)()
 
 
-def test_an_axis_of_vmap_inside_a_checking_shard_map():
+def test_an_axis_of_vmap_inside_a_checking_shard_map_is_refused():
     def device(x, stats):
         run = lambda x: jbn.normalize(x, axis_name=("data", "i"))[0]  # noqa: E731
         return jax.vmap(run, axis_name="i")(x[None])[0], stats

@@ -1,4 +1,4 @@
-"""groups=g: each part of the batch has its own statistics, the running ones are of all together."""
+"""groups=g gives each part of the batch its own statistics; running statistics pool the parts."""
 
 import chex
 import jax
@@ -29,7 +29,7 @@ CASES = (
 
 
 def parts(case, groups):
-    """For each group, the index of its part of x; and the batch axis."""
+    """Returns the index of each group's part of x."""
     batch = oracle.axes(len(case.shape), case.axis)[1][0]
     size = case.shape[batch] // groups
     at = [slice(g * size, (g + 1) * size) for g in range(groups)]
@@ -37,7 +37,7 @@ def parts(case, groups):
 
 
 def share(values, part):
-    """The part of a mask or of weights, which may have size 1 where x does not."""
+    """Returns the part of a mask or of weights, which may have size 1 where x does not."""
     if values is None:
         return None
     return values[
@@ -51,7 +51,7 @@ def test_each_group_is_a_batch_of_its_own(case, groups):
     data = cases.make(case)
     given = {**case.kwargs, **data.support, "groups": groups}
     y, m, (dx, dscale, dbias) = compiled.vjp(data.x, data.scale, data.bias, data.dy, **given)
-    # Another program, which may round a product and a sum as one.
+    # `moments` alone is another program, which may round a product and a sum together.
     alone, close = compiled.moments(data.x, **given), 4 * tolerance.eps("float32")
     chex.assert_trees_all_close(m, alone, rtol=close, atol=close)
     n = data.x.size // data.scale.size
@@ -118,7 +118,7 @@ def test_pool_is_merge_of_all_and_the_moments_of_the_whole(count):
         rows = slice(3 * g, 3 * g + 3)
         part = jbn.moments(data.x[rows], mask=None if mask is None else mask[rows])
         merged = part if merged is None else jbn.merge(merged, part)
-    # The means of the parts are rounded at 1e3, by half of 6e-5; twice that in a sum of squares.
+    # The means of the parts, about 1e3, are rounded by half of 6e-5; squares double this error.
     for got in (pooled, merged):
         np.testing.assert_array_equal(got.count, whole.count)
         np.testing.assert_allclose(got.mean, whole.mean, rtol=2 * tolerance.eps("float32"))
@@ -132,8 +132,8 @@ def test_order_of_groups_is_that_of_the_batch():
 
 @pytest.mark.parametrize("groups", [2, 4, 8])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-def test_sharded_batch_whatever_the_number_of_devices(axis_type, groups):
-    # Four devices: two of them to a group, or one, or two groups on each.
+def test_groups_of_a_sharded_batch_may_span_or_share_devices(axis_type, groups):
+    # On four devices a group lies on two of them or on one, or each device has two groups.
     case = cases.Case((8, 3, 5))
     data = cases.make(case)
     params, stats = jbn.Params(data.scale, data.bias), jbn.init_stats(5)

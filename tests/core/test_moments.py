@@ -1,4 +1,4 @@
-"""`moments` gives the weighted count, mean and biased variance; `merge` puts two parts together."""
+"""`moments` gives the weighted count, mean and biased variance; `merge` combines two parts."""
 
 import chex
 import jax
@@ -13,12 +13,12 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def fields(m, shape):
-    """The three arrays in float64, the count with one value per channel."""
+    """Returns the three arrays in float64, the count with one value per channel."""
     return [np.broadcast_to(np.asarray(v, np.float64), shape) for v in m]
 
 
 def assert_moments(actual, desired, dtype, n, std=1.0, ratio=0.0):
-    """The mean in units of std; the variance relative to itself: it never sees the offset."""
+    """Compares the mean in units of std, and the variance relative to itself, free of offsets."""
     count, mean, var = fields(actual, np.shape(desired.mean))
     wide = tolerance.accumulator(dtype)
     tolerance.assert_close(count, desired.count, wide, n)
@@ -50,7 +50,7 @@ def test_the_variance_is_biased():
     chex.assert_trees_all_equal(m, jbn.Moments(jnp.float32(2), jnp.float32([2]), jnp.float32([1])))
 
 
-def test_the_count_is_a_sum_of_weights_and_bool():
+def test_the_count_is_the_sum_of_the_weights_that_are_not_masked():
     x = jnp.zeros((4, 3))
     mask, weights = np.array([[True], [True], [False], [True]]), np.float32([[0.5], [2], [9], [0]])
     assert np.all(compiled.moments(x).count == 4)
@@ -79,7 +79,8 @@ def test_merge_of_the_parts_is_the_whole(offset):
     merge, moments = compiled.merge, compiled.moments
     merged = merge(merge(moments(a), moments(b)), moments(c))
     whole = oracle.moments(np.concatenate([a, b, c]))
-    # The parts' means are rounded at the offset: their differences carry it into the variance.
+    # The parts' means are rounded at the offset; their differences carry this error into the
+    # variance.
     assert_moments(merged._replace(var=whole.var), whole, "float32", 11, ratio=offset)
     tolerance.assert_close(merged.var, whole.var, "float32", 11, ratio=2 * offset)
 
@@ -103,7 +104,7 @@ def test_merge_commutes_and_associates():
 
 
 @pytest.mark.parametrize("per_feature", [False, True])
-def test_empty_is_neutral(per_feature):
+def test_merging_an_empty_part_changes_nothing(per_feature):
     x = parts(1e3)[0]
     m = compiled.moments(x, mask=np.ones(x.shape, bool) if per_feature else None)
     empty = jbn.Moments(jnp.zeros_like(m.count), jnp.zeros(4), jnp.zeros(4))
@@ -113,21 +114,21 @@ def test_empty_is_neutral(per_feature):
 
 
 @pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf, 3.4e38])
-def test_what_an_empty_part_holds_changes_nothing(junk):
+def test_the_values_in_an_empty_part_change_nothing(junk):
     m = compiled.moments(np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32))
     empty = jbn.Moments(jnp.float32(0), jnp.full(3, junk), jnp.full(3, abs(junk)))
     chex.assert_trees_all_equal(compiled.merge(m, empty), m)
     chex.assert_trees_all_equal(compiled.merge(empty, m), m)
     nothing = jbn.Moments(jnp.float32(0), jnp.zeros(3), jnp.zeros(3))
     chex.assert_trees_all_equal(compiled.merge(empty, empty), nothing)
-    # Feature by feature, and of three parts.
+    # The same holds for single features, and for three parts.
     count = jnp.float32([[0, 4, 4], [4, 0, 0], [4, 4, 0]])
     held = jnp.where(count > 0, m.mean[None], junk), jnp.where(count > 0, m.var[None], abs(junk))
     clean = jnp.where(count > 0, m.mean[None], 0), jnp.where(count > 0, m.var[None], 0)
     pooled, expected = (jax.jit(jbn.pool)(jbn.Moments(count, *v)) for v in (held, clean))
     chex.assert_trees_all_equal(pooled, expected)
     tolerance.assert_close(pooled.var, m.var, "float32", 8)
-    # Nor does it make the derivative of the others NaN.
+    # The derivative of the other part is not NaN either.
     gradient = jax.grad(lambda mean: jbn.merge(m._replace(mean=mean), empty).mean.sum())(m.mean)
     np.testing.assert_array_equal(gradient, 1)
 
@@ -146,7 +147,7 @@ def test_a_count_may_be_a_python_number(count):
 
 
 @pytest.mark.parametrize("count", [(), (0,), (0, 3)], ids=str)
-def test_no_parts_are_no_data(count):
+def test_pooling_no_parts_gives_empty_moments(count):
     none = jbn.Moments(jnp.zeros(count), jnp.zeros((0, 3)), jnp.zeros((0, 3)))
     pooled = jax.jit(jbn.pool)(none)
     chex.assert_shape(pooled.mean, (3,))
@@ -179,8 +180,8 @@ def test_merge_is_differentiable_even_into_an_empty_part(x64):
 
 
 @pytest.mark.parametrize("light", [1e-12, 1e-20])
-def test_a_far_value_of_little_weight_is_no_reference(light):
-    """The shift K must not be a value whose distance the weighted variance does not show."""
+def test_a_far_value_of_little_weight_is_not_the_shift(light):
+    """Gives most values a weight so small that their distance does not show in the variance."""
     rng = np.random.default_rng(0)
     x, w = np.full((1000, 1), 1e4, np.float32), np.full((1000, 1), light, np.float32)
     x[3::10], w[3::10] = rng.normal(size=(100, 1)), 1

@@ -1,4 +1,4 @@
-"""The forward laws: y = scale (x - mean) / sqrt(var + epsilon) + bias, and what a mask means."""
+"""The forward pass is y = scale (x - mean) / sqrt(var + epsilon) + bias, also under masks."""
 
 import functools
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def forward(case, data, **kwargs):
-    """(y, moments)."""
+    """Returns (y, moments)."""
     given = case.kwargs | data.support | kwargs
     return compiled.normalize(data.x, data.scale, data.bias, **given)
 
@@ -36,7 +36,7 @@ def test_the_moments_are_those_of_moments(case):
     _, m = forward(case, data)
     same = compiled.moments(data.x, **case.kwargs, **data.support)
     chex.assert_trees_all_equal_shapes_and_dtypes(m, same)
-    eps = tolerance.eps("float32")  # of the mean beside the standard deviation, which is about 1
+    eps = tolerance.eps("float32")  # the mean's error, in units of std
     chex.assert_trees_all_close(m, same, rtol=2 * eps, atol=eps)
 
 
@@ -52,7 +52,7 @@ def test_float64(x64):
 @pytest.mark.parametrize("shape", [(64, 5), (4096, 3), (16, 16, 16, 8)], ids=str)
 @pytest.mark.parametrize(("ratio", "bound"), [(1e3, 1e-4), (1e4, 1e-3)])
 def test_the_promised_accuracy_on_the_first_call(shape, ratio, bound):
-    # The bounds are what the library promises for float32, whatever `tol` says.
+    # The library promises these bounds for float32; they do not depend on `tol`.
     case = cases.Case(shape, offset=ratio)
     data = cases.make(case)
     unit = {"scale": np.ones_like(data.scale), "bias": np.zeros_like(data.bias)}
@@ -65,8 +65,8 @@ def test_the_promised_accuracy_on_the_first_call(shape, ratio, bound):
 @pytest.mark.parametrize("kind", ["none", "mask", "weights"])
 @pytest.mark.parametrize("row", [0, 1, 2048, 4095])
 def test_one_far_row_does_not_spoil_the_sums(row, kind):
-    # A black corner pixel: the shift of a one-pass sum may be taken from this very row, or, with
-    # row 0 masked, from row 1.
+    # The far row is like a black corner pixel. A simple shift might be taken from this very row,
+    # which is the first one that counts: row 0, or row 1 where row 0 is masked.
     data = cases.make(cases.Case((4096, 3), offset=1e4))
     data.x[row] = 0.0
     counts = np.arange(4096)[:, None] > 0
@@ -118,7 +118,7 @@ def test_epsilon_is_added_to_the_variance(epsilon):
 @pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf, 3e38])
 @pytest.mark.parametrize("kind", ["examples", "positions", "features", "channel"])
 @pytest.mark.parametrize("by", ["mask", "weights"])
-def test_what_lies_under_a_mask_changes_nothing_elsewhere(kind, junk, by):
+def test_masked_values_change_nothing_elsewhere(kind, junk, by):
     case = cases.Case((6, 4, 5), mask=kind)
     clean, dirty = cases.make(case), cases.make(case, masked=junk)
     support = {by: clean.mask if by == "mask" else clean.mask.astype(np.float32)}
@@ -137,7 +137,7 @@ def test_a_masked_position_is_normalised_with_the_statistics_of_the_others():
 
 
 @pytest.mark.parametrize("junk", [np.nan, np.inf])
-def test_a_masked_value_that_is_not_finite_shows_the_bias_to_its_last_digits(junk):
+def test_a_masked_value_that_is_not_finite_gives_the_bias_to_full_precision(junk):
     # The mean, rounded to a number as large as x, is off by up to 4e-3 standard deviations here.
     case = cases.Case((8, 64), offset=1e5, mask="examples")
     data = cases.make(case, masked=junk)
@@ -146,7 +146,7 @@ def test_a_masked_value_that_is_not_finite_shows_the_bias_to_its_last_digits(jun
     np.testing.assert_allclose(shown, np.broadcast_to(data.bias, shown.shape), rtol=1e-6)
 
 
-def test_masked_is_left_out():
+def test_masking_examples_equals_leaving_them_out():
     case = cases.Case((32, 5), mask="examples")
     data = cases.make(case)
     rows = data.mask[:, 0]
@@ -177,7 +177,7 @@ def test_a_mask_of_ones_is_no_mask():
         assert np.all(masked[1].count == 32)
 
 
-def test_a_whole_weight_is_a_repeated_row():
+def test_an_integer_weight_is_a_repeated_row():
     case = cases.Case((8, 5))
     data = cases.make(case)
     times = np.array([1, 2, 0, 3, 1, 1, 4, 0])
@@ -219,7 +219,7 @@ def test_a_negative_or_nan_weight_counts_as_none():
     chex.assert_trees_all_equal(got, expected)
 
 
-# --- beyond the real numbers in x's dtype ------------------------------------------------------
+# --- other dtypes and complex numbers ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -256,7 +256,7 @@ def test_complex_numbers_are_scaled_by_their_modulus():
     tolerance.assert_close(m.var, var, "float32", 64)
 
 
-def test_y_does_not_meet_the_rounding_of_the_mean(one_device):
+def test_the_rounding_of_the_mean_does_not_reach_y(one_device):
     # Half an ulp of a mean of 1e4 is 5e-4 standard deviations here.
     x = (1e4 + np.random.default_rng(0).normal(size=(4096, 3))).astype(np.float32)
     y, _ = compiled.normalize(x, epsilon=0.0)

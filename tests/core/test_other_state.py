@@ -1,4 +1,4 @@
-"""What else a model's statistics may be: rules of traced values, other layers' state, no counts."""
+"""Steps take update rules with traced values, the state of other layers and missing counts."""
 
 import functools
 from typing import Any
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("cheap_programs")
 
 FIXED = optax.sgd(0.0)  # so that only the statistics change
 X = np.random.default_rng(0).standard_normal((16, 3)).astype(np.float32) * 2 + 1
-# Sums of 16 values of order 1 in two orders, in float32.
+# 16 values of order 1 are summed in two orders, in float32.
 CLOSE = {"rtol": 50 * eps("float32"), "atol": 50 * eps("float32")}
 ONE = jbn.init_params(3), jbn.init_stats(3)
 
@@ -39,7 +39,7 @@ def one_step(loss_fn, params, stats, batch: Any = X, **options):
 def on_devices(
     mode, loss_fn, params, stats, batch: Any = X, axis_name: str | None = AXIS, **options
 ):
-    """The statistics after one step on four devices."""
+    """Returns the statistics after one step on four devices."""
     step = training.make_train_step(loss_fn, FIXED, axis_name=axis_name, **options)
     state = training.init(params, stats, FIXED)
     if mode == "jit":
@@ -57,7 +57,7 @@ def on_devices(
     return jax.jit(run)(state, batch)[0].stats
 
 
-# Rules of traced values.
+# Update rules with traced values.
 
 
 def decaying(decay: Any, **options):
@@ -112,7 +112,7 @@ def test_two_calls_apply_their_traced_rules_one_after_the_other():
 @pytest.mark.parametrize("mode", ["pmap", "shard_map", "shard_map_unchecked"])
 @pytest.mark.parametrize("rule", ["of_the_batch", "vector"])
 def test_devices_give_the_numbers_of_one_pass_with_traced_rules(mode, rule):
-    """Although the decay of each device's part is another."""
+    """Gives the part of each device another decay."""
     expected = one_step(layer_with(RULES[rule]), *ONE)
     new = on_devices(mode, layer_with(RULES[rule]), *ONE, microbatches=2)
     chex.assert_trees_all_close(new, expected, **CLOSE)
@@ -120,7 +120,7 @@ def test_devices_give_the_numbers_of_one_pass_with_traced_rules(mode, rule):
 
 @pytest.mark.parametrize("closes", [False, True])
 def test_scanned_layers_take_traced_rules(closes):
-    """Each layer has a decay of its own."""
+    """Gives each layer a decay of its own."""
     params = jbn.init_params((2, 3))
     stats = jbn.init_stats((2, 3))
     decays = jnp.float32([0.25, 0.75])
@@ -139,7 +139,7 @@ def test_scanned_layers_take_traced_rules(closes):
     new = one_step(loss_fn, params, stats, microbatches=2)
     chex.assert_trees_all_close(new.mean[0], expected.mean[0], **CLOSE)
     np.testing.assert_allclose(new.mean[0], 0.75 * X.mean(0), rtol=1e-5)
-    # The second layer sees what normalisation by microbatch makes of the first.
+    # The second layer's input was normalised by the microbatch in the first layer.
     np.testing.assert_allclose(new.var[1], 0.75 + 0.25 * np.ones(3), rtol=1e-4)
 
 
@@ -201,7 +201,7 @@ def test_branches_and_loops_that_mix_deferred_statistics_say_what_to_write(loss_
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_what_the_error_about_branches_advises(train):
+def test_the_code_that_the_error_about_branches_suggests_works(train):
     def loss_fn(params, old, batch):
         train = batch["train"][0]
         decay: Any = jnp.where(train, 0.99, 1.0)
@@ -220,7 +220,7 @@ def test_what_the_error_about_branches_advises(train):
 
 
 class Discriminator(nn.Module):
-    """SpectralNorm, a counter and, behind, Batch Normalization."""
+    """A net of SpectralNorm, a counter and Batch Normalization, in this order."""
 
     axis_name: str | None = None
     update: jbn.UpdateRule | None = None
@@ -275,7 +275,7 @@ def test_populations_pass_the_state_of_other_layers_through(layer_by_layer):
 
 
 class WithQueue(nnx.Module):
-    """Its queue takes the first two examples, by an operation of `lax`."""
+    """A model whose queue takes the first two examples of a batch by an operation of `lax`."""
 
     def __init__(self, rngs):
         self.norm = jbn.nnx.BatchNorm(3, rngs=rngs)
@@ -324,7 +324,7 @@ def test_statistics_of_jbn_are_known_by_any_name():
     np.testing.assert_allclose(many["largest"], cut(4, X).max((1, 2)).mean(), rtol=1e-6)
 
 
-def test_normalisations_of_others_are_refused_beside_other_state():
+def test_normalisation_layers_not_of_jbn_are_refused_beside_other_state():
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x, train):
@@ -405,7 +405,7 @@ def test_frozen_dictionaries_are_dictionaries():
     assert type(one_step(frozen, params, stats)) is dict
 
 
-def test_other_structures_are_told_apart():
+def test_the_error_about_another_structure_says_where_it_differs():
     stats = {"a": jbn.init_stats(3), "b": jbn.init_stats(3)}
 
     def raises(match, change, given=stats):
@@ -425,7 +425,7 @@ def test_other_structures_are_told_apart():
     raises(r"\['c'\] was returned and not given", lambda s: s | {"c": s["a"].mean})
 
 
-# Axes of the layers that the step does not know.
+# Layers that share statistics over axes that were not given to the step.
 
 
 @pytest.mark.parametrize("pool_stats", [None, False])
@@ -447,7 +447,7 @@ def test_one_axis_of_two_is_not_enough():
 
 
 def test_other_named_axes_are_free():
-    """An ensemble over an axis outside, and layers that share statistics over one within."""
+    """Maps an ensemble over an outer axis; its layers share statistics over an inner axis."""
 
     def loss_fn(params, stats, x):
         layer = lambda x: jbn.batch_norm(x, params, stats, axis_name="within")  # noqa: E731
@@ -461,7 +461,7 @@ def test_other_named_axes_are_free():
 
 
 def test_a_loss_that_is_the_mean_of_devices_is_one_step():
-    """A checking shard_map adds up the gradient of parameters that are the same everywhere."""
+    """Uses shard_map with check_vma, which adds up the gradients of replicated parameters."""
     inner = layer_with(lambda params, x: jbn.ema(0.9), AXIS)
 
     def loss_fn(params, stats, x):

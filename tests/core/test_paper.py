@@ -1,4 +1,4 @@
-"""What the paper says Batch Normalization does, each as a test (arXiv 1502.03167)."""
+"""Batch Normalization does what the paper says (arXiv 1502.03167), one statement a test."""
 
 import chex
 import jax
@@ -49,7 +49,7 @@ def test_section_3_2_a_feature_map_is_normalised_over_examples_and_locations():
 
 @pytest.fixture
 def layer(x64):
-    """(W, u, loss): a loss of BN(W u) with a random cotangent; epsilon out of the way."""
+    """W, u, the function BN(W u) with epsilon 0, and a loss of it with a random cotangent."""
     weights, inputs, r = normal(4, 3), normal(16, 4, seed=1), normal(16, 3, seed=2)
     scale, bias = normal(3, seed=3), normal(3, seed=4)
 
@@ -67,7 +67,7 @@ def test_section_3_3_the_scale_of_the_weights_does_not_matter(layer, a):
 
 
 @pytest.mark.parametrize("a", [0.01, 3.7, 1000.0])
-def test_section_3_3_nor_does_it_to_the_gradient_of_the_layer_below(layer, a):
+def test_section_3_3_the_gradient_below_does_not_depend_on_the_scale_of_the_weights(layer, a):
     w, u, _, loss = layer
     below = jax.grad(loss, argnums=1)
     tolerance.assert_close(below(a * w, u), below(w, u), "float64", 16)
@@ -81,7 +81,7 @@ def test_section_3_3_larger_weights_lead_to_smaller_gradients(layer, a):
 
 
 def test_section_3_3_the_gradient_is_orthogonal_to_the_weights(layer):
-    # What the two identities say at a = 1: the loss does not change along w itself.
+    # The loss does not change with the scale a, so its derivative along w is 0 at a = 1.
     w, u, _, loss = layer
     along = (jax.grad(loss)(w, u) * w).sum(0)
     tolerance.assert_close(along, np.zeros(3), "float64", 16, magnitude=np.abs(w).sum())
@@ -118,7 +118,7 @@ def test_section_2_the_bias_explodes_only_if_the_statistics_are_ignored(through)
         return jax.lax.scan(step, b, length=100)
 
     b, values = descend(jnp.zeros((1, 2)))
-    assert np.ptp(values) < 1e-5 * values[0]  # the loss remains fixed, b or not
+    assert np.ptp(values) < 1e-5 * values[0]  # the loss remains fixed, whatever b is
     if through:
         tolerance.assert_close(b, np.zeros((1, 2)), "float32", 32 * 100, magnitude=1)
     else:

@@ -1,4 +1,4 @@
-"""What a backward pass keeps: x in its own dtype and vectors with one number per channel."""
+"""A backward pass keeps x in its own dtype and vectors with one number per channel."""
 
 import chex
 import jax
@@ -20,12 +20,12 @@ CASES = [
 
 
 def kept(f, *at):
-    """The arrays that the function returned by jax.vjp holds, under jit."""
+    """Returns the arrays that jax.vjp saves for backward under jit."""
     return jax.tree.leaves(jax.jit(lambda *at: jax.vjp(f, *at)[1])(*at))
 
 
 def assert_only_x_and_vectors(leaves, data):
-    """At most one array larger than the feature vectors that is not the mask, and it is x."""
+    """Checks that only x, beside the mask, is larger than vectors with one value per feature."""
     large = [a for a in leaves if a.size > CHANNELS]
     if data.mask is not None:
         large = [a for a in large if a.dtype != bool or a.size > data.mask.size]
@@ -44,7 +44,7 @@ def test_normalize_keeps_x_and_vectors(case):
 
     leaves = kept(outputs, data.x, data.scale, data.bias)
     assert_only_x_and_vectors(leaves, data)
-    # And few of them: count, mean, rstd, scale, the shift; a second copy of each would show.
+    # The vectors are few: count, mean, rstd, scale and shift. A second copy of each would show.
     assert len(leaves) <= 10
 
 
@@ -62,7 +62,7 @@ def test_batch_norm_keeps_no_more(case):
     assert_only_x_and_vectors([a for a in leaves if a.size], data)
 
 
-def test_only_the_gradient_of_x_needs_nothing_else():
+def test_the_gradient_of_x_alone_needs_no_more():
     data = cases.make(CASES[3])
     leaves = kept(lambda x: jbn.normalize(x)[0], data.x)
     assert_only_x_and_vectors(leaves, data)
@@ -70,7 +70,7 @@ def test_only_the_gradient_of_x_needs_nothing_else():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_inference_keeps_x_and_vectors(dtype):
-    # As for a frozen layer in the middle of a network that trains.
+    # This is the case of a frozen layer in the middle of a network that trains.
     data = cases.make(cases.Case((16, 8, CHANNELS), dtype=dtype))
     stats = jbn.init_stats(CHANNELS)
     run = lambda x, params: jbn.batch_norm_inference(x, params, stats)  # noqa: E731
@@ -87,15 +87,16 @@ def test_two_layers_keep_their_two_inputs():
         return x
 
     leaves = kept(net, data.x, data.scale, data.bias)
-    # The second layer's x is the first one's relu; relu itself keeps its sign, a byte or its input.
+    # The second layer's x is the output of the first relu. For its own derivative relu keeps a mask
+    # of one byte a value, or its input.
     size = sum(a.size * a.dtype.itemsize for a in leaves if a.size > CHANNELS)
     relu = sum(a.size * a.dtype.itemsize for a in kept(jax.nn.relu, data.x) if a.size > CHANNELS)
     assert size <= 2 * (data.x.nbytes + relu)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_measure_sees_what_autodiff_of_the_formula_keeps(dtype):
-    # The same count finds more than one large array for a formula without its own rule.
+def test_the_check_notices_the_arrays_that_autodiff_of_the_formula_keeps(dtype):
+    # Without a derivative rule of its own, the formula keeps more than one large array.
     data = cases.make(cases.Case((16, 8, CHANNELS), dtype=dtype))
 
     def formula(x):

@@ -1,4 +1,4 @@
-"""Running statistics: the built-in rules, rules of a user, and what never enters."""
+"""Running statistics follow built-in and users' rules; batches without information never enter."""
 
 import dataclasses
 import pickle
@@ -43,7 +43,7 @@ def batches(steps=STEPS, rows=ROWS, offset=2.0):
 
 
 def run(rule, xs, supports=None, stats=None):
-    """The statistics after every batch, through batch_norm."""
+    """Returns the statistics after every batch, by batch_norm."""
     stats = jbn.init_stats(CHANNELS) if stats is None else stats
     params, history = jbn.init_params(CHANNELS), []
     for x, support in zip(xs, supports or [{}] * len(xs), strict=True):
@@ -82,7 +82,7 @@ def test_equal_batches_give_exactly_their_statistics_after_every_step(rule, offs
 
 
 def test_debias_holds_for_many_steps_and_slow_decays():
-    # 1 - 0.9999^t computed as such loses half its digits in float32.
+    # 1 - 0.9999^t, computed directly, loses half of its digits in float32.
     rule, stats = jbn.ema(0.9999, debias=True), jbn.init_stats(1)
     m = [oracle.Moments(np.array(4.0), np.array([k % 3]), np.array([1.0])) for k in range(50)]
     for moments in m:
@@ -96,7 +96,7 @@ def test_the_initial_statistics_are_those_of_standard_data():
         expected = jbn.RunningStats(jnp.zeros(shape), jnp.ones(shape), jnp.zeros(shape))
         chex.assert_trees_all_equal(stats, expected)
         chex.assert_trees_all_equal(params, jbn.Params(jnp.ones(shape), jnp.zeros(shape)))
-        # The count is like the mean, so that a pmean of the whole state keeps its types.
+        # The count has the mean's dtype, so that a pmean of the whole state keeps its types.
         chex.assert_type([*stats, *params], jnp.float32)
 
 
@@ -106,19 +106,19 @@ def test_initial_dtypes(x64):
 
 
 def the_batch(stats, moments):
-    """A rule of a user that forgets all but the last batch, in the batch's dtype."""
+    """Forgets all but the last batch, as a user's rule; returns the batch's dtype."""
     return jbn.RunningStats(moments.mean, moments.var, stats.count + 1)
 
 
 def halved(stats, dtype):
-    """As the Flax modules store them, where they are asked to; the count stays in float32."""
+    """Casts mean and variance, as Flax layers do on request; the count stays in float32."""
     return stats._replace(mean=stats.mean.astype(dtype), var=stats.var.astype(dtype))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_statistics_in_half_precision_are_averaged_and_counted_in_float32(dtype):
-    # bfloat16 has no 257, and rounds 0.63 as well as each step of the average: only the result may
-    # be rounded.
+    # bfloat16 cannot hold 257, and would round 0.63 and each step of the average. Only the result
+    # may be rounded.
     rng = np.random.default_rng(0)
     old, new = rng.normal(size=(2, 64)).astype(np.float32)
     stats = halved(jbn.init_stats(64), dtype)
@@ -137,7 +137,7 @@ def test_decay_is_the_weight_of_the_old_value():
     chex.assert_trees_all_close(stats[:2], (jnp.array([2.5]), jnp.array([1.25])))
 
 
-def test_at_rate_one_exactly_the_new_value():
+def test_a_rate_of_one_stores_exactly_the_new_value():
     stats = jbn.init_stats(3)._replace(mean=jnp.full(3, 1e10))
     new = jbn.ema(1e-9)(stats, jbn.Moments(jnp.float32(4), jnp.ones(3), jnp.ones(3)))
     np.testing.assert_array_equal(new.mean, 1)  # 1 - 1e-9 is 1 in float32
@@ -146,7 +146,7 @@ def test_at_rate_one_exactly_the_new_value():
 @pytest.mark.parametrize(
     "rule", [jbn.ema(0.9), jbn.ema(0.9, debias=True), jbn.cumulative()], ids=str
 )
-def test_statistics_of_numpy(rule):
+def test_rules_take_arrays_of_numpy(rule):
     stats, moments = jbn.init_stats(3), jbn.Moments(jnp.float32(4), jnp.ones(3), jnp.ones(3))
     of_numpy = jax.tree.map(np.asarray, (stats, moments))
     chex.assert_trees_all_equal(rule(*of_numpy), rule(stats, moments))
@@ -155,13 +155,14 @@ def test_statistics_of_numpy(rule):
 def test_the_unbiased_variance_knows_the_count_of_each_channel():
     moments = jbn.Moments(jnp.array([2.0, 5.0, 1.0, 0.5]), jnp.arange(4.0), jnp.full(4, 8.0))
     stats = jbn.cumulative(unbiased=True)(jbn.init_stats(4), moments)
-    # n/(n-1); with fewer than two observations there is no such estimate, and the channel stays.
+    # The factor is n/(n-1). With fewer than two observations there is no unbiased variance, and the
+    # channel keeps its old values.
     chex.assert_trees_all_close(stats.var, jnp.array([16.0, 10.0, 1.0, 1.0]))
     chex.assert_trees_all_close(stats.mean, jnp.array([0.0, 1.0, 0.0, 0.0]))
     np.testing.assert_array_equal(stats.count, [1, 1, 0, 0])
 
 
-# --- what never enters -------------------------------------------------------------------------
+# --- batches that never enter ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -181,13 +182,13 @@ def test_a_channel_without_data_or_with_nan_stays_and_the_others_move(rule):
         chex.assert_tree_all_finite(stats)
         assert_stats(stats, oracle.running(moments[:t], *rule[1:]))
     np.testing.assert_array_equal(history[-1].count, [3, 4, 4, 5])
-    # Untouched is exact, and of every channel where the whole batch is masked.
+    # The last batch is masked everywhere, so every channel keeps exactly its old values.
     chex.assert_trees_all_equal(history[-1], history[-2])
 
 
 @pytest.mark.parametrize("kind", ["empty", "masked", "weightless", "nan"])
 @pytest.mark.parametrize("rule", RULES[:4] + RULES[-2:], ids=str)
-def test_a_batch_without_information_leaves_everything(rule, kind):
+def test_a_batch_without_information_changes_nothing(rule, kind):
     before = run(rule_of(*rule), batches(2))[-1]
     x, support = batches(1)[0], {}
     if kind == "empty":
@@ -205,18 +206,18 @@ def test_a_batch_without_information_leaves_everything(rule, kind):
 @pytest.mark.parametrize("unbiased", [False, True])
 def test_weights_below_one_in_total_have_no_unbiased_variance(unbiased):
     (x,) = batches(1)
-    light = {"weights": np.full((ROWS, 1), 0.1, np.float32)}  # 0.9 in all
+    light = {"weights": np.full((ROWS, 1), 0.1, np.float32)}  # 0.9 in total
     (stats,) = run(jbn.ema(0.9, unbiased=unbiased), [x], [light])
     np.testing.assert_array_equal(stats.count, 0 if unbiased else 1)
 
 
 def test_weights_that_add_up_to_one_have_no_unbiased_variance():
-    # Rounding makes their sum 1 - 1e-7 or 1 + 1e-7; 1 / (sum - 1) is then anything.
+    # Rounding makes their sum 1 - 1e-7 or 1 + 1e-7; 1 / (sum - 1) can then be any large number.
     x = np.random.default_rng(1).normal(size=(32, 200)).astype(np.float32)
     w = np.random.default_rng(0).uniform(0.1, 1, size=(32, 200)).astype(np.float32)
     w /= w.sum(0)
     m = compiled.moments(x, weights=w)
-    assert 20 < (np.asarray(m.count) > 1).sum() < 180  # both happen
+    assert 20 < (np.asarray(m.count) > 1).sum() < 180  # both sums occur
     stats = jbn.init_stats(200)
     for rule in (jbn.ema(0.9, unbiased=True), jbn.cumulative(unbiased=True)):
         chex.assert_trees_all_equal(rule(stats, m), stats)
@@ -278,7 +279,7 @@ def test_a_single_value_in_one_channel_alone():
 
 
 def test_light_weights_on_many_values_have_a_variance():
-    # Not one value, whatever the sum of the weights is.
+    # These are several values, whatever the sum of their weights is.
     x = batches(1)[0]
     w = np.random.default_rng(0).uniform(0.1, 1, size=(ROWS, 1)).astype(np.float32)
     for total in (1e-3, 0.5, 1.0, 1.2, 40.0):
@@ -288,7 +289,7 @@ def test_light_weights_on_many_values_have_a_variance():
 
 
 @pytest.mark.parametrize("left", [1, 2])
-def test_a_single_value_of_all_microbatches_is_a_single_value(left):
+def test_only_a_single_value_over_all_microbatches_leaves_the_variance(left):
     x, mask = batches(1, rows=8)[0], np.arange(8)[:, None] < left  # one in each microbatch
 
     def loss_fn(params, stats, batch):
@@ -314,7 +315,7 @@ def test_a_constant_channel_has_a_variance_of_zero():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_no_batch_makes_statistics_in_half_precision_infinite(dtype):
-    # The largest finite value of the dtype, and what is finite in float32 and not there.
+    # The largest finite value of the dtype, and a value that is finite in float32 but not in it.
     largest = float(jnp.finfo(dtype).max)
     below, above = largest, float(np.float32(largest) * np.float32(1.0 + 2.0**-8))
     assert np.isfinite(np.float32(above))
@@ -330,7 +331,7 @@ def test_no_batch_makes_statistics_in_half_precision_infinite(dtype):
 
 
 def test_no_float64_batch_makes_float32_statistics_infinite(x64):
-    # Its variance, 1e40, is finite in float64.
+    # The variances 1e40 and 1e50 are finite in float64 only.
     x = np.random.default_rng(0).normal(size=(ROWS, CHANNELS)) * np.array([1, 1e20, 1, 1e25])
     params, stats = jbn.init_params(CHANNELS), jbn.init_stats(CHANNELS)
     for rule in (jbn.ema(0.9), jbn.cumulative(), the_batch):
@@ -353,7 +354,7 @@ def test_training_keeps_no_statistics_below_float32(dtype):
 
 
 def test_inference_takes_statistics_of_half_precision_and_computes_in_float32():
-    # With epsilon 1e-8, which is 0 in float16.
+    # epsilon is 1e-8, which is 0 in float16.
     x = batches(1)[0]
     stats = jbn.init_stats(CHANNELS)._replace(var=jnp.array([1e-7, 1e-3, 1.0, 3e4]))
     stats = halved(stats, "float16")
@@ -364,7 +365,7 @@ def test_inference_takes_statistics_of_half_precision_and_computes_in_float32():
 
 
 def test_an_integer_count_is_a_count():
-    # As PyTorch's num_batches_tracked.
+    # PyTorch's num_batches_tracked is an integer, too.
     x = batches(1)[0]
     stats = jbn.init_stats(CHANNELS)
     of_integers = stats._replace(count=jnp.full(CHANNELS, 3))
@@ -379,7 +380,7 @@ def test_an_integer_count_is_a_count():
 # --- rules -------------------------------------------------------------------------------------
 
 
-def test_rules_are_values():
+def test_rules_compare_hash_and_pickle_by_value():
     for make in (
         lambda: jbn.ema(0.9),
         lambda: jbn.ema(0.9, debias=True),
@@ -411,13 +412,13 @@ def test_the_default_is_ema_of_099():
 
 
 def largest_variance(stats, moments):
-    """A rule of a user, in the plainest form."""
+    """Keeps the largest variance, as the plainest form of a user's rule."""
     return jbn.RunningStats(
         moments.mean, jnp.maximum(stats.var, moments.var), stats.count + jnp.ones_like(stats.count)
     )
 
 
-def test_a_rule_of_a_user():
+def test_batch_norm_applies_a_users_rule():
     xs = batches()
     stats = run(largest_variance, xs)[-1]
     moments = [oracle.moments(x) for x in xs]
@@ -427,7 +428,7 @@ def test_a_rule_of_a_user():
 
 
 @pytest.mark.parametrize("kind", ["masked", "nan"])
-def test_a_rule_of_a_user_is_guarded_too(kind):
+def test_the_result_of_a_users_rule_is_checked_too(kind):
     (x,) = batches(1)
     mask = np.ones((ROWS, CHANNELS), bool)
     if kind == "nan":
@@ -473,18 +474,18 @@ def test_the_statistics_carry_no_gradient(update):
         return jax.grad(total, argnums=(0, 1, 2))(x, mean, var)
 
     dx, dmean, dvar = gradient(x, mean, var)
-    np.testing.assert_array_equal(dx[2:], 0)  # rows 0 and 1 are used outside
+    np.testing.assert_array_equal(dx[2:], 0)  # `total` itself uses rows 0 and 1
     np.testing.assert_array_equal([dmean, dvar], 0)
 
 
-def test_a_traced_decay():
+def test_a_traced_decay_gives_the_same_statistics():
     moments = jbn.moments(np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32))
     for debias in (False, True):
         traced = jax.jit(lambda d, b=debias: jbn.ema(d, debias=b)(jbn.init_stats(3), moments))(0.9)
         chex.assert_trees_all_close(traced, jbn.ema(0.9, debias=debias)(jbn.init_stats(3), moments))
 
 
-def test_what_a_users_rule_may_return():
+def test_results_of_a_users_rule_are_broadcast_or_refused():
     x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
     params, stats = jbn.init_params(3), jbn.init_stats(3)
 

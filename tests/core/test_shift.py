@@ -1,7 +1,7 @@
-"""K, the shift, lies near the data whatever these are, so that one pass is as accurate as two.
+"""The shift is near the mean of any data, so that one pass is as accurate as two.
 
-Ten times the error of two float32 passes is allowed, of the same compiler on the same data: mean
-and y in units of the standard deviation, the variance relative to itself.
+The error may be ten times that of two float32 passes by the same compiler on the same data. The
+mean and y are compared in units of the standard deviation, the variance relative to itself.
 """
 
 import functools
@@ -39,7 +39,7 @@ def two_passes(x, **support):
 
 
 def errors(results, x, support):
-    """The largest error of mean, variance and y, where y counts."""
+    """Returns the largest errors of mean, variance and y; of y where its weight is not 0."""
     exact = oracle.moments(x, **support)
     w = oracle.position_weights(x, **support)
     y = oracle.affine(x, exact.mean, exact.var, epsilon=0.0)
@@ -54,7 +54,10 @@ def errors(results, x, support):
 
 
 def assert_as_good_as_two_passes(data, support=None):
-    """On each of `data`, which are of one kind: what two passes lose on one of them is chance."""
+    """Checks each of `data` against the largest error of two passes on any of them.
+
+    The data are of one kind: on a single one the error of two passes may be small by chance.
+    """
     support = support or {}
     data = [x.astype(np.float32) for x in data]
     ours = np.array([errors(one_pass(x, **support), x, support) for x in data])
@@ -69,7 +72,7 @@ def normal(shape, offset=0.0):
 
 
 def with_odd(x, places, value):
-    """About `value` at these places: of round numbers a sum may be exact by chance."""
+    """Puts about `value` at these places: sums of equal round numbers may be exact by chance."""
     odd, x = value * np.random.default_rng(2).normal(1.0, 0.1, size=x.shape), x.copy()
     for place in places:
         x[place] = odd[place]
@@ -77,7 +80,7 @@ def with_odd(x, places, value):
 
 
 def support_of(kind, shape):
-    """All positions take part, or nearly all: K must not be near the others by chance alone."""
+    """Returns a support that leaves out few positions, so that odd values take part, too."""
     rng = np.random.default_rng(1)
     if kind == "mask":
         return {"mask": rng.random((*shape[:-1], 1)) < 0.9}
@@ -116,7 +119,7 @@ def test_a_cross_or_a_border_in_every_image(kind):
 @pytest.mark.parametrize("kind", [*SUPPORTS, "padding"])
 def test_one_odd_token_in_every_sequence(kind):
     support, x, tokens = support_of(kind, SEQUENCES), normal(SEQUENCES, offset=-5.0), range(40)
-    if kind == "padding":  # of one length: equal shares of the weight are whole sequences
+    if kind == "padding":  # all of one length: equal shares of the weight are then whole sequences
         x, tokens = normal((28, 256, 2)), (0, 1, 30, 63, 64, 100, 126, 127)
         support = {"mask": np.broadcast_to(np.arange(256) < 128, (28, 256))[..., None]}
     odd = [with_odd(x, [(slice(None), token)], 1e3) for token in tokens]
@@ -137,7 +140,7 @@ def test_one_odd_token_in_every_sequence_of_a_flattened_batch(examples, tokens, 
 def test_any_two_odd_rows(kind):
     support, x = support_of(kind, ROWS), normal(ROWS)
     n = len(x)
-    # Where a fixed rule might look: parts of the batch, and its ends.
+    # A fixed rule might draw the shift at such places: fractions of the batch, and its ends.
     parts = [0, n - 1, *(n * i // k for k in (2, 3, 4, 7, 14) for i in range(1, k))]
     pairs = itertools.combinations(sorted(set(parts)), 2)
     assert_as_good_as_two_passes([with_odd(x, pair, 1e4) for pair in pairs], support)
@@ -233,17 +236,17 @@ def test_a_common_factor_of_the_weights_changes_nothing(offset, std, per):
 def test_weights_at_the_ends_of_their_range(x64):
     x = np.random.default_rng(0).normal(size=(1000, 3)).astype(np.float32)
     same = one_pass(x)
-    # As large as there are: their sum is finite.
+    # The sum of the largest weights is finite.
     for weight in (np.float32(1e38), np.float32(np.inf)):
         m = jbn.moments(x, weights=np.full((1000, 1), weight))
         assert 0 < m.count < np.inf
         tolerance.assert_close(m.var, same[1], "float32", 1000)
-    # One infinite weight leaves nothing of the others.
+    # All other weights vanish beside an infinite one.
     w = np.ones((1000, 1), np.float32)
     w[17] = np.inf
     m = jbn.moments(x, weights=w)
     np.testing.assert_allclose(m.mean, x[17], rtol=1e-6)
-    # Too small for x's arithmetic: the value does not take part, in count, mean or K.
+    # A weight too small for the dtype of the sums leaves the value out of count, mean and shift.
     w = np.ones((1000, 1))
     w[0] = 1e-60
     x[0] = 1e6

@@ -1,7 +1,7 @@
-"""Statistics over devices are those of the whole batch: every kind of input in every mode.
+"""Statistics over devices equal those of the whole batch, for each kind of input in each mode.
 
-A row of the matrix is a mode of `executions`, a column a kind of input; all are compared with the
-same float64 oracle on one device. The counts of the instances differ wherever a mask says so: a
+A row of the matrix is a mode of `executions`, a column is a kind of input. All are compared with
+the same float64 oracle on one device. Masks make the counts of the instances differ, so that a
 mean of means would be wrong.
 """
 
@@ -52,7 +52,7 @@ KINDS = (
 
 
 def make(kind, offset=2.0):
-    """(rows, params): the arrays of one batch."""
+    """Makes (rows, params), the arrays of one batch."""
     case = cases.Case((ROWS, PLACES, CHANNELS), dtype=kind.dtype, offset=offset)
     data = cases.make(case)
     rows = {"x": data.x, "dy": data.dy}
@@ -69,7 +69,7 @@ def make(kind, offset=2.0):
 
 
 def arguments(kind, mode):
-    """What says over which values the statistics are taken."""
+    """Returns the arguments that say which values share statistics."""
     given = {}
     if kind.groups:
         given["groups"] = 4 if mode.names is None else 2
@@ -79,7 +79,7 @@ def arguments(kind, mode):
 
 
 def parts(kind, mode):
-    """The rows that share statistics."""
+    """Returns the sets of rows that share statistics."""
     instances = np.arange(ROWS).reshape(-1, SHARE)
     if kind.index_groups:
         return [instances[group].ravel() for group in kind.index_groups]
@@ -95,7 +95,7 @@ def support(rows, part=slice(None)):
 
 
 def matrix(kinds, modes=executions.ALL):
-    """Every kind in every mode; index groups need a named axis."""
+    """Crosses modes with kinds; index groups need a named axis."""
     return pytest.mark.parametrize(
         ("mode", "kind"),
         [(m, k) for m in modes for k in kinds if m.names is not None or not k.index_groups],
@@ -109,18 +109,20 @@ def test_y_statistics_and_gradient_are_those_of_the_oracle(mode, kind):
         stats = jbn.init_stats(CHANNELS)
         keywords = {**arguments(kind, mode), **support(rows), "axis_name": axis_name}
         if mode.checks and kind.index_groups:
-            stats = jax.lax.pcast(stats, axis_name, to="varying")  # each group has its own
+            # Each group has its own statistics.
+            stats = jax.lax.pcast(stats, axis_name, to="varying")
         return jbn.batch_norm(rows["x"], params, stats, update=jbn.cumulative(), **keywords)
 
     def program(params, rows):
-        # Differentiated from outside, where there is one convention: d(total loss)/d(argument).
+        # The gradient is taken outside of the mode, where there is one convention:
+        # d(total loss)/d(argument).
         def loss(params, x):
             y, stats = mode.execute(layer, params, {**rows, "x": x})
             return (rows["dy"] * y).astype(jnp.float32).sum(), (y, stats)
 
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, rows["x"])
 
-    for offset in kind.offsets:  # one compilation
+    for offset in kind.offsets:  # with one compilation
         rows, params = make(kind, offset)
         result = mode.run(program, params, rows)
         assert_oracle(kind, mode, params, rows, abs(offset), *result)
@@ -170,7 +172,7 @@ def test_second_derivatives_are_those_of_the_textbook(mode, kind, x64):
         return y, m.var if m.var.ndim == 1 else m.var.mean(0)
 
     def second(f):
-        """Forward over reverse and reverse over reverse, of a loss that is not linear in y."""
+        """Takes forward over reverse and reverse over reverse of a loss not linear in y."""
 
         def program(params, rows):
             def loss(x):
@@ -210,7 +212,8 @@ def test_derivatives_of_the_moments(mode, kind, x64):
         def program(params, rows):
             def loss(x):
                 m = execute(layer, params, {**rows, "x": x})[1]
-                return (m.mean[2] ** 2 * m.var[0]).sum()  # of two instances: still one batch
+                # Two instances give the moments, and both are those of one batch.
+                return (m.mean[2] ** 2 * m.var[0]).sum()
 
             return jax.grad(lambda x: (jax.grad(loss)(x) * rows["dy"]).sum())(rows["x"])
 
@@ -248,8 +251,8 @@ def test_one_of_two_axis_names():
 
 
 def test_index_groups_count_in_the_order_of_the_names():
-    # Two devices of two instances each. Device by device these are 0, 1, 2, 3; by the names given
-    # they are 0, 2, 1, 3, as for jax.lax.axis_index.
+    # Two devices have two instances each. Counted device by device these are 0, 1, 2, 3; counted in
+    # the order of the names they are 0, 2, 1, 3, as jax.lax.axis_index counts them.
     rows, params = make(KINDS[0])
     options = {"axis_name": ("mapped", "device"), "axis_index_groups": [[2], [3, 0, 1]]}
     instance = lambda x: jbn.normalize(x, *params, **options)[0]  # noqa: E731
@@ -268,7 +271,7 @@ def test_index_groups_count_in_the_order_of_the_names():
 
 
 def test_one_example_per_instance_is_a_batch():
-    # x has no axis of its own to reduce: all examples lie on the named one.
+    # x has no axis of its own to reduce: all examples are on the named axis.
     data = cases.make(cases.Case((8, CHANNELS)))
     run = lambda x: jbn.normalize(x, data.scale, data.bias, axis_name="batch")  # noqa: E731
     y, m = jax.jit(jax.vmap(run, axis_name="batch"))(data.x)
@@ -290,7 +293,7 @@ def test_accuracy_does_not_depend_on_the_split(offset, instances):
 
 
 def test_instances_whose_data_lie_far_apart():
-    # The variance is mostly between the instances; each has a K of its own.
+    # The variance is mostly between the instances; each has a shift of its own.
     x = np.random.default_rng(0).normal(size=(8, 16, 3)) + 1e3 * np.arange(8).reshape(8, 1, 1)
     x = x.astype(np.float32)
     run = jax.vmap(lambda x: jbn.normalize(x, axis_name="batch"), axis_name="batch")
@@ -315,7 +318,7 @@ def test_a_bad_sample_of_one_instance_spoils_its_channel_everywhere_and_no_other
     tolerance.assert_close(np.asarray(y)[..., others], expected, "float32", 48, ratio=2)
     np.testing.assert_array_equal(stats.count, np.tile([1, 0, 1, 1, 1], (4, 1)))
     chex.assert_tree_all_finite(stats)
-    if np.isinf(bad):  # in its own place; the rest of the channel is the bias
+    if np.isinf(bad):  # inf shows only at its own position; the rest of the channel is the bias
         y = np.delete(np.asarray(y)[..., 1].ravel(), 5 * PLACES)
         np.testing.assert_array_equal(y, np.full_like(y, params.bias[1]))
 
@@ -332,7 +335,7 @@ def test_a_constant_channel_is_exactly_the_bias_in_every_instance():
 
 
 def local(params, x, dy, mask):
-    """An instance's own share of the loss."""
+    """Returns an instance's own share of the loss."""
     y, _ = jbn.batch_norm(x, params, jbn.init_stats(CHANNELS), mask=mask, axis_name="batch")
     return (dy * y).sum()
 
@@ -340,8 +343,8 @@ def local(params, x, dy, mask):
 @pytest.mark.parametrize("kind", KINDS[:2], ids=str)
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_gradients_inside_shard_map(check_vma, kind):
-    # Where JAX knows that params are the same everywhere, it adds up their gradients: the loss is
-    # summed and then differentiated. Where it does not: differentiated and then summed.
+    # With check_vma JAX knows that params are replicated and adds up their gradients: here the
+    # summed loss is differentiated. Without it the gradients are summed afterwards.
     rows, params = make(kind)
 
     def inside(params, x, dy, mask):
@@ -369,7 +372,8 @@ def test_gradients_inside_shard_map(check_vma, kind):
 
 
 def test_inside_pmap_gradients_are_averaged():
-    # The usual recipe: the loss is the mean over an instance, gradients are averaged over them.
+    # The usual recipe: the loss is the mean over an instance, and gradients are averaged over the
+    # instances.
     rows, params = make(KINDS[0])
 
     def inside(params, x, dy):

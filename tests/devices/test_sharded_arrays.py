@@ -1,4 +1,4 @@
-"""Arrays sharded over a mesh: under `jit` with either type of axis, and inside shard_map."""
+"""Sharded arrays give the results of one device, under `jit` and inside shard_map."""
 
 import collections
 import functools
@@ -28,7 +28,7 @@ SUPPORT = {
     "features": {"mask": jax.random.bernoulli(jax.random.key(3), 0.7, X.shape)},
     "weights": {"weights": jax.random.uniform(jax.random.key(4), (8, 1, 1))},
 }
-# Two orders of summation of 48 values, through a gradient of order 10.
+# 48 values are summed in two orders, in a gradient of order 10.
 CLOSE = {"rtol": 100 * tolerance.eps("float32"), "atol": 100 * tolerance.eps("float32")}
 
 
@@ -37,7 +37,7 @@ def mesh(axis_type):
 
 
 def step(x, params, stats, support):
-    """y, new statistics and gradients."""
+    """Returns y, new statistics and gradients."""
 
     def loss(x, params):
         y, new = jbn.batch_norm(x, params, stats, **support)
@@ -144,7 +144,7 @@ PLACES = (
 )
 
 
-# Where a group lies on several devices, or on one, or several groups do; along other axes, too.
+# A group lies on several devices or on one, or several groups lie on one; also along other axes.
 GROUPED = (
     ((8,), P("a"), 2),
     ((8,), P("a"), 4),
@@ -161,13 +161,13 @@ TRIPLE = (IMAGES, *np.random.default_rng(1).normal(size=(2, *IMAGES.shape)).asty
 
 
 def gradient(x, dy, **options):
-    """y, its moments and the gradient in x."""
+    """Returns y, the moments and the gradient in x."""
     y, pull, m = jax.vjp(lambda x: jbn.normalize(x, **options), x, has_aux=True)
     return y, m, pull(dy)[0]
 
 
 def second(x, dy, v, groups=None):
-    """The above, and its derivative in the direction v."""
+    """Returns y, the gradient and the moments, and their derivatives in the direction v."""
 
     def outputs(x):
         y, m, dx = gradient(x, dy, groups=groups)
@@ -271,7 +271,7 @@ def test_each_device_chooses_a_shift_of_its_own(axis_type, odd):
 
 
 def operations(lowered):
-    """How often each stands in the compiled program."""
+    """Counts each kind of operation in the compiled program."""
     return collections.Counter(re.findall(r"= \S+ ([a-z][\w-]*)\(", lowered.compile().as_text()))
 
 
@@ -286,7 +286,8 @@ def test_a_batch_on_one_device_is_not_cut_into_blocks():
 def test_a_program_for_several_devices_can_be_kept():
     _, (x,) = placed((8,), AxisType.Auto, P("a"), IMAGES)
     exported = jax.export.export(jax.jit(lambda x: jbn.normalize(x)[0]))(x)
-    assert "CustomSPMDPartitioning" not in exported.mlir_module()  # which calls this process
+    # Such a call would need this process.
+    assert "CustomSPMDPartitioning" not in exported.mlir_module()
     assert_close(exported.call(x), jbn.normalize(IMAGES)[0])
 
 

@@ -1,1 +1,1 @@
-"""Tests of experiments/: the folders and files have the names of what they test."""
+"""Tests of experiments/. Each file is named after the part of experiments/ that it tests."""

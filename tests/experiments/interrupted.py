@@ -1,4 +1,4 @@
-"""A training run that can be killed: the program behind tests/experiments/test_checkpoints.py.
+"""A training run that can be killed, which tests/experiments/test_checkpoints.py starts.
 
 python -m tests.experiments.interrupted FOLDER NET DEVICES STEPS KILL_AT
 """
@@ -21,7 +21,7 @@ from tests.executions import AXIS, mesh
 
 
 def run(folder, net, devices, steps, kill_at=None):
-    """The state after `steps` steps, from the newest checkpoint in the folder on (if any)."""
+    """Trains up to step `steps`, from the newest checkpoint if any; returns (first step, state)."""
     optimizer = training.dynamic_loss_scale(optax.sgd(0.1, momentum=0.9), growth_interval=3)
     params, stats, loss_fn = nets.BUILD[net](None, jnp.float32)
     step = jax.jit(training.make_train_step(loss_fn, optimizer, microbatches=2), donate_argnums=0)

@@ -1,4 +1,4 @@
-"""Crops, flips and distorted colours: where they come from, how they are distributed."""
+"""Crops, flips and distorted colours show the right places and have the right distribution."""
 
 import io
 import math
@@ -22,14 +22,14 @@ def noise(*shape, seed=0):
 
 
 def map_of(width, height):
-    """An image whose red tells x and whose green tells y, from 0 to 255."""
+    """Makes an image whose red is x and whose green is y, from 0 to 255."""
     x, y = np.linspace(0, 255, width), np.linspace(0, 255, height)
     pixels = np.stack(np.broadcast_arrays(x, y[:, None], 0 * x), -1)
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
 def seen(view, width, height):
-    """Which part of a map a view shows: left, top, right, bottom [pixels of the map]."""
+    """Returns left, top, right and bottom of what a view shows of a map [pixels of the map]."""
     x, y = view[..., 0].mean(0, dtype=float), view[..., 1].mean(1, dtype=float)
     edges = []
     for values, side in ((x, width), (y, height)):
@@ -41,7 +41,7 @@ def seen(view, width, height):
 
 
 def assert_uniform(values, low, high):
-    """By Kolmogorov and Smirnov; one seed in a thousand would fail."""
+    """Makes the test of Kolmogorov and Smirnov, which one seed in a thousand would fail."""
     values = np.sort(values)
     distance = abs(
         (values - low) / (high - low) - np.arange(1, len(values) + 1) / len(values)
@@ -78,13 +78,13 @@ def test_a_square_shows_its_box():
     ((100, 100, 600, 600), (1000, 750)),
     ((100, 100, 300, 300), (2000, 1500)),
 ])  # fmt: skip
-def test_a_large_jpeg_is_decoded_to_what_is_wanted(box, decoded):
+def test_a_large_jpeg_is_decoded_no_larger_than_needed(box, decoded):
     picture = map_of(2000, 1500)
     image = jpeg(np.asarray(picture))
     view = augment.square(image, box, 224)
     assert image.size == decoded
     whole = augment.square(picture, box, 224)
-    # JPEG's own loss, and two ways of making an image smaller.
+    # The difference comes from JPEG's own loss and from two ways to shrink an image.
     np.testing.assert_allclose(view.astype(float), whole.astype(float), atol=6)
 
 
@@ -99,8 +99,8 @@ def test_any_image_becomes_red_green_and_blue(mode):
 
 
 def test_boxes_of_random_crops():
-    """Area and aspect as GoogLeNet has them, where every box of that area fits the image."""
-    side = 10_000  # so that whole pixels do not matter
+    """Compares area and aspect with GoogLeNet's, where every box of that area fits the image."""
+    side = 10_000  # so that rounding to pixels does not matter
     boxes = np.array([augment.random_box(side, side, rng) for rng in rngs(4000)])
     left, top, right, bottom = boxes.T
     assert (boxes[:, :2] >= 0).all()
@@ -141,7 +141,7 @@ def test_shifts_are_crops_of_the_padded_image():
     assert max(map(got.count, cut)) < 1000 / 81 * 2.5  # 4 standard deviations
 
 
-def test_flips_are_every_other_time():
+def test_half_of_the_images_are_flipped():
     pixels = noise(3, 4, 3)
     flipped = 0
     for rng in rngs(1000):
@@ -153,7 +153,7 @@ def test_flips_are_every_other_time():
 
 
 def distorted(pixels, rng, distortion, order):
-    """Howard's three manipulations in a given order, and the light; float64, cut off at the end."""
+    """Applies Howard's three manipulations in a given order, and the light; clips at the end."""
     x, grey = pixels.astype(np.float64), augment.GRAY.astype(np.float64)
     b, c, s = 1 + distortion.enhance * rng.uniform(-1, 1, 3)
     a = distortion.light * rng.standard_normal(3)
@@ -181,12 +181,12 @@ def test_distortions_are_those_of_the_paper_in_any_order(order, strength):
     got = augment.distort(images, rngs(6), distortion)
     assert got.dtype == np.uint8
     expected = [distorted(*pair, distortion, order) for pair in zip(images, rngs(6), strict=True)]
-    # Where a value is halfway between two numbers, float32 may round it to the other.
+    # Where a value is halfway between two integers, float32 may round it to the other one.
     assert abs(got - np.stack(expected)).max() <= 1
     assert (got != np.stack(expected)).mean() < 1e-2
 
 
-def test_distortions_do_not_depend_on_what_they_are_made_with(monkeypatch):
+def test_distortions_do_not_depend_on_how_many_are_made_at_once(monkeypatch):
     images = noise(5, 16, 16, 3)
     together = augment.distort(images, rngs(5), augment.DISTORTIONS["full"])
     monkeypatch.setattr(augment, "AT_ONCE", 2 * 16 * 16)
@@ -195,8 +195,8 @@ def test_distortions_do_not_depend_on_what_they_are_made_with(monkeypatch):
     )
 
 
-def test_how_far_colours_are_changed():
-    """Of a grey image neither contrast nor saturation changes; the light adds a few."""
+def test_brightness_changes_by_as_much_as_the_strength_says():
+    """Takes grey images, which contrast and saturation do not change; the light adds a little."""
     grey = np.full((500, 4, 4, 3), 100, np.uint8)
     for name, most in (("full", 0.5), ("reduced", 0.25)):
         means = augment.distort(grey, rngs(500), augment.DISTORTIONS[name]).mean((1, 2, 3))
@@ -215,15 +215,15 @@ def test_the_centre_of_a_small_image_is_the_image():
     np.testing.assert_array_equal(augment.centre_crop(Image.fromarray(pixels), 32), pixels)
 
 
-def test_the_centre_is_the_middle_of_256():
-    """224 of 256 of the shorter side, 400: 350 of 500 x 400."""
+def test_the_centre_crop_is_224_of_256_of_the_shorter_side():
+    """Expects a square of 350 pixels, as the shorter side of the image has 400."""
     view = augment.centre_crop(map_of(500, 400), 64)
     np.testing.assert_allclose(seen(view, 500, 400), (75, 25, 425, 375), atol=2)
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 400), (400, 500), (400, 400)])
 def test_144_crops(width, height):
-    """Where each of them lies, from GoogLeNet's words, in pixels of the image."""
+    """Computes from GoogLeNet's text where each crop lies, in pixels of the image."""
     views = augment.crops_144(map_of(width, height), 56)
     assert views.shape == (144, 56, 56, 3)
     assert views.dtype == np.uint8
@@ -238,12 +238,12 @@ def test_144_crops(width, height):
             expected += [(left + x, top + y, left + x + part, top + y + part) for x, y in corners]
             expected.append((left, top, left + 400, top + 400))
     got = [seen(view, width, height) for view in views[::2]]
-    # A pixel of a crop shows up to 7 of the image, and crops begin at whole pixels.
+    # A pixel of a crop covers up to 7 of the image, and crops begin at whole pixels.
     np.testing.assert_allclose(got, expected, atol=7)
 
 
 def test_144_crops_of_a_large_jpeg_use_enough_of_it():
     image = jpeg(np.asarray(map_of(2000, 1500)))
     views = augment.crops_144(image, 56)
-    assert image.size == (250, 188)  # at least 88, the largest side there is
+    assert image.size == (250, 188)  # at least 88, the largest side that the crops need
     assert views.shape == (144, 56, 56, 3)

@@ -22,12 +22,12 @@ from tests.experiments import interrupted
 from tests.tolerance import eps
 
 STEPS, KILL_AT = 8, 5
-# A sum over 16 examples in another order, carried on for a few steps.
+# 16 examples are summed in another order, and a few steps carry the difference on.
 CLOSE = {"rtol": 1e3 * eps("float32"), "atol": 1e3 * eps("float32")}
 
 
 def killed(folder):
-    """A run on four devices that is killed in the middle, by SIGKILL."""
+    """Starts a run on four devices that is killed in the middle, by SIGKILL."""
     arguments = [str(folder), "core", "4", str(STEPS), str(KILL_AT)]
     process = subprocess.run(
         [sys.executable, "-m", "tests.experiments.interrupted", *arguments],
@@ -65,13 +65,13 @@ def test_every_kind_of_state_comes_back(net, tmp_path):
     fresh = training.init(params, stats, training.dynamic_loss_scale(optax.adam(0.1)))
     saved = jax.tree.map(lambda leaf: leaf + 3, fresh)
     with checkpoints.manager(tmp_path) as manager:
-        assert checkpoints.resume(manager, fresh) is fresh  # there is none yet
+        assert checkpoints.resume(manager, fresh) is fresh  # there is no checkpoint yet
         assert checkpoints.save(manager, saved)
         restored = checkpoints.resume(manager, fresh)
     chex.assert_trees_all_equal(restored, saved)
 
 
-# Orbax drops the readers of the other arrays without a word to them.
+# Orbax never awaits the coroutines that read the other arrays, so that Python warns of them.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
 def test_another_model_is_refused(tmp_path):
@@ -80,4 +80,4 @@ def test_another_model_is_refused(tmp_path):
         checkpoints.save(manager, state)
         with pytest.raises(ValueError, match=r"(?i)shape"):
             checkpoints.resume(manager, state._replace(params=jnp.ones(4)))
-    gc.collect()  # here, and not in a later test
+    gc.collect()  # so that the warnings come here and not in a later test

@@ -1,4 +1,4 @@
-"""What is read out of compiled programs, and what docs/collectives.md says about them."""
+"""Collectives are read from compiled programs, and docs/collectives.md shows their numbers."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ from tests import executions
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
-# Shortened from what XLA prints: for TPUs, with the names of the operands only ...
+# Shortened from a program that XLA printed for TPUs; operands are printed by name only.
 TPU = """\
 HloModule jit_f, is_scheduled=true, entry_computation_layout={(f32[16,64]{1,0:T(8,128)})->f32[64]}
 
@@ -47,7 +47,7 @@ collective-permute-done(%collective-permute-start.2), metadata={op_name="jit(f)/
 metadata={op_name="jit(f)/all-reduce(not one)"}
 }
 """
-# ... for GPUs asynchronous, and from some printers with the types of the operands.
+# Shortened from a program for GPUs: it is asynchronous, and operands are printed with their types.
 GPU = """\
 HloModule jit_f
 
@@ -116,7 +116,7 @@ ENTRY %main (p: f32[2]) -> f32[8] {
 """
 
 
-def test_an_operation_without_a_name_has_that_of_what_it_sends():
+def test_an_operation_without_a_name_takes_that_of_its_operand():
     assert hlo.collectives(NAMELESS) == [Collective("all-reduce", 32, 32, "jit(f)/layer2/stack")]
 
 
@@ -194,7 +194,7 @@ def test_a_layer_needs_one_collective_each_way(mode, statistics):
     *layers, elsewhere = reading.by_layer(hlo.collectives(text))
     assert [sum(layer.counts.values()) for layer in layers] == [2, 2, 2]
     assert not elsewhere.counts
-    # (shift, mean, var) and the count forward, two sums backward: no data.
+    # Forward sends shift, mean, var and, with a mask, the count; backward sends two sums.
     numbers = 5 if statistics == "plain" else 6
     assert [layer.sent for layer in layers] == [4 * numbers * c for c in programs.WIDTHS]
 
@@ -211,7 +211,7 @@ def test_a_mask_adds_a_sum_a_channel_to_the_gradients_of_parameters(mode):
     assert masked.sent - plain.sent <= counts + 2 * 4 * sum(programs.WIDTHS)
 
 
-def test_under_pmap_too():
+def test_a_layer_under_pmap_needs_one_collective_each_way():
     def layer(x, dy):
         return jax.grad(lambda x: (dy * jbn.normalize(x, axis_name="i")[0]).sum())(x)
 
@@ -220,7 +220,7 @@ def test_under_pmap_too():
     assert [c.kind for c in hlo.collectives(text)] == ["all-gather", "all-reduce"]
 
 
-def test_a_pod_that_is_not_here():
+def test_a_program_compiles_for_a_pod_that_is_not_here():
     pytest.importorskip("libtpu")
     collectives.prepare()
     devices = collectives.target_devices("v5e:2x2")
@@ -249,12 +249,12 @@ def recorded():
     return [reading.from_json(json.loads(line)) for line in lines[1:]]
 
 
-def test_the_table_is_that_of_the_numbers():
+def test_the_table_shows_the_recorded_numbers():
     page = (DOCS / "collectives-table.md").read_text()
     assert page.endswith("\n\n" + table.table(recorded()))
 
 
-def test_one_collective_each_way():
+def test_each_recorded_layer_has_one_collective_each_way():
     rows = recorded()
     assert {row.target for row in rows} == {"cpu", "v5e:2x2", "v5e:16x16", "v5p:4x4x4", "v6e:16x16"}
     for row in rows:
@@ -263,6 +263,6 @@ def test_one_collective_each_way():
             *layers, elsewhere = direction
             counts = [sum(layer.counts.values()) for layer in layers]
             assert sum(counts) == 3 * needed, row
-            # XLA for TPUs may give those of several layers the name of one.
+            # XLA for TPUs may name the collectives of several layers after one of them.
             assert counts == [needed] * 3 or row.target != "cpu", row
             assert not elsewhere.counts

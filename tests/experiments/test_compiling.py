@@ -1,4 +1,4 @@
-"""The cost of compiling: both sides compute the same, sizes are the programs', a quick run."""
+"""The benchmark of compiling compares equal programs and reports their sizes and times."""
 
 import gc
 import json
@@ -28,7 +28,7 @@ def one_cpu():
 
 @pytest.fixture
 def promotion():
-    """Flax's own layers promote: of bfloat16 in its norm, of integers in its pooling."""
+    """Allows promotion, which Flax needs for bfloat16 in its norm and integers in its pooling."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -122,7 +122,7 @@ def test_a_run_writes_a_line_for_each_case_and_a_table(tmp_path, capsys):
     assert "compile, cpu" in capsys.readouterr().out
 
 
-def test_the_part_is_measured_alone(capsys):
+def test_compiling_cannot_be_combined_with_another_part(capsys):
     with pytest.raises(SystemExit):
         speed.main(["--part", "compile", "op"])
     assert "invalid choice: 'op'" in capsys.readouterr().err

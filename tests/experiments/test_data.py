@@ -1,4 +1,4 @@
-"""Folders of images, their order, and batches of them: by threads, by workers, from any step on."""
+"""Images are read from folders, ordered and batched, by threads or workers, from any step on."""
 
 import collections
 import doctest
@@ -23,14 +23,14 @@ SIZES = (40, 30), (30, 40), (64, 48), (33, 33)
 
 
 def picture(seed, width, height):
-    """Smooth, so that a JPEG of it is what it was."""
+    """Makes a smooth image, which JPEG hardly changes."""
     pixels = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Classes of 6, 7 and 4 images to train, 2 each to validate; four sizes."""
+    """Classes of 6, 7 and 4 training images, with 2 validation images each, in four sizes."""
     for part, counts in (("train", (6, 7, 4)), ("val", (2, 2, 2))):
         for label, (name, count) in enumerate(zip(CLASSES, counts, strict=True)):
             inside = tmp_path / part / name
@@ -51,13 +51,13 @@ def truncate(path):
 
 
 def numbered(n, side=4):
-    """n images, each of one colour, its number; in memory."""
+    """Makes n images in memory, each of a single colour, which is its number."""
     pixels = np.broadcast_to(np.arange(n, dtype=np.uint8)[:, None, None, None], (n, side, side, 3))
     return data.ImageSet(np.arange(n, dtype=np.int32) % 3, CLASSES, pixels=pixels.copy())
 
 
 def numbers(batches, count):
-    """The numbers of the images of so many batches, ``[count, batch]``."""
+    """Returns the numbers of the images of `count` batches, ``[count, batch]``."""
     return np.stack([batch["image"][:, 0, 0, 0] for batch in itertools.islice(batches, count)])
 
 
@@ -79,7 +79,7 @@ def assert_same(some, others):
 
 @pytest.mark.parametrize("in_memory", [0, 1 << 20])
 @pytest.mark.parametrize("second", ["val", "test"])
-def test_a_folder_a_class(folder, second, in_memory):
+def test_each_folder_is_a_class(folder, second, in_memory):
     (folder / "val").rename(folder / second)
     (folder / "train" / "ant" / "._ant_0.JPEG").write_bytes(b"of another system")
     (folder / "train" / "ant" / "notes.txt").write_text("ignored")
@@ -102,7 +102,7 @@ def test_a_folder_a_class(folder, second, in_memory):
 def test_sets_in_memory_and_in_files_are_the_same(folder):
     files, memory = (data.open_dataset(folder, in_memory=n)[0] for n in (0, 1 << 20))
     assert len({memory.load(i).shape for i in range(17)}) == 4
-    # At a size of which no image has twice as much, so that a JPEG is decoded as it is.
+    # No image has twice this size on both sides, so that JPEGs are decoded at full size.
     wanted = {"batch": 5, "size": 32, "seed": 3, "distortion": "full"}
     assert_same(*(take(data.train_batches(images, **wanted), 4) for images in (files, memory)))
 
@@ -114,14 +114,14 @@ def test_images_of_one_size_become_one_array(folder):
     assert train.pixels.shape == (17, 32, 32, 3)
 
 
-def test_what_imagenet_has(folder, caplog):
-    """Grey and CMYK images, a PNG under the name of a JPEG, EXIF; and a warning, as it has 1000."""
+def test_unusual_images_of_imagenet_are_read(folder, caplog):
+    """Reads grey and CMYK images, a PNG named JPEG and EXIF; warns of fewer than 1000 classes."""
     inside = folder / "train" / "ant"
     picture(0, 40, 30).convert("L").save(inside / "ant_0.JPEG")
     picture(0, 40, 30).convert("CMYK").save(inside / "ant_1.JPEG")
     picture(0, 40, 30).save(inside / "ant_2.JPEG", format="PNG")
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned, which nobody does who trains on ImageNet
+    exif[0x0112] = 6  # says that the image must be turned, which training on ImageNet ignores
     picture(0, 40, 30).save(inside / "ant_3.JPEG", exif=exif)
     train, _ = data.open_dataset(folder, "imagenet", in_memory=0)
     assert "3 classes; ImageNet has 1000" in caplog.text
@@ -154,7 +154,7 @@ def test_cifar10_in_either_layout(tmp_path):
         assert len(one) == n
 
 
-def test_what_is_missing_is_named(folder):
+def test_missing_folders_and_classes_are_named(folder):
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere\. Expected DIR/train/CLASS"):
         data.open_dataset(folder / "nowhere")
     with pytest.raises(ValueError, match=r"dataset='mnist'\. Expected one of imagenet, cifar10"):
@@ -198,7 +198,7 @@ def test_stripes_need_no_folder():
     assert train.load(3).shape == (32, 32, 3)
 
 
-# --- In which order ------------------------------------------------------------------------------
+# --- Order ---------------------------------------------------------------------------------------
 
 
 def epochs(count, n=60, seed=0, shuffle="thorough", shards=5):
@@ -216,8 +216,8 @@ def test_an_epoch_has_every_image_once_in_a_new_order(shuffle):
 
 
 @pytest.mark.parametrize("shuffle", ["within-shard", "fixed-shards"])
-def test_shards_are_dealt_once_and_come_in_a_new_order(shuffle):
-    """60 images in 5 shards: 12 in a row are always the same ones, of any class."""
+def test_shards_keep_their_images_and_come_in_a_new_order(shuffle):
+    """Divides 60 images into 5 shards: 12 in a row are always one shard, of any classes."""
     order = epochs(8, shuffle=shuffle).reshape(8, 5, 12)
     shards = {frozenset(shard.tolist()) for epoch in order for shard in epoch}
     assert len(shards) == 5
@@ -229,7 +229,7 @@ def test_shards_are_dealt_once_and_come_in_a_new_order(shuffle):
 
 
 def met(order, batch):
-    """How often two images were in a batch together."""
+    """Counts how often two images were in a batch together."""
     pairs = collections.Counter()
     for row in order.reshape(-1, batch):
         pairs.update(itertools.combinations(sorted(row.tolist()), 2))
@@ -237,8 +237,11 @@ def met(order, batch):
 
 
 def test_fixed_shards_bring_the_same_images_together_and_shuffled_ones_do_not():
-    """Batches of 4, shards of 12, 8 epochs. Fixed: each of 60 meets its 3, 8 times. Shuffled within
-    a shard: each meets any of the other 11 in 3 of 11 epochs. Thoroughly: any of 59 in 3 of 59."""
+    """Takes 8 epochs of batches of 4 from shards of 12.
+
+    In fixed shards each of the 60 images meets the same 3 others 8 times. Shuffled within a shard,
+    two images of the shard meet in 3 of 11 epochs; shuffled thoroughly, any two meet in 3 of 59.
+    """
     fixed, within, thorough = (met(epochs(8, shuffle=s), 4)
                                for s in ("fixed-shards", "within-shard", "thorough"))  # fmt: skip
     assert set(fixed.values()) == {8}
@@ -255,8 +258,8 @@ def test_fixed_shards_bring_the_same_images_together_and_shuffled_ones_do_not():
 # --- Batches to train on -------------------------------------------------------------------------
 
 
-def test_a_batch():
-    """Each of the images in it is a view of the image that its label belongs to."""
+def test_images_and_labels_of_a_batch_belong_together():
+    """Checks that each image is a view of the image that its label belongs to."""
     images = numbered(20)
     batches = data.train_batches(images, batch=7, size=4, seed=0, crop="shift")
     for batch in take(batches, 5):
@@ -300,8 +303,8 @@ def test_processes_share_the_global_batch(count, shuffle):
 
 
 @pytest.mark.parametrize("step", [0, 3, 11])
-def test_going_on_from_a_step(step):
-    """5 batches of 8 are an epoch of 40 images, so that 3 is in the midst of one, 11 of another."""
+def test_batches_go_on_from_a_step(step):
+    """Makes epochs of 5 batches, so that steps 3 and 11 are in the middle of an epoch."""
     train, _ = data.stripes(40, 10)
     wanted = {"batch": 8, "size": 32, "seed": 2, "crop": "shift", "shuffle": "within-shard",
               "shards": 3}  # fmt: skip
@@ -320,8 +323,8 @@ def test_going_on_from_a_step(step):
     assert_same(take(restored, 4), expected)
 
 
-def test_an_image_is_reached_at_any_step():
-    """A million epochs away, in as little time."""
+def test_batches_start_at_any_step_at_once():
+    """Starts a million epochs later, which takes no longer."""
     batches = data.train_batches(
         numbered(20), batch=4, size=4, seed=0, crop="shift", start=5 * 10**6
     )
@@ -367,7 +370,7 @@ def test_the_example_in_the_docstring():
     assert doctest.testmod(data).failed == 0
 
 
-# --- Batches to evaluate by ----------------------------------------------------------------------
+# --- Batches for evaluation ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -390,7 +393,7 @@ def test_an_evaluation_has_every_image_once(batch, count):
     assert sorted(seen) == list(range(20))
 
 
-def test_views_to_evaluate_by(folder):
+def test_evaluation_takes_the_centre_or_144_crops(folder):
     _, val = data.open_dataset(folder)
     with Image.open(val.path(3)) as image:
         centre, all_of_it = augment.centre_crop(image, 16), augment.crops_144(image, 16)
@@ -412,12 +415,13 @@ def test_views_to_evaluate_by(folder):
     lambda path: path.write_text("<html>404"),
 ])  # fmt: skip
 def test_the_next_of_its_class_takes_the_place_of_a_broken_image(folder, caplog, damage, in_memory):
-    damage(folder / "train" / "bee" / "bee_6.JPEG")  # the last: the next is the first
+    # This is the last image of its class, so the first image takes its place.
+    damage(folder / "train" / "bee" / "bee_6.JPEG")
     images, _ = data.open_dataset(folder, in_memory=in_memory)
     wanted = {"batch": 17, "size": 16, "seed": 0}
     got = take(data.train_batches(images, **wanted), 2)
     messages = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    # A thread of the test before may still be at work.
+    # A thread of an earlier test may still be running, and warn, too.
     (message,) = [message for message in messages if message.startswith(str(folder))]
     assert "bee_6.JPEG is not a whole image file" in message
     assert "The next of its class takes its place. (Broken files in this process: " in message
@@ -426,7 +430,7 @@ def test_the_next_of_its_class_takes_the_place_of_a_broken_image(folder, caplog,
         order = shuffling.images_at(places, 17, 0, "thorough", 1)
         np.testing.assert_array_equal(batch["label"], images.labels[order])
         row = int(np.flatnonzero(order == 12)[0])
-        # The view is that of the first of the class, by random numbers of this place.
+        # The view shows the first image of the class, by the random numbers of this place.
         rng = data.view_rng(0, int(places[row]))
         crop = functools.partial(augment.resized_crop, rng=rng, size=16)
         with pytest.raises(data.BrokenImage):
@@ -465,7 +469,7 @@ def test_a_class_of_broken_images_stops_the_run(folder):
 
 
 def test_workers_make_the_same_batches_and_leave_nothing_behind(folder):
-    """With a broken file, from the start and from a step; and the state of threads fits workers."""
+    """Includes a broken file, and compares batches from the start and from a step with threads."""
     truncate(folder / "train" / "bee" / "bee_6.JPEG")
     images, _ = data.open_dataset(folder, in_memory=0)
     wanted = {"batch": 5, "size": 16, "seed": 3, "distortion": "full", "shuffle": "within-shard",

@@ -1,4 +1,4 @@
-"""The Inception runs: recipes, learning, resuming, devices, processes, JPEGs, the report."""
+"""Inception runs follow their recipes, learn, resume, use devices and processes, and report."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def measurements(out, kind=None):
 
 
 def last_state(out, name="BN-x5"):
-    """What the newest checkpoint of the only run in a folder holds."""
+    """Returns the state in the newest checkpoint of the only run in a folder."""
     [folder] = out.glob("*/checkpoints")
     run = Run(name, TABLE[name], SMOKE, SMOKE.rate, 0)
     network = run.recipe.of_network(), SMOKE.of_network()
@@ -90,7 +90,7 @@ def test_recipes_are_the_papers():
 def test_a_remark_changes_one_thing(name):
     changed = {f for f in REMARKS[name]._fields
                if getattr(REMARKS[name], f) != getattr(TABLE["BN-x5"], f)}  # fmt: skip
-    # What decays as slowly as the baseline's rate also has as long for it.
+    # A run whose rate decays as slowly as the baseline's also has as many steps.
     assert len(changed) == 1 or changed == {"decay_speed", "share"}
 
 
@@ -159,7 +159,7 @@ def test_larger_initial_kernels():
     np.testing.assert_allclose(stds[1] / stds[0], 2, rtol=1e-6)
 
 
-# --- Which runs ---------------------------------------------------------------------------------
+# --- Choice of runs -----------------------------------------------------------------------------
 
 
 def parsed(*argv):
@@ -187,7 +187,7 @@ def test_a_search_is_of_the_baseline():
     assert len({run.folder for run in chosen}) == len(chosen)
 
 
-def test_what_is_asked_for_twice_runs_once():
+def test_a_run_that_is_named_twice_runs_once():
     assert len(inception.runs(parsed("BN-x5", "table"))) == len(TABLE)
 
 
@@ -255,7 +255,7 @@ def whole(tmp_path_factory):
     return out
 
 
-def test_a_run_tells_all(whole):
+def test_a_run_records_its_header_measurements_and_end(whole):
     header, *_ = measurements(whole, "header")
     assert header["run"] == "BN-x5"
     assert header["command"].startswith("python -m experiments.inception BN-x5")
@@ -272,16 +272,16 @@ def test_a_run_tells_all(whole):
 def test_a_run_learns(tmp_path):
     command("BN-x5", "--devices", 1, "--steps", 3000, out=tmp_path)
     losses = [row["train_loss"] for row in measurements(tmp_path, "measurement")]
-    assert losses[-1] < 1.5 < np.log(10)  # which chance has
+    assert losses[-1] < 1.5 < np.log(10)  # the loss of chance
     [end] = measurements(tmp_path, "end")
     assert end["top1"] > 0.3  # chance is 0.1
 
 
-def test_a_run_that_was_stopped_ends_as_if_it_had_not(whole, tmp_path):
+def test_a_resumed_run_ends_like_one_never_stopped(whole, tmp_path):
     for stop in (["--stop-after", 5], []):
         command("BN-x5", "--devices", 1, "--steps", 60, *stop, out=tmp_path)
     kinds = [row["kind"] for row in measurements(tmp_path)]
-    assert kinds.count("header") == 2  # the second says what it went on with
+    assert kinds.count("header") == 2  # the resumed run writes a second one
     by_step = {row["step"]: row for row in measurements(tmp_path, "measurement")}
     expected = measurements(whole, "measurement")[-1]
     assert by_step[12]["top1"] == expected["top1"]
@@ -290,11 +290,12 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not(whole, tmp_path):
     chex.assert_trees_all_equal(last_state(tmp_path), last_state(whole))
 
 
-def test_what_was_measured_after_the_checkpoint_is_measured_anew(tmp_path):
+def test_measurements_after_the_checkpoint_are_made_again(tmp_path):
     command("BN-x5", "--devices", 1, "--steps", 60, "--stop-after", 5, out=tmp_path)
     [path] = tmp_path.glob("*/measurements.jsonl")
     later = {"kind": "measurement", "step": 7, "top1": 1.0}
-    path.write_text(path.read_text() + json.dumps(later) + "\n" + '{"kind": "meas')  # and killed
+    # The last line is incomplete, as if the run had been killed while writing.
+    path.write_text(path.read_text() + json.dumps(later) + "\n" + '{"kind": "meas')
     command("BN-x5", "--devices", 1, "--steps", 60, out=tmp_path)
     assert [row["step"] for row in measurements(tmp_path, "measurement")] == [7, 12]
 
@@ -310,12 +311,12 @@ def test_a_run_that_has_ended_is_not_repeated(whole):
     ("argv", "message"),
     [(["--steps", 90], "baseline_steps=60, and not 90"), (["--bfloat16"], "bfloat16=False")],
 )
-def test_another_run_does_not_take_its_place(whole, argv, message):
+def test_a_run_with_other_options_does_not_take_the_folder(whole, argv, message):
     with pytest.raises(SystemExit, match=message):
         command("BN-x5", "--devices", 1, "--steps", 60, *argv, out=whole)
 
 
-def test_jobs_of_their_own(tmp_path):
+def test_several_jobs_share_the_runs(tmp_path):
     command("BN-x5", "Inception", "report", "--steps", 5, "--jobs", 2, out=tmp_path)
     assert len(list(tmp_path.glob("job-*.log"))) == 2
     assert len(list(tmp_path.glob("*/measurements.jsonl"))) == 2
@@ -326,7 +327,7 @@ def test_a_job_that_fails_is_named(tmp_path):
     with pytest.raises(SystemExit, match=r"job 0 failed; .*job-0.log says why"):
         inception.main(["BN-x5", "--data-dir", str(tmp_path / "nowhere"), "--jobs", "2",
                         "--out", str(tmp_path)])  # fmt: skip
-    assert not (tmp_path / "job-1.log").exists()  # there is one run: nothing for another job
+    assert not (tmp_path / "job-1.log").exists()  # one run leaves nothing for another job
 
 
 def test_a_run_that_diverges_says_so_and_ends(tmp_path):
@@ -338,7 +339,7 @@ def test_a_run_that_diverges_says_so_and_ends(tmp_path):
 
 
 def one_step(name="BN-x5", **options):
-    """The loss of a step on given images, and the state after it."""
+    """Returns the loss of a step on fixed images, and the state after it."""
     recipe = TABLE[name]
     made = programs.program(recipe.of_network(), SMOKE, 10, Options(**options))
     hyper = hyperparameters(recipe, SMOKE, SMOKE.rate)
@@ -356,7 +357,7 @@ def on_one_device():
     return one_step(devices=1)
 
 
-def test_devices_compute_what_one_does(on_one_device):
+def test_two_devices_compute_the_same_as_one(on_one_device):
     loss, state = on_one_device
     two_loss, two = one_step(devices=2)
     assert two_loss == pytest.approx(loss, rel=1e-5)
@@ -369,7 +370,7 @@ def test_local_statistics_are_ghost_batches_of_each_device(on_one_device):
     local_loss, local = one_step(devices=2, statistics="local")
     assert local_loss == pytest.approx(ghost_loss, rel=1e-5)
     chex.assert_trees_all_close(local.stats, ghost.stats, rtol=1e-4, atol=1e-5)
-    assert abs(ghost_loss / on_one_device[0] - 1) > 1e-4  # and not those of the whole batch
+    assert abs(ghost_loss / on_one_device[0] - 1) > 1e-4  # unlike statistics of the whole batch
 
 
 def test_bfloat16_is_for_the_layers(on_one_device):
@@ -385,7 +386,7 @@ def test_auxiliary_heads_add_to_the_loss(on_one_device):
     assert "AuxiliaryHead_0" in state.params
 
 
-def test_a_class_that_shares_its_place_is_not_right():
+def test_ties_count_as_wrong():
     scores = jnp.array([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0], [jnp.inf] * 3, [jnp.nan] * 3])
     ranks = programs.rank(scores, jnp.zeros(4, jnp.int32))
     assert ranks[:2].tolist() == [1, 3]
@@ -410,7 +411,7 @@ def test_a_network_of_nans_is_never_right():
 
 @pytest.fixture(scope="module")
 def jpegs(tmp_path_factory):
-    """ImageNet in small: three classes, each of a colour of its own, photographs of all sizes."""
+    """A small ImageNet of three classes, each with its own colour, and images of many sizes."""
     root = tmp_path_factory.mktemp("imagenet")
     rng = np.random.default_rng(0)
     for part, n in (("train", 12), ("val", 5)):
@@ -430,8 +431,8 @@ SMALL = ("--dataset", "imagenet", "--size", 32, "--width", 1 / 32, "--batch", 8,
 
 
 def python(*argv, devices=1, wait=True):
-    """The command in a process of its own, with so many virtual devices."""
-    # Not optimised: the program is compiled slower than it runs.
+    """Runs the command in a process of its own, with `devices` virtual devices."""
+    # Without optimisation, because compiling takes longer than running.
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     started = subprocess.Popen(
@@ -456,7 +457,7 @@ def two_processes(*argv):
     return [finished(process) for process in started]
 
 
-def test_imagenet_in_small_on_devices_and_processes_stopped_and_resumed(jpegs, tmp_path):
+def test_two_processes_that_resume_train_like_one_process(jpegs, tmp_path):
     one, several = tmp_path / "one", tmp_path / "several"
     run = "BN-x5", *SMALL, "--steps", 40, "--data-dir", jpegs
     python(*run, "--workers", 1, "--out", one, devices=2)
@@ -464,7 +465,7 @@ def test_imagenet_in_small_on_devices_and_processes_stopped_and_resumed(jpegs, t
     two_processes(*run, "--out", several)
     ends = [measurements(out, "end")[0] for out in (one, several)]
     assert [end["step"] for end in ends] == [8, 8]
-    for name in ("loss", "loss_population"):  # but for the order of the images in a batch
+    for name in ("loss", "loss_population"):  # only the order of the images in a batch differs
         assert ends[0][name] == pytest.approx(ends[1][name], rel=1e-3)
     [path] = several.glob("*/measurements.jsonl")
     assert len(notebook.lines(path, "header")) == 2
@@ -483,7 +484,7 @@ def test_two_programs_do_not_write_to_one_folder(tmp_path):
 
 
 def write_run(out, name, seed, accuracies, *, rate=0.01, every=10, **end):
-    """A run as it would have left it."""
+    """Writes the file that a run would have left."""
     folder = out / Run(name, RECIPES[name], SMOKE, rate, seed).folder
     folder.mkdir(parents=True)
     recipe = RECIPES[name]._asdict()
@@ -516,7 +517,8 @@ def test_steps_are_compared_seed_by_seed(finished_runs):
     assert inception_curves.chosen_rate(curves) == 0.01
     found = {r.name: r for r in inception_curves.results(curves, TABLE)}
     assert found["Inception"].steps_to == [40, 40]
-    assert found["BN-x5"].steps_to == [4, 4]  # 0.7 reaches 0.6, and just 0.7
+    # An accuracy of 0.7 is above the baseline's 0.6 of one seed and equals its 0.7 of the other.
+    assert found["BN-x5"].steps_to == [4, 4]
     assert found["BN-x5"].shares == [0.1, 0.1]
     assert found["BN-x5"].first_rate == pytest.approx(0.05)
     assert found["BN-x5"].final_population == [0.68, 0.68]
@@ -531,7 +533,7 @@ def test_the_report_has_both_tables_and_figures(finished_runs):
     assert "diverged in 1 of 1" in page
     assert page.count("| 0.1 | 0 | 30.0 % | 20.0 % |") == 1  # the search
     assert "made with 0.01, but 0.03 is better for the baseline" in page
-    # Beside the better of the two rates.
+    # All are compared with the baseline at the better of its two rates.
     assert "| Inception, LeCun init | 0.01 | never | never | 30.0 % |" in page
     assert "| Inception, LeCun init | 0.03 | 20 | 100.0 % | 40.0 % |" in page
     assert "| BN-x5, LeCun init | 0.05 | 2 | 10.0 % | 40.0 % |" in page
@@ -556,7 +558,7 @@ def test_the_report_can_be_made_of_the_one_file(finished_runs, tmp_path_factory)
     assert inception_report.report(other) == page
 
 
-def test_the_documentation_shows_what_was_measured(tmp_path):
+def test_the_documentation_shows_the_recorded_numbers(tmp_path):
     shown = Path(__file__).parents[2] / "docs/experiments/inception"
     shutil.copy(shown / inception_curves.NUMBERS, tmp_path)
     page = (shown / "inception-table.md").read_text(encoding="utf-8")
@@ -567,13 +569,13 @@ def test_the_documentation_shows_what_was_measured(tmp_path):
         assert f"## {heading}" in page
 
 
-def test_nothing_to_report_is_said(tmp_path):
+def test_a_report_without_a_finished_baseline_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither runs nor a file"):
         inception_report.report(tmp_path)
     write_run(tmp_path, "BN-x5", 0, [0.5])
     write_run(tmp_path, "Inception", 0, [0.5])
     [path] = tmp_path.glob("Inception*/measurements.jsonl")
-    path.write_text(path.read_text().replace('"end"', '"measurement"'))  # it is under way
+    path.write_text(path.read_text().replace('"end"', '"measurement"'))  # it has not ended
     with pytest.raises(ValueError, match="No run of Inception"):
         inception_report.report(tmp_path)
 

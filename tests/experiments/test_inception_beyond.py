@@ -54,7 +54,7 @@ def assert_drawn(path):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Of one command, with one seed."""
+    """The folder with the results of one command, with one seed."""
     out = tmp_path_factory.mktemp("beyond")
     command("depth", "identity", "--seeds", 3, "--images", 64, out=out)
     return out
@@ -70,10 +70,8 @@ def profile(results, net, activation, init, what):
 
 
 @pytest.mark.parametrize("activation", ["relu", "sigmoid"])
-def test_with_batch_norm_only_the_size_of_the_gradient_knows_that_of_the_kernels(
-    results, activation
-):
-    """BN((aW)u) = BN(Wu); dBN((aW)u)/d(aW) = 1/a dBN(Wu)/dW. Up to epsilon."""
+def test_with_batch_norm_the_kernels_scale_only_their_own_gradient(results, activation):
+    """Checks BN((aW)u) = BN(Wu) and dBN((aW)u)/d(aW) = 1/a dBN(Wu)/dW, up to epsilon."""
     of = functools.partial(profile, results, "with BN", activation)
     for init in (0.5, 2.0):
         np.testing.assert_allclose(of(init, "output"), of(1.0, "output"), rtol=1e-3)
@@ -83,8 +81,8 @@ def test_with_batch_norm_only_the_size_of_the_gradient_knows_that_of_the_kernels
         np.testing.assert_allclose(of(init, "kernel_gradient"), want, rtol=5e-3)
 
 
-def test_without_it_every_layer_multiplies(results):
-    """Relu is homogeneous, and there is no bias yet (local response normalisation: 1 in 1e4)."""
+def test_without_batch_norm_every_layer_multiplies_by_the_scale(results):
+    """Relies on homogeneous relu and zero biases; local response norm changes 1 part in 1e4."""
     of = functools.partial(profile, results, "without BN", "relu")
     for init in (0.5, 2.0):
         want = of(1.0, "output") * init ** np.arange(1, 5)
@@ -101,7 +99,7 @@ def test_the_figure_and_the_header(results):
 
 
 def test_the_longest_path_follows_the_signal():
-    """Each convolution has as many channels to read as the one before writes."""
+    """Checks that each convolution reads as many channels as the one before writes."""
     net = bn_inception.small_inception(1 / 2)
     image = jnp.zeros((1, 32, 32, 3))
     init = functools.partial(net.init, train=False)
@@ -117,7 +115,7 @@ def test_the_longest_path_follows_the_signal():
 
 
 def test_the_probe_measures_gradients_of_the_loss(one_device):
-    """By Euler's theorem: relu(W u) is homogeneous in W, so <dL/dW, W> = <dL/dy, y>."""
+    """Uses Euler's theorem: relu(W u) is homogeneous in W, so <dL/dW, W> = <dL/dy, y>."""
     recipe = TABLE["Inception"]._replace(dropout=0.0)
     net = network(recipe, SMOKE, n_classes=10)
     batch = {
@@ -148,7 +146,7 @@ def test_the_probe_measures_gradients_of_the_loss(one_device):
         assert abs(got - want) < 100 * eps("float32") * size
 
 
-def test_rms_of_what_vanishes():
+def test_the_rms_of_tiny_numbers_does_not_underflow():
     x = jnp.full((3, 5), 1e-30)
     assert inception_depth.rms(x) == pytest.approx(1e-30, rel=1e-6, abs=0)
     assert inception_depth.rms(jnp.array([3.0, -4.0])) == pytest.approx(12.5**0.5)
@@ -167,7 +165,7 @@ def test_first_to_last_and_span():
 
 
 def synthetic(n=40):
-    """[n, 3, 3, 4] of known means and deviations."""
+    """Makes values [n, 3, 3, 4] of known means and standard deviations."""
     rng = np.random.default_rng(0)
     mean, std = np.array([0.0, 3.0, -20.0, 0.5]), np.array([1.0, 0.1, 5.0, 2.0])
     x = rng.standard_normal((n, 3, 3, 4))
@@ -191,7 +189,7 @@ def test_the_identity_is_found():
 
 
 def test_a_step_of_sgd_is_one_of_a_moving_average():
-    """Of the moments of its batch, against NumPy."""
+    """Compares the steps with moving averages of the batches' moments, in NumPy."""
     x, _, _ = synthetic()
     rate = 0.1
     found = inception_identity.learn(x, batch=8, steps=12, rate=rate, seed=5)
@@ -215,7 +213,7 @@ def test_every_example_comes_once_before_any_comes_again():
 
 
 def test_the_command_finds_the_identity(results):
-    """After 1000 steps at a rate of 0.01 what remains of the start is 0.99^1000 = 4e-5."""
+    """Takes 1000 steps at a rate of 0.01, which leave 0.99^1000 = 4e-5 of the initial error."""
     path = results / "identity.jsonl"
     [header] = lines(path, "header")
     assert header["layer"] == "inception_3c/ConvUnit_2"
@@ -273,11 +271,11 @@ def test_scores_respect_masks_labels_and_nan():
     assert score.loss == pytest.approx(-np.log([0.6, 0.2, 0.1]).sum())
     assert score.means()["top5"] == pytest.approx(2 / 3)
     again = score.plus(p, batch | {"mask": np.array([True] * 5 + [True])})
-    assert again[:3] == (9, 4, 6)  # right, and the sixth row is never
+    assert again[:3] == (9, 4, 6)  # the last row, of NaN, never counts as right
 
 
 def test_shifts_are_those_of_training():
-    """Nine places and their mirror images, beginning with the image as it is."""
+    """Expects nine places and their mirror images, first of all the image itself."""
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     got = np.asarray(inception_ensemble.views(jnp.asarray(images), "shifts"))
     assert got.shape == (18, 2, 32, 32, 3)
@@ -285,7 +283,7 @@ def test_shifts_are_those_of_training():
     np.testing.assert_array_equal(got[9:], got[:9, :, :, ::-1])
 
     class Moved:
-        """In the place of a generator: what moves an image by so much."""
+        """A stand-in for a random generator that moves an image to a given place."""
 
         def __init__(self, *places):
             self.places = places
@@ -309,7 +307,7 @@ def test_views_of_crops_come_one_by_one():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Two networks of BN-x30 after eight steps, and what the command says of them."""
+    """The folder with two networks of BN-x30 after eight steps, and with their ensemble."""
     out = tmp_path_factory.mktemp("trained")
     smoke = "--dataset", "smoke", "--devices", "1", "--out", str(out)
     inception.main(["BN-x30", "BN-x30, larger init", *smoke])
@@ -332,7 +330,7 @@ def test_members_score_what_their_runs_did(trained):
 
 
 def test_the_ensemble_has_the_mean_of_the_probabilities(trained):
-    """Computed anew from the checkpoints, image by image, without padding."""
+    """Recomputes the mean from the checkpoints, view by view, without padding."""
     sets = Sets(*data.stripes(320, 80))
     folders = inception_ensemble.finished(trained, "BN-x30")
     members = [inception_ensemble.restore(folder, "smoke", 10, devices=1) for folder in folders]
@@ -368,7 +366,7 @@ def test_the_identity_of_a_trained_network(trained):
     [header] = lines(trained / "identity.jsonl", "header")
     assert (header["run"], header["layer"]) == (name, "ConvUnit_0")
     [row] = lines(trained / "identity.jsonl", "residual")
-    assert row["residual"] < 0.02  # 0.8^30 of where it began
+    assert row["residual"] < 0.02  # 0.8^30 = 0.001 of the initial error is left
 
 
 def test_only_runs_that_ended_well_are_members(tmp_path):

@@ -1,4 +1,4 @@
-"""The experiments run end to end, on real digits, and refuse damaged data in words that help."""
+"""The MNIST experiments run end to end on real digits, and explain what is wrong with data."""
 
 import functools
 import gzip
@@ -27,7 +27,7 @@ NAMES = tuple(digits.MNIST_SHA256)
 
 
 def idx(array):
-    """An unsigned-byte array as the bytes of an IDX file."""
+    """Returns an unsigned-byte array as the bytes of an IDX file."""
     header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
     return header + array.tobytes()
 
@@ -153,7 +153,7 @@ def mirror(folder):
 
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
-    """Downloads go to an empty folder, and to this machine not through a proxy."""
+    """Sends downloads to an empty folder, and asks this machine without a proxy."""
     pytest.importorskip("pooch")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -173,7 +173,7 @@ def test_download_of_other_bytes_is_refused(mirror, empty_cache):
 
 def test_download_without_a_server_says_what_to_do(empty_cache):
     with pytest.raises(OSError, match=r"Could not fetch MNIST.*--data-dir"):
-        digits.download_mnist("http://127.0.0.1:9")  # the discard port: nobody listens
+        digits.download_mnist("http://127.0.0.1:9")  # no server listens on this port
 
 
 # --- Networks and batches -----------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_networks_differ_in_bias_and_norm_alone():
 
 
 def test_an_epoch_uses_every_image_once_and_the_next_another_order():
-    n_images = 3 * training.BATCH + 7  # the 7 that fill no batch wait for another epoch
+    n_images = 3 * training.BATCH + 7  # the 7 that fill no batch are not in this epoch
     order = training.batch_order(jax.random.key(0), n_images, jnp.int32(0), 6)
     assert order.shape == (6, training.BATCH)
     first, second = np.asarray(order).reshape(2, -1)
@@ -211,7 +211,7 @@ def test_an_epoch_uses_every_image_once_and_the_next_another_order():
 
 
 def test_batches_depend_on_key_and_step_alone():
-    """Both networks ask with the same key, and get the same batches however steps are chunked."""
+    """Gives both networks, which have one key, the same batches however steps are chunked."""
     key, n_images = jax.random.key(3), 200
     whole = training.batch_order(key, n_images, jnp.int32(0), 20)
     parts = [training.batch_order(key, n_images, jnp.int32(i), n) for i, n in ((0, 7), (7, 13))]
@@ -227,7 +227,7 @@ def test_chunks_cover_every_step_once():
     assert list(training.chunks(7, 3)) == [(0, 3), (3, 3), (6, 1)]
 
 
-def test_typical_unit_is_the_middling_one():
+def test_the_typical_unit_moves_by_the_median():
     percentiles = np.zeros((2, 3, 100))
     percentiles[1, 1] = np.arange(100)  # unit i's median moves from 0 to i
     history = comparison.History(np.arange(2), np.zeros(2), np.zeros(2), percentiles, 0.0)
@@ -256,7 +256,7 @@ def test_figure1_smoke(tmp_path, capsys):
         assert len(inputs) == 6
         assert all(row["15"] <= row["50"] <= row["85"] for row in inputs)
         assert sum(row["kind"] == "summary" for row in mine) == 1
-    # 300 steps are enough for the normalised network, not for the plain one: the claim in small.
+    # 300 steps are enough for the normalised network but not for the plain one, as the paper says.
     losses = {net: [r["train_loss"] for r in rows if r["kind"] == "measurement" and r["net"] == net]
               for net in NETS}  # fmt: skip
     assert losses["batch_norm"][-1] < 0.5 * losses["batch_norm"][0]
@@ -284,7 +284,7 @@ def test_bad_arguments_end_with_a_message(folder, tmp_path, capsys):
 
 
 def test_a_diverged_network_counts_as_chance(tmp_path):
-    """An infinite learning rate makes the loss NaN; the accuracy of such a cell is 1/10."""
+    """Takes an infinite learning rate, which makes the loss NaN; the accuracy is then 1/10."""
     from experiments.mnist import sweep as mnist_sweep
 
     rng = np.random.default_rng(0)

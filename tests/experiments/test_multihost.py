@@ -10,13 +10,13 @@ from experiments.multihost import processes, training
 from tests.tolerance import eps
 
 STEPS = 6
-# Sums over 240 images in another order, carried on for a few steps of SGD with momentum.
+# 240 images are summed in another order, and a few steps of SGD with momentum carry this on.
 CLOSE = {"rtol": 1e3 * eps("float32"), "atol": 1e3 * eps("float32")}
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """mode -> what each of the processes ended with."""
+    """The final state of each of the two processes, by mode."""
     out = tmp_path_factory.mktemp("multihost")
     said = processes.launch(2, 2, STEPS, out)
     assert "process 1 of 2: 2 of 4 devices" in said[1]
@@ -30,7 +30,7 @@ def test_processes_agree_bit_for_bit(two_processes, mode):
 
 
 @pytest.mark.parametrize(("mode", "devices"), [("shard_map", 4), ("jit", 1)], ids=str)
-def test_as_one_process(two_processes, mode, devices):
+def test_two_processes_compute_the_same_as_one(two_processes, mode, devices):
     mesh = jax.make_mesh(
         (devices,), (training.AXIS,), (AxisType.Auto,), devices=jax.devices()[:devices]
     )
@@ -55,7 +55,7 @@ def test_a_failing_process_is_shown(tmp_path):
         ("--processes 7", "processes x devices must divide 120"),
     ],
 )
-def test_arguments(argv, message, capsys):
+def test_wrong_arguments_are_explained(argv, message, capsys):
     with pytest.raises(SystemExit):
         multihost.main(argv.split())
     assert message in capsys.readouterr().err

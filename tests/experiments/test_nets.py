@@ -1,6 +1,6 @@
-"""BN-Inception row by row as the paper's appendix prints it, and each part of it on its own.
+"""BN-Inception has the rows of the paper's appendix, and each part works on its own.
 
-Of the network at 224 x 224 only shapes are looked at; what is computed is a few channels wide.
+The network at 224 x 224 is checked by its shapes only; networks that compute have few channels.
 """
 
 import functools
@@ -22,7 +22,7 @@ TINY = {  # a convolution and a module
     "n_classes": 5,
     "separable": None,
 }
-# Most of the time goes into compiling: quickly, then.
+# Compiling takes most of the time, so XLA does not optimise here.
 jit = functools.partial(
     jax.jit,
     compiler_options={
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def shapes_of(net, shape, train=False):
-    """(variables, output of every module by its path), without computing anything."""
+    """Returns (variables, {path: (module, output)}), as shapes without any computation."""
     outputs = {}
 
     def record(call, args, kwargs, context):
@@ -61,7 +61,7 @@ def images(n=4, size=12):
 
 
 def init(net, *args, **kwargs):
-    """Variables of a network at random; scales, biases and statistics are not as they start."""
+    """Draws all variables of a network at random, also scales, biases and statistics."""
     shapes = jax.eval_shape(functools.partial(net.init, **kwargs), jax.random.key(0), *args)
     rng = np.random.default_rng(0)
 
@@ -77,7 +77,7 @@ def init(net, *args, **kwargs):
 
 
 def value_and_gradient(net, variables, x):
-    """Logits and new statistics of training, and the gradient of a random sum of the logits."""
+    """Returns logits and statistics of training, and the gradient of a random sum of the logits."""
 
     @jit
     def run(variables, x):
@@ -93,11 +93,11 @@ def value_and_gradient(net, variables, x):
 
 
 def assert_same(got, want):
-    """Two ways to compute a small network in float32.
+    """Compares the results of two ways to compute a small network in float32.
 
     The longest sum is that of a kernel's gradient, over 4 x 6 x 6 positions. Batch Normalization
-    subtracts what all of a batch have in common, gradients too: what remains is smaller than what
-    was summed, hence the magnitude.
+    subtracts what a whole batch has in common, from gradients, too. The result is smaller than the
+    terms that were summed, hence the magnitude.
     """
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -144,8 +144,8 @@ def test_the_first_module_sees_what_the_second_pooling_leaves(tower):
     assert tower[1]["inception_3a"][1].shape[1:3] == (28, 28)
 
 
-# The columns of the appendix: what the convolutions of a module make, in the order 1x1, 3x3 reduce,
-# 3x3, double 3x3 reduce, twice double 3x3, projection of the pooling.
+# The columns of the appendix: output channels of a module's convolutions, in the order 1x1,
+# 3x3 reduce, 3x3, double 3x3 reduce, twice double 3x3, projection of the pooling.
 PRINTED = {
     "3a": (64, 64, 64, 64, 96, 96, 32),
     "3b": (64, 64, 96, 64, 96, 96, 64),
@@ -170,7 +170,7 @@ def test_every_convolution_of_a_row(tower, name):
         if path.startswith(f"inception_{name}/") and isinstance(module, nn.Conv)
     ]
     channels = tuple(conv.features for conv in convs)
-    # In the order in which they are called: the first of the double ones comes after its reduction.
+    # The order is that of the calls: the first of the double ones comes after its reduction.
     assert channels == PRINTED[name]
     assert tuple(conv.kernel_size[0] for conv in convs) == SIZES[len(channels)]
     assert tuple(conv.strides for conv in convs) == STRIDES[len(channels)]
@@ -187,7 +187,7 @@ def test_the_channels_of_a_row_are_the_sum_of_its_branches():
 
 @pytest.mark.parametrize(("separable", "count"), [(None, 11_285_224), (8, 11_278_528)])
 def test_as_many_parameters_as_the_printed_tower_has(separable, count):
-    """11.29 million, where the text says 13.6 million (of which no variant of the table tells)."""
+    """Expects 11.29 million; the text says 13.6 million, which no variant of the table has."""
     variables, outputs = shapes_of(bn_inception.BNInception(separable=separable), FULL)
     assert n_parameters(variables) == count
     units = [module for module, _ in outputs.values() if isinstance(module, bn_inception.ConvUnit)]
@@ -199,7 +199,7 @@ def test_as_many_parameters_as_the_printed_tower_has(separable, count):
 
 
 def test_the_longest_path_has_34_convolutions():
-    """The separable one counts twice; then 1x1 and 3x3, and three in each of the ten modules."""
+    """Counts the separable convolution as two, 1x1 and 3x3, and three in each of ten modules."""
     net = bn_inception.BNInception()
     variables, _ = shapes_of(net, FULL)
     jaxpr = jax.make_jaxpr(functools.partial(net.apply, train=False))(variables, jnp.zeros(FULL))
@@ -222,7 +222,7 @@ def test_the_first_layer_is_separable(tower):
 
 
 def test_the_plain_network_of_the_comparison():
-    """No normalisation but the local one, Dropout of 40 %, and a bias in every convolution."""
+    """Expects only local normalisation, Dropout of 40 %, and a bias in every convolution."""
     net = bn_inception.PlainInception()
     variables, outputs = shapes_of(net, FULL)
     assert set(variables) == {"params"}
@@ -243,7 +243,7 @@ def test_a_convolution_has_a_bias_only_where_no_norm_has_one():
 
 
 def kernels(tree, path=""):
-    """(path, layer) of every layer with a kernel."""
+    """Returns (path, layer) of every layer with a kernel."""
     if "kernel" in tree:
         return [(path, tree)]
     inside = [(k, v) for k, v in tree.items() if isinstance(v, dict)]
@@ -255,7 +255,7 @@ def kernels(tree, path=""):
 
 @functools.cache
 def reference(activation):
-    """(variables, results) of the network with slots as they are by default."""
+    """Returns (variables, results) of the network with the default slots."""
     net = bn_inception.Inception(**TINY, activation=activation)
     variables = init(net, images(), train=False)
     return variables, value_and_gradient(net, variables, images())
@@ -270,7 +270,7 @@ def test_fused_is_the_same_network(activation):
 
 @pytest.mark.parametrize("slots", [{"norm": nn.BatchNorm}, {"conv": convolution.CPU_CONV}])
 def test_other_layers_fit_the_slots(slots):
-    """Flax's normalisation, and convolutions as matrix products: the same variables and numbers."""
+    """Takes Flax's normalisation, or matrix products; variables and results are the same."""
     variables, want = reference(nn.relu)
     net = bn_inception.Inception(**TINY, **slots)
     like = jax.eval_shape(functools.partial(net.init, train=False), jax.random.key(0), images())
@@ -360,7 +360,8 @@ def test_a_module_is_its_branches_side_by_side(name):
             at, branches = 1, [unit(0, row.conv_1x1, 1, x)]
         y = unit(at, row.reduce_3x3, 1, x)
         branches.append(unit(at + 1, row.conv_3x3, 3, y, row.stride))
-        y = unit(at + 3, row.reduce_double, 1, x)  # numbered when made: after the 3x3 around it
+        # Units are numbered when they are made, and this one is made after the 3x3 that takes it.
+        y = unit(at + 3, row.reduce_double, 1, x)
         y = unit(at + 2, row.double_3x3, 3, y)
         branches.append(unit(at + 4, row.double_3x3, 3, y, row.stride))
         edge = (1, 1) if row.stride == 1 else (0, 1)
@@ -381,7 +382,7 @@ def test_a_module_is_its_branches_side_by_side(name):
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_separable_is_depthwise_then_pointwise(stride):
-    """Filter j of colour c makes channel 8 c + j; the 1x1 mixes all of them."""
+    """Expects that filter j of colour c makes channel 8 c + j, and that the 1x1 mixes them all."""
     unit = bn_inception.ConvUnit(4, 3, stride, depth_multiplier=8, activation=lambda x: x)
     x = images(2, 6)
     params = init(unit, x)["params"]
@@ -402,7 +403,7 @@ def test_separable_is_depthwise_then_pointwise(stride):
 
 
 def local_response_oracle(x, size=5, alpha=1e-4, beta=0.75):
-    """Krizhevsky et al. 2012, section 3.3, with Caffe's constants: k = 1, alpha a mean's."""
+    """Computes section 3.3 of Krizhevsky et al. 2012 with k = 1 and alpha / n, as Caffe does."""
     y = np.empty_like(x)
     channels = x.shape[-1]
     for i in range(channels):
@@ -418,7 +419,8 @@ def test_local_response_norm(channels, dtype):
     x = jnp.asarray(300 * np.random.default_rng(channels).standard_normal((2, 3, 3, channels)))
     x = x.astype(dtype)
     want = local_response_oracle(np.asarray(x, np.float64))
-    assert abs(want).max() < 0.9 * abs(np.asarray(x, np.float64)).max()  # there is something to see
+    # The normalisation is strong enough to be seen.
+    assert abs(want).max() < 0.9 * abs(np.asarray(x, np.float64)).max()
     got = bn_inception.local_response_norm(x)
     assert got.dtype == x.dtype
     np.testing.assert_allclose(
@@ -466,7 +468,7 @@ def test_local_response_norm_is_in_the_stem_if_wanted(lrn):
 
 @pytest.mark.parametrize("rate", [0.4, 0.05])
 def test_dropout_hides_its_share_of_the_features_in_training_only(rate):
-    """Of as many as a draw of 64 images x 30 features tells; the others are scaled up."""
+    """Counts the zeros among 64 images x 30 features; all other values are scaled up."""
     net = bn_inception.Inception((), ((30, 3, 2),), 5, separable=None, norm=None,
                            activation=nn.sigmoid, dropout=rate)  # fmt: skip
     x = images(64, 4)
@@ -513,7 +515,7 @@ def test_auxiliary_heads_are_googlenets(tower):
     assert jax.tree.map(jnp.shape, without) == jax.tree.map(jnp.shape, tower[0]["params"])
 
 
-def test_auxiliary_heads_speak_in_training_only():
+def test_auxiliary_heads_give_logits_in_training_only():
     first, second = (bn_inception.rows("3c", width=1 / 32)[0]._replace(name=n) for n in "ab")
     net = bn_inception.Inception(**TINY | {"rows": (first, second)}, auxiliary=("a",))
     x = images()
@@ -554,7 +556,7 @@ def test_auxiliary_heads_speak_in_training_only():
         ("", (10,)),
     ],
 )
-def test_small_inception_is_the_same_modules_narrow(small, name, shape):
+def test_small_inception_has_the_shapes_of_narrow_modules(small, name, shape):
     assert small[1][name][1].shape == (2, *shape)
 
 
@@ -577,7 +579,7 @@ def test_small_inception_has_all_modules(small, tower):
 
 
 def test_small_inception_learns_everywhere():
-    """From 32 x 32 pixels down to 2 x 2: every parameter has a gradient, finite and not zero."""
+    """Checks that every parameter has a finite gradient that is not zero, down to 2 x 2 pixels."""
     some = bn_inception.rows("3a", "3c", "4e", "5b", width=1 / 32)
     net = bn_inception.small_inception(1 / 32, rows=some, fused=True, activation=nn.sigmoid)
     variables = init(net, images(4, 32), train=False)
@@ -593,5 +595,5 @@ def test_wide_inception_is_the_tower_with_a_share_of_its_channels(tower):
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, tower[0])
     _, outputs = shapes_of(bn_inception.wide_inception(1 / 8), FULL)
     convs = [module.features for module, _ in outputs.values() if isinstance(module, nn.Conv)]
-    assert convs[:4] == [24, 8, 8, 24]  # the filters of the first layer are eight a colour
+    assert convs[:4] == [24, 8, 8, 24]  # the first layer always has eight filters for each colour
     assert convs[4:] == [n // 8 for row in PRINTED.values() for n in row]

@@ -31,7 +31,7 @@ ROW = 1 + 3 * 32 * 32
 
 
 def rows(n, seed=0):
-    """Images and labels, and the bytes that CIFAR-10's binary files have for them."""
+    """Makes images and labels, and the bytes that CIFAR-10's binary files have for them."""
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (n, 32, 32, 3), np.uint8)
     labels = (np.arange(n) % 10).astype(np.uint8)
@@ -52,7 +52,7 @@ def binary(tmp_path):
 
 @pytest.fixture
 def classes(tmp_path):
-    """A tiny CIFAR-10 as a folder a class: one image a class to train, one to test."""
+    """A tiny CIFAR-10 with one folder a class: each has one training and one test image."""
     image = pytest.importorskip("PIL.Image")
     folder = tmp_path / "classes"
     for part, seed in (("train", 1), ("test", 2)):
@@ -79,7 +79,7 @@ def test_binary_files(binary, inside):
     np.testing.assert_array_equal(sets.test_labels, range(10))
 
 
-def test_a_folder_a_class(classes):
+def test_each_folder_is_a_class(classes):
     sets = photos.read_cifar10(classes)
     np.testing.assert_array_equal(sets.train_images, rows(10, 1)[0])
     np.testing.assert_array_equal(sets.test_images, rows(10, 2)[0])
@@ -97,7 +97,7 @@ def test_jpegs_are_read(classes):
     assert abs(sets.train_images[4].astype(int) - (200, 100, 50)).max() < 5
 
 
-def test_what_is_missing_is_named(binary, classes):
+def test_missing_files_and_classes_are_named(binary, classes):
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere\. Expected CIFAR-10.*https"):
         photos.read_cifar10(binary / "nowhere")
     (binary / photos.CIFAR10_FOLDER / "data_batch_4.bin").unlink()
@@ -140,7 +140,7 @@ def test_damaged_images_are_explained(classes):
 
 @pytest.fixture
 def mirror(binary, tmp_path, monkeypatch):
-    """The tiny data set as an archive on a web server of this machine; and its checksum."""
+    """The address of the tiny data set as an archive on a local web server, and its checksum."""
     pytest.importorskip("pooch")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -227,13 +227,13 @@ def test_matmul_conv_is_the_convolution(window, stride, padding):
 
 
 @pytest.mark.parametrize("other", [{"rhs_dilation": (2, 2)}, {"feature_group_count": 2}])
-def test_matmul_conv_refuses_what_it_does_not_do(other):
+def test_matmul_conv_refuses_dilated_and_grouped_convolutions(other):
     with pytest.raises(NotImplementedError, match="plain convolutions"):
         matmul_conv(jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 2, 2)), (1, 1), "SAME", **other)
 
 
 def test_resnet_shapes():
-    """An even and an odd number of blocks; every stage but the first halves the resolution."""
+    """Takes stages of one and of two blocks; every stage but the first halves the resolution."""
     net = ResNet(widths=(4, 8, 16), blocks=(1, 2, 1), stem_stride=2, n_classes=7)
     x = jnp.zeros((2, 32, 32, 3))
     variables = jax.eval_shape(lambda: net.init(jax.random.key(0), x, True))
@@ -298,10 +298,10 @@ def test_images_come_once_an_epoch_and_in_another_order_in_the_next():
 
 @pytest.mark.parametrize("statistics", cases.STATISTICS)
 def test_a_step_is_the_step_of_one_device_normalised_by_groups(statistics):
-    """Gradient and loss of 4 devices, against one device that sees groups one after the other.
+    """Compares 4 devices with one device that sees groups one after the other.
 
-    The learning rate makes the first step's change the gradient; the running statistics are not
-    compared, for how groups enter them is the library's affair.
+    The learning rate is such that the first step changes the parameters by the gradient. The
+    running statistics are not compared: how groups enter them is tested with the library.
     """
     sets = photos.painted_stripes(8, 8)
     config = TINY._replace(images=8, every=8, learning_rate=2.0)  # 8 images: a rate of 1
@@ -329,7 +329,7 @@ def test_a_step_is_the_step_of_one_device_normalised_by_groups(statistics):
     assert_close(loss, want_loss, jnp.float32, terms)
     for got, expected in zip(*map(jax.tree.leaves, (variables["params"], want)), strict=True):
         assert_close(got, expected, jnp.float32, terms)
-    # The test would pass with any scope if the scopes did not differ.
+    # The comparison would say nothing if the step changed no variable.
     moved = jax.tree.leaves(jax.tree.map(lambda a, b: abs(a - b).max(), variables, start))
     assert max(map(float, moved)) > 1e-2
 
@@ -355,8 +355,8 @@ def test_judge_counts_by_running_statistics_or_by_groups(shared_by):
     assert_close(got.loss, losses.mean(), jnp.float32, 64)
 
 
-def test_measures_stand_under_their_names(monkeypatch):
-    """By the moments of 4 images two of six classes are found as by the running statistics."""
+def test_measures_have_the_right_names(monkeypatch):
+    """Replaces `judge`: moments and running statistics agree on 2 of 4 images."""
 
     def judge(config, variables, images, labels, by):
         predicted = [0, 1, 5, 5, 5, 5] if by else [0, 1, 2, 3, 4, 5]

@@ -1,4 +1,4 @@
-"""The speed benchmark: its arithmetic, what it compares, what it notices; a run of every part."""
+"""The speed benchmark times and compares equal programs, and notices what became slower."""
 
 import functools
 import json
@@ -60,7 +60,7 @@ def test_competitors_take_turns():
     assert {name: len(s) for name, s in samples.seconds.items()} == {"a": 4, "b": 4, "c": 4}
     assert all(s >= 2e-4 for seconds in samples.seconds.values() for s in seconds)
     assert len({"".join(timing.shuffled("abc", i)) for i in range(20)}) > 1
-    # After the first calls, which find out how long a call takes, each is called twice a round.
+    # The first calls measure how long a call takes; after them each is called twice a round.
     assert [calls[-24 + i] == calls[-23 + i] for i in range(0, 24, 2)] == [True] * 12
     for i in range(4):
         assert sorted(calls[-24 + 6 * i : -18 + 6 * i or None]) == list("aabbcc")
@@ -87,12 +87,12 @@ def test_the_process_restarts_with_its_environment(tmp_path):
         assert run.stdout == "0 7 ['--a', 'b c'] False\n"
 
 
-# --- What is compared ----------------------------------------------------------------------------
+# --- The programs that are compared --------------------------------------------------------------
 
 
 @pytest.fixture
 def lenient():
-    """For the code of other libraries."""
+    """Allows dtype and rank promotion, which the code of other libraries needs."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -100,7 +100,7 @@ def lenient():
 @pytest.mark.parametrize("form", layers.FORMS)
 @pytest.mark.filterwarnings("default")  # of other libraries
 def test_libraries_compute_the_same(form, lenient):
-    """y, and the gradient of x: the two results that have a place in all libraries alike."""
+    """Compares y and the gradient of x, the two results that all libraries have in common."""
     found = {}
     for name, peer in peers.installed().items():
         if name == "torch":
@@ -131,13 +131,13 @@ def test_folded_inference_is_inference():
     np.testing.assert_allclose(peers.folded_program(case).run(), plain, atol=1e-5)
 
 
-def test_half_precision_comes_out_as_it_went_in(lenient):
+def test_results_have_the_half_precision_of_x(lenient):
     for name in (BASELINE, "flax.nnx", "jbn"):
         y, _, (_, dx, _) = peers.PEERS[name].program(Case((16, 8), "bfloat16")).run()
         assert (y.dtype, dx.dtype) == (jnp.bfloat16, jnp.bfloat16), name
 
 
-def test_the_floor_moves_every_element():
+def test_the_copy_moves_every_element():
     case = Case((16, 8))
     np.testing.assert_array_equal(peers.copy_program(case).run(), -layers.data(case).x)
 
@@ -181,7 +181,7 @@ def test_a_regression_is_noticed(tmp_path):
     assert "Not measured in this run: op / forward+backward / float32 / bn_relu / jbn" in said
 
 
-def test_a_comparison_of_nothing_is_no_success(tmp_path):
+def test_a_comparison_without_common_groups_is_refused(tmp_path):
     path = tmp_path / "baseline.json"
     speed_report.write_baseline(path, [row("jbn", 0.5)], measured={"batch": 1})
     then = speed_report.read_baseline(path, {"batch": 1})
@@ -217,7 +217,7 @@ def test_tables_have_a_line_a_case_and_a_column_a_library():
 
 
 def test_a_row_says_how_much_of_the_copy_it_reaches():
-    """A layer that takes four times as long as the copy, and moves four times as much."""
+    """Times a layer that takes four times as long as the copy and moves four times as much."""
     case = Case((64, 8))
     slow = peers.Program(lambda: time.sleep(4e-3)), peers.Program(lambda: time.sleep(1e-3))
     programs = dict(zip((BASELINE, cases.COPY), slow, strict=True))
@@ -277,7 +277,7 @@ def test_mistakes_are_explained(tmp_path):
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """A run of the parts that are quick enough for a test: (folder, rows of its JSON lines)."""
+    """The folder and the JSON lines of a run of the parts that are quick enough for a test."""
     out = tmp_path_factory.mktemp("speed")
     argv = ["--quick", "--libraries", BASELINE, "jbn", "--part", "op", "inference", "step"]
     argv += ["--out", str(out), "--markdown", str(out / "t.md"), "--update", str(out / "b.json")]

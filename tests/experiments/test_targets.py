@@ -1,4 +1,4 @@
-"""The ResNets as users know them, what is read out of a program, and the table of targets."""
+"""ResNets have their usual sizes, kernels are read from a program, and the table shows them."""
 
 import functools
 import importlib.util
@@ -36,7 +36,7 @@ def shapes(make, **slots):
     ("make", "parameters", "features"),
     [(resnet.ResNet18, 11_689_512, 4_800), (resnet.ResNet50, 25_557_032, 26_560)],
 )
-def test_as_many_parameters_as_everyone_counts(make, parameters, features):
+def test_resnets_have_the_usual_number_of_parameters(make, parameters, features):
     variables, logits = shapes(make)
     count = sum(v.size for v in jax.tree.leaves(variables["params"]))
     assert count == parameters
@@ -72,7 +72,7 @@ def test_the_stride_is_in_the_3x3():
 
 
 def test_fused_is_the_same_network():
-    """Same variables, same output, same gradient; of a block with a projection and one without."""
+    """Compares output, statistics and gradient of a block with a projection and one without."""
     net = functools.partial(resnet.ResNet, (4,), (2,), block=resnet.BottleneckBlock)
     x, dy = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(8, 8, 8, 3), (8, 10)]))
     variables = jax.jit(functools.partial(net().init, train=True))(jax.random.key(2), x)
@@ -91,13 +91,13 @@ def test_fused_is_the_same_network():
 
     plain = run((jbn.linen.BatchNorm, False), variables)
     fused = run((jbn.linen.BatchNorm, True), variables)
-    # Rounding, through a dozen layers that divide by the standard deviation of a few values each.
+    # Rounding grows in a dozen layers that each divide by the standard deviation of a few values.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), plain, fused)
 
 
 # --- Kernels, read out of a program --------------------------------------------------------------
 
-# Shortened from what XLA prints for an H100: a slice of x, sums over x minus the slice, a copy.
+# Shortened from a program for an H100: a slice of x, sums over x minus the slice, a copy.
 PROGRAM = """\
 HloModule jit_f, is_scheduled=true, entry_computation_layout={(bf16[64,8]{1,0})->f32[8]{0}}
 
@@ -165,7 +165,7 @@ def test_kernels_of_a_real_program():
 
     text = jax.jit(f).lower(jnp.ones((64, 8))).compile().as_text()
     found = hlo.kernels(text)
-    # And what sums in two steps have between them. If all of x were counted twice: 4096.
+    # Sums in two steps also store what is between them. If x were counted twice, it would be 4096.
     assert 32 + 64 * 8 * 4 <= sum(k.read for k in found) < 32 + 64 * 8 * 4 + 200
     assert 2 * 32 <= sum(k.written for k in found) < 2 * 32 + 200
 
@@ -218,8 +218,8 @@ def test_a_target_without_a_compiler(name, command, monkeypatch):
 
 @pytest.mark.parametrize("name", ["v5e", "h100"])
 @jax.numpy_dtype_promotion("standard")
-def test_a_device_that_is_not_here(name):
-    """The layer and its ReLU move no more than Flax's, and need no temporaries of x's size."""
+def test_the_layer_moves_no_more_than_flax_on_another_device(name):
+    """Compiles the layer and its ReLU, which must need no temporaries of x's size."""
     pytest.importorskip("libtpu" if name == "v5e" else "jax_plugins.xla_cuda12")
     compilers.prepare()
     on = compilers.device(name)

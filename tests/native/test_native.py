@@ -1,6 +1,6 @@
-"""The C++ kernel: sums of every size and dtype, derivatives of every order, clear errors.
+"""The C++ kernel has right sums of every size and dtype, all derivatives, and clear errors.
 
-Where no compiler is installed, what needs the kernel is skipped.
+Where no compiler is installed, the tests that need the kernel are skipped.
 """
 
 import functools
@@ -23,8 +23,8 @@ from jbn.native.compile import load
 
 HALF = ("bfloat16", "float16")
 DTYPES = ("float32", *HALF)
-# Ragged in every way: rows, blocks of 64, chunks of 256; fewer channels than a vector, several
-# narrow rows read as one, panels of 1024 channels.
+# Ragged numbers of rows, blocks of 64 and chunks of 256; fewer channels than a vector has, several
+# narrow rows that are read as one, and panels of 1024 channels.
 SHAPES = (
     (0, 4), (1, 1), (5, 3), (63, 7), (1000, 3), (9001, 5), (130, 63), (3, 5, 7, 64), (700, 65),
     (257, 130), (4100, 64), (2, 1024), (70, 1025), (600, 2500), (3,),
@@ -33,7 +33,7 @@ SHAPES = (
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """A directory with the library: one for all workers, since it takes seconds to compile."""
+    """A directory with the library, one for all workers, because compiling takes seconds."""
     if not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++")))):
         pytest.skip("no C++ compiler")
     directory = tmp_path_factory.getbasetemp().parent / "jbn-native"
@@ -45,7 +45,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def as_before():
-    """Each test starts without the kernel. Afterwards all is as it was: JBN_NATIVE may be set."""
+    """Disables the kernel before each test, and restores its state afterwards."""
     enabled = native.is_enabled()
     native.disable()
     yield
@@ -54,13 +54,13 @@ def as_before():
 
 @pytest.fixture
 def kernel(cache, monkeypatch):
-    """The kernel is in use, in this test."""
+    """Enables the kernel for one test."""
     monkeypatch.setenv("JBN_CACHE", str(cache))
     native.enable()
 
 
 def make(shape, dtype="float32", t_dtype=None, seed=0):
-    """x, K, t and a gate that half of the values pass."""
+    """Makes x, a shift, t and a gate that half of the values pass."""
     rng = np.random.default_rng(seed)
     x = jnp.asarray(2 * rng.standard_normal(shape) + 1, dtype)
     t = jnp.asarray(rng.standard_normal(shape), t_dtype or dtype)
@@ -69,12 +69,12 @@ def make(shape, dtype="float32", t_dtype=None, seed=0):
 
 
 def wide(*arrays):
-    """In float64, as [rows, C], for NumPy."""
+    """Converts arrays to NumPy's float64, as [rows, C]."""
     return [np.asarray(a.astype(jnp.float32), np.float64).reshape(-1, a.shape[-1]) for a in arrays]
 
 
 def expected_pair(x, shift, t, gate=None):
-    """(sum t, sum z t) and the sums of their magnitudes, in float64."""
+    """Returns (sum t, sum z t) and the sums of their magnitudes, in float64."""
     x, shift, t = wide(x, shift, t)
     z = x - shift
     if gate is not None:
@@ -84,10 +84,10 @@ def expected_pair(x, shift, t, gate=None):
 
 
 def assert_sums(actual, expected, terms=1e-6):
-    """Each sum is right up to `terms` of its terms' magnitudes.
+    """Checks that each sum is right up to `terms` times the magnitudes of its terms.
 
-    float32 rounds z, its product, and 8 + 8 additions before float64 takes over: 18 roundings of
-    6e-8 in the worst case, whatever the number of rows.
+    float32 rounds z, its product, and 8 + 8 additions before float64 takes over. These are 18
+    roundings of 6e-8 in the worst case, for any number of rows.
     """
     for got, (value, magnitude) in zip(actual, expected, strict=True):
         assert got.dtype == jnp.float32
@@ -136,7 +136,7 @@ def test_spread(kernel, dtype, gated):
 
 
 def test_vectors_are_computed_once(kernel):
-    """And not for each element of x: the pass over x takes them ready from the kernel."""
+    """Checks that the pass over x does not compute vectors again for each element of x."""
 
     def function(x, shift, scale):
         return native.spread(x, shift, jnp.abs(scale), jnp.minimum(scale, 1), gate=(scale, scale))
@@ -176,7 +176,7 @@ def test_a_gate_has_no_derivative(kernel):
 
 
 def test_the_error_does_not_grow_with_the_rows(kernel):
-    """2e6 rows at mean/std 1e4, which float32 accumulators would get wrong by 1e-4 or so."""
+    """Sums 2e6 rows at mean/std 1e4, which float32 accumulators would get wrong by about 1e-4."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((1 << 21, 4)) + 1e4, jnp.float32)
     shift = x[0]
@@ -197,7 +197,7 @@ def test_every_bit_pattern_of_an_element(kernel, dtype):
 
 
 @pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf])
-def test_junk_stays_in_its_channel(kernel, junk):
+def test_nan_and_inf_stay_in_their_channel(kernel, junk):
     x, shift, t, _ = make((300, 70))
     clean, dirty = sums(x, shift), sums(x.at[7, 3].set(junk), shift)
     np.testing.assert_array_equal(np.asarray(dirty)[:, 3], [junk, junk**2])
@@ -209,14 +209,14 @@ def test_junk_stays_in_its_channel(kernel, junk):
     assert np.isfinite(first[others]).all()
 
 
-def test_what_the_gate_shuts_out_may_be_nan(kernel):
+def test_values_that_do_not_pass_the_gate_may_be_nan(kernel):
     x, shift, t, _ = make((300, 70))
     zero = jnp.zeros_like(shift)
     chex.assert_trees_all_equal(pair(x, shift, t * np.nan, gate=(zero, zero - 1)), (zero, zero))
 
 
 def test_results_do_not_depend_on_threads(kernel, cache):
-    """Several runs on eight threads, and one on one thread, are equal bit for bit."""
+    """Compares several runs on eight threads with a run on one thread, bit for bit."""
     code = (
         "import jax, numpy as np; from jbn import native\n"
         "from tests.native.test_native import make\n"
@@ -233,8 +233,8 @@ def test_results_do_not_depend_on_threads(kernel, cache):
         assert np.asarray(pair(x, shift, t)).tobytes().hex() == done.stdout.strip()
 
 
-def test_many_kernels_at_once(kernel):
-    """More handlers than threads, all of which ask the pool for help: nobody waits for nobody."""
+def test_many_kernels_at_once_do_not_wait_for_each_other(kernel):
+    """Runs more kernels than threads, all of which use the threads of one pool."""
     data = [make((20000, 64), seed=i)[:3] for i in range(12)]
     together = jax.jit(lambda data: [native.pair(*one) for one in data])
     for _ in range(30):
@@ -246,7 +246,7 @@ def test_many_kernels_at_once(kernel):
 
 
 def plain_pair(x, shift, t, gate=None):
-    """The equation, from operations that JAX differentiates."""
+    """Computes the equation by operations that JAX differentiates."""
     z = x.astype(shift.dtype) - shift[None]
     t = t.astype(shift.dtype)
     if gate is not None:
@@ -265,7 +265,7 @@ def plain_spread(x, shift, u, v, w, gate=None, dtype=None):
 
 
 def scalar(pair, spread):
-    """A number that depends on everything through both maps, and not linearly."""
+    """Returns a scalar function of all arguments through both maps, which is not linear."""
 
     def function(x, shift, t, w, gate=None):
         gate = {} if gate is None else {"gate": gate}
@@ -279,7 +279,7 @@ def scalar(pair, spread):
 
 @functools.partial(jax.jit, static_argnames=("function", "order"))
 def directional(function, order, at, directions):
-    """The gradient of the derivative in `order` - 1 directions."""
+    """Returns the gradient of the derivative in `order` - 1 directions."""
     for direction in directions[: order - 1]:
         inner = function
         function = lambda *at, f=inner, d=direction: jax.jvp(f, at, d)[1]  # noqa: E731
@@ -310,7 +310,7 @@ def test_derivatives_with_the_kernel(kernel, dtype, gated):
     ours, plain = functools.partial(ours, gate=gate), functools.partial(plain, gate=gate)
     got = directional(ours, 1, at, ())
     chex.assert_trees_all_equal_dtypes(got, at)
-    # Half precision rounds y and its cotangent, here and there at different places.
+    # Half precision rounds y and its cotangent, at different places in the two functions.
     tolerance = 1e-5 if dtype == "float32" else 4 * float(jnp.finfo(dtype).eps)
     for a, b in zip(got, directional(plain, 1, at, ()), strict=True):
         b = np.asarray(b, np.float64)
@@ -318,7 +318,7 @@ def test_derivatives_with_the_kernel(kernel, dtype, gated):
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-def test_each_is_the_transpose_of_the_other(kernel, gated):
+def test_pair_and_spread_are_transposes_of_each_other(kernel, gated):
     x, shift, t, gate = make((100, 70), "bfloat16")
     gate = gate if gated else None
     u, v = shift + 1, shift - 1
@@ -340,7 +340,7 @@ def test_each_is_the_transpose_of_the_other(kernel, gated):
 
 
 def test_cotangents_stay_in_their_dtype(kernel):
-    """Nothing of x's size is made on the way to the kernel: bfloat16 goes in as it comes."""
+    """Checks that the kernel takes cotangents in bfloat16, without a float32 copy of x's size."""
     x, shift, t, _ = make((100, 70), "bfloat16")
     spreading = lambda u: native.spread(x, shift, u, u, t, dtype=x.dtype)  # noqa: E731
     text = jax.jit(lambda u, ct: jax.vjp(spreading, u)[1](ct)).lower(shift, t).as_text()
@@ -349,11 +349,11 @@ def test_cotangents_stay_in_their_dtype(kernel):
     assert "tensor<100x70xf32>" not in calls[0]
 
 
-# Where it may be called.
+# Transformations and devices.
 
 
 def contexts():
-    """name -> a function of (x, shift, t) that calls pair somewhere inside."""
+    """Returns functions of (x, shift, t), by name, which call pair somewhere inside."""
 
     def scanned(x, shift, t):
         return jax.lax.scan(lambda c, _: (c + native.pair(x, shift, t)[1], None), shift, None, 3)[0]
@@ -402,7 +402,7 @@ def test_under_vmap(kernel, axes):
     chex.assert_trees_all_close(y, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_float64_is_plain(kernel, x64):
+def test_float64_gets_the_plain_form(kernel, x64):
     x, shift, t = (a.astype(jnp.float64) for a in make((100, 5))[:3])
     assert not native.usable(x)
     assert not uses_kernel(native.pair, x, shift, t)
@@ -484,7 +484,7 @@ def test_enabling_and_disabling_reach_what_was_traced_before(cache, monkeypatch)
 
 
 def run(*command, **environment):
-    """In a process of its own."""
+    """Runs Python with a command in a process of its own."""
     env = {**os.environ, "JBN_NATIVE": "0", **{k: str(v) for k, v in environment.items()}}
     return subprocess.run(
         [sys.executable, *command], env=env, capture_output=True, text=True, check=False
@@ -553,7 +553,7 @@ def test_a_compiler_that_fails(tmp_path, monkeypatch):
     ) as e:
         native.build()
     assert "line 30\n" not in str(e.value)
-    assert list((tmp_path / "cache").iterdir()) == []  # nothing half made is left
+    assert list((tmp_path / "cache").iterdir()) == []  # no unfinished file is left
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
@@ -606,13 +606,13 @@ def test_a_library_of_another_user(tmp_path, monkeypatch):
     ({"JBN_CACHE": "", "XDG_CACHE_HOME": "/b"}, "/b/jbn"),
     ({"JBN_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/c"}, "/c/.cache/jbn"),
 ])  # fmt: skip
-def test_where_the_library_goes(variables, directory, monkeypatch):
+def test_the_library_goes_to_the_directory_of_the_variables(variables, directory, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert native.library().parent == pathlib.Path(directory)
 
 
-def test_shapes_that_do_not_fit():
+def test_shapes_that_do_not_fit_are_refused():
     x, shift, t, gate = make((10, 5))
     with pytest.raises(ValueError, match=r"shift has shape \(4,\); expected \(5,\)"):
         native.sums(x, shift[:4])

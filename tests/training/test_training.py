@@ -1,4 +1,4 @@
-"""One training step, several executions: the parameters and statistics are those of one device."""
+"""A training step gives the parameters and statistics of one device in every execution."""
 
 import functools
 import pickle
@@ -26,7 +26,7 @@ STEPS, N = 20, 16
 
 
 def promoting(optimizer):
-    """Optax's Adam raises a float to an integer power, which strict promotion refuses."""
+    """Allows promotion in an optimizer: Optax's Adam raises a float to an integer power."""
 
     def update(updates, state, params=None):
         with jax.numpy_dtype_promotion("standard"):
@@ -39,13 +39,13 @@ OPTIMIZERS = {
     "momentum": lambda: optax.sgd(0.1, momentum=0.9),
     "adamw": lambda: promoting(optax.adamw(1e-2, weight_decay=1e-2, mask=training.decay_mask)),
 }
-# Twenty steps carry on the rounding of each, eps times a gradient of order 1, without much growth.
+# Each of twenty steps rounds by eps times a gradient of order 1, and the errors hardly grow.
 CLOSE = {"rtol": 1e4 * eps("float64"), "atol": 1e4 * eps("float64")}
-# In float32 the same, and 1 / sqrt(var + epsilon) magnifies it for units that are seldom active.
+# In float32, 1 / sqrt(var + epsilon) also magnifies the errors of units that are seldom active.
 CLOSE_FLOAT32 = {"rtol": 2e3 * eps("float32"), "atol": 2e3 * eps("float32")}
 
 
-def test_careless_arguments():
+def test_arguments_of_a_wrong_type_are_refused():
     def loss_fn(params, stats, batch):
         return batch.mean(), stats, {}
 
@@ -100,7 +100,7 @@ def sharded_jit(step):
 
 @functools.cache
 def train(mode, net, optimizer, microbatches, dtype="float64", steps=STEPS):
-    """(state, metrics of the last step) after `steps` steps."""
+    """Trains for `steps` steps; returns (state, metrics of the last step)."""
     axis_name = None if mode in (whole, sharded_jit) else AXIS
     optimizer = OPTIMIZERS[optimizer]()
     params, stats, loss_fn = nets.BUILD[net](axis_name, dtype)
@@ -120,14 +120,14 @@ def train(mode, net, optimizer, microbatches, dtype="float64", steps=STEPS):
     [("core", "momentum", 1), ("core", "adamw", 2)],
 )
 @pytest.mark.usefixtures("x64")
-def test_every_mode_is_one_device(mode, net, optimizer, microbatches):
+def test_every_mode_gives_the_results_of_one_device(mode, net, optimizer, microbatches):
     expected = train(whole, net, optimizer, microbatches)
     chex.assert_trees_all_close(train(mode, net, optimizer, microbatches), expected, **CLOSE)
 
 
 @pytest.mark.parametrize(("net", "mode"), [("linen", shard_map), ("nnx", pmap)])
 @pytest.mark.usefixtures("x64")
-def test_flax_in_other_modes(net, mode):
+def test_flax_gives_the_results_of_one_device_in_other_modes(net, mode):
     expected = train(whole, net, "momentum", 2)
     chex.assert_trees_all_close(train(mode, net, "momentum", 2), expected, **CLOSE)
 
@@ -139,8 +139,8 @@ def test_float32():
 
 
 @pytest.mark.usefixtures("x64")
-def test_one_device_is_the_plain_loop():
-    """Gradient of total / weight, Optax, and the layers' own statistics."""
+def test_one_device_gives_the_results_of_a_plain_loop():
+    """Compares a loop with the gradient of total / weight, Optax and the layers' statistics."""
     optimizer = OPTIMIZERS["momentum"]()
     params, stats, loss_fn = nets.core(None, jnp.float64)
     opt_state = optimizer.init(params)
@@ -165,11 +165,11 @@ def test_one_device_is_the_plain_loop():
     assert state.step == STEPS
 
 
-# Small problems with known answers, for everything else.
+# Small problems with known answers.
 
 
 def linear(params, stats, batch, *_):
-    """The mean of params * x over the examples: the gradient is the mean of x."""
+    """Computes the mean of params * x over the examples, whose gradient is the mean of x."""
     return jnp.mean(params * batch), stats, {"largest": batch.max()}
 
 
@@ -199,7 +199,7 @@ def test_half_precision_gradients_add_up_in_float32():
     def loss_fn(params, stats, x):
         return (params * x.astype(jnp.bfloat16)).sum().astype(jnp.float32), stats, {}
 
-    # 1 + 255 / 256 * 2**-8 and so on: in bfloat16 each addition to 256 would be lost.
+    # In bfloat16 each addition of 0.5 to 256 would be lost.
     x = jnp.concatenate([jnp.array([256.0]), jnp.full(255, 0.5)])
     optimizer = optax.sgd(1.0)
     state = training.init(jnp.zeros((), jnp.bfloat16), (), optimizer)
@@ -225,7 +225,7 @@ def test_uneven_weights(mode):
 
 
 def test_keys_are_new_everywhere():
-    """Each step, microbatch and device draws its own numbers, and a repeated step the same."""
+    """Checks that steps, microbatches and devices draw other numbers, a repeated step the same."""
 
     def loss_fn(params, stats, x, rng):
         bit = jax.nn.one_hot(jax.random.randint(rng, (), 0, 64), 64)
@@ -249,7 +249,7 @@ def test_keys_are_new_everywhere():
 
 
 def spiky(params, stats, x):
-    """The loss and, through `stats`, a layer of some other library: both show what x holds."""
+    """Computes a loss and, as another library's layer does, statistics; a bad x spoils both."""
     stats = {"mean": 0.9 * stats["mean"] + 0.1 * x.mean()}
     return jnp.mean(params * x), stats, {}
 
@@ -388,7 +388,7 @@ def test_evaluate_compiles_once_a_shape():
     assert traced == [(4,), (2,)]
 
 
-def test_evaluate_of_nothing():
+def test_evaluate_refuses_an_empty_list_of_batches():
     with pytest.raises(ValueError, match="batches is empty"):
         training.evaluate(lambda *_: {}, start(optax.sgd(0.1)), [])
 

@@ -1,6 +1,6 @@
-"""bfloat16 without a K: sums of blocks lose nothing, at any offset; and when the blocks exist.
+"""Sums of bfloat16 by blocks, without a shift of x, lose no digits at any offset.
 
-CPUs take the sums another way, so the tests call what other platforms run, or make it run.
+CPUs sum in another way, so the tests call the functions of other platforms, or switch them on.
 """
 
 import chex
@@ -23,7 +23,7 @@ def data(offset, std=1.0, shape=SHAPE):
 
 
 def error_of_var(x, var):
-    """Largest relative error against float64, over the features that vary at all."""
+    """Returns the largest relative error against float64, over the features that vary."""
     x = np.asarray(x, np.float64)
     expected = x.var(tuple(range(x.ndim - 1)))
     some = expected > 0
@@ -32,7 +32,7 @@ def error_of_var(x, var):
 
 @jax.jit
 def in_blocks(x):
-    """(mean, var) as other platforms than CPUs compute them."""
+    """Computes (mean, var) as platforms other than CPUs do."""
     axes = resolve(x.shape, -1)
     inner = bfloat16.block(axes)
     assert inner
@@ -42,7 +42,7 @@ def in_blocks(x):
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """The whole library as on other platforms than CPUs."""
+    """Runs the library as on platforms other than CPUs."""
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
     jax.clear_caches()
     yield
@@ -50,7 +50,7 @@ def elsewhere(monkeypatch):
 
 
 def bound(shape):
-    """What sums of this many terms may be off by, relative to them."""
+    """Returns the allowed error of a sum of so many terms, relative to the terms."""
     return tolerance.tol("float32", int(np.prod(shape[:-1])))["atol"]
 
 
@@ -62,20 +62,20 @@ def test_variance_at_any_offset(offset, shape):
 
 
 @pytest.mark.parametrize("offset", [1e18, -1e-15])
-def test_the_ends_of_the_range(offset):
+def test_variance_at_the_ends_of_the_range(offset):
     x = data(offset, std=abs(offset) / 100)
     assert error_of_var(x, in_blocks(x)[1]) < bound(SHAPE)
 
 
-def test_without_the_shift_afterwards_nothing_would_be_left():
-    # What the tests above measure: the textbook's E[x^2] - E[x]^2 of the same numbers.
+def test_the_textbook_variance_would_fail_these_tests():
+    # The textbook's E[x^2] - E[x]^2 of the same numbers exceeds the bound by far.
     wide = data(1000).astype(jnp.float32)
     var = (wide**2).mean((0, 1, 2)) - wide.mean((0, 1, 2)) ** 2
     assert error_of_var(data(1000), var) > 50 * bound(SHAPE)
 
 
 @pytest.mark.parametrize("outlier", [0.0, 3e4])
-def test_one_odd_value(outlier):
+def test_one_odd_value_does_not_spoil_the_variance(outlier):
     x = data(1000).at[3, 2, 1].set(outlier)
     assert error_of_var(x, in_blocks(x)[1]) < bound(SHAPE)
 
@@ -103,8 +103,8 @@ def test_one_bad_value_spoils_its_channel_alone(bad):
 
 @pytest.mark.parametrize("groups", [None, 2])
 @pytest.mark.parametrize("offset", [2.0, 300.0])
-def test_y_and_gradient_elsewhere(offset, groups, elsewhere):
-    # On eight devices: the batch of 64 is cut into blocks of examples, each with sums of its own.
+def test_y_and_gradient_on_other_platforms(offset, groups, elsewhere):
+    # On eight devices the batch of 64 is divided into blocks of examples with sums of their own.
     case = cases.Case((64, 20, 3), dtype="bfloat16", offset=offset)
     values = cases.make(case)
     y, _, (dx, _, _) = compiled.vjp(
@@ -120,7 +120,7 @@ def test_y_and_gradient_elsewhere(offset, groups, elsewhere):
         tolerance.assert_close(np.asarray(dx)[part], gradient[0], "bfloat16", n, ratio=offset)
 
 
-def test_running_statistics_elsewhere(elsewhere):
+def test_running_statistics_on_other_platforms(elsewhere):
     x = data(100.0)
     _, stats = compiled.batch_norm(x, jbn.init_params(8), jbn.init_stats(8), update=jbn.ema(0.0))
     mean, var = in_blocks(x)

@@ -17,7 +17,7 @@ ODD = jnp.array([1.5, -0.0, jnp.inf, -jnp.inf, jnp.nan])
 
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float32", "float16")], ids=str)
 @pytest.mark.parametrize("shape", [(5,), (1, 1, 5)], ids=str)
-def test_is_the_identity(shape, dtypes):
+def test_materialize_is_the_identity(shape, dtypes):
     a, b = (v.reshape(shape).astype(d) for v, d in zip((ODD, ODD[::-1]), dtypes, strict=True))
     for function in (materialize, jax.jit(materialize)):
         out = function(a, b)
@@ -33,7 +33,7 @@ def test_is_the_identity(shape, dtypes):
     chex.assert_trees_all_equal(jax.jit(materialize)(a), (a,))
 
 
-def test_is_linear():
+def test_materialize_is_linear():
     a, b = jnp.arange(3.0), jnp.arange(3.0, 6.0)
 
     def f(a, b):
@@ -54,7 +54,7 @@ SHAPE = (64, 16, 32)
 
 
 def layer(x, scale, bias, dy, activation=None):
-    """y and the gradients of a layer and the ReLU in it or behind it."""
+    """Returns y, the moments and the gradients of a layer and a ReLU after it."""
 
     def apply(*at):
         y, m = jbn.normalize(*at, activation=activation)
