@@ -1,7 +1,7 @@
 """Writes the laws that the tests hold as a page: `python -m tests.laws > docs/laws.md`.
 
-The laws are those of `tests/mutants.py`, which breaks each of them and sees a test fail. The comments
-between the mutants are the headings.
+The laws are those of `tests/mutants.py`, which breaks each of them and sees a test fail. The
+comments between the mutants are the headings.
 """
 
 import ast
@@ -12,8 +12,8 @@ from tests import mutants
 
 HEAD = """# The laws, and where they are tested
 
-Written by `python -m tests.laws > docs/laws.md`. `python -m tests.mutants` makes the library break each
-of these laws once, by one change of its source, and fails where no test notices.
+Written by `python -m tests.laws > docs/laws.md`. `python -m tests.mutants` makes the library break
+each of these laws once, by one change of its source, and fails where no test notices.
 """
 
 
