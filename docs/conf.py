@@ -8,7 +8,7 @@ copyright = "the jbn developers"
 version = release = jbn.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
@@ -16,6 +16,7 @@ extensions = [
 # The tables are included, peers.md by semantics.md.
 exclude_patterns = [
     "_build",
+    "jupyter_execute",  # what myst-nb writes beside _build
     "peers.md",
     "experiments/inception/inception-table.md",
     "collectives-table.md",
@@ -28,6 +29,12 @@ html_title = f"jbn {release}"
 
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
+
+# Notebooks are committed without outputs. A build executes them, and fails if a cell does.
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300  # seconds a cell
+nb_merge_streams = True
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True  # update=ema(0.99), as it is written

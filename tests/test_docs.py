@@ -1,5 +1,9 @@
-"""The Python code in README and in the guides runs, each page from top to bottom."""
+"""The Python code in README and in the guides runs, each page from top to bottom.
 
+Notebooks are executed where the documentation is built.
+"""
+
+import json
 import pathlib
 import re
 
@@ -27,3 +31,11 @@ def test_code_runs(page):
             # The empty lines give tracebacks the page's line numbers.
             above = "\n" * text[: block.start(1)].count("\n")
             exec(compile(above + block[1], page, "exec"), namespace)
+
+
+def test_notebooks_are_committed_without_outputs():
+    notebooks = sorted((ROOT / "docs").glob("*.ipynb"))
+    assert notebooks
+    for notebook in notebooks:
+        for cell in json.loads(notebook.read_text())["cells"]:
+            assert not cell.get("outputs"), f"{notebook.name}: clear the outputs of all cells"

@@ -113,6 +113,8 @@ def test_import_costs_jax_alone():
 def test_version():
     assert importlib.metadata.version("jbn") == jbn.__version__
     assert f"## [{jbn.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.findall("^version: (.*)$", citation, re.MULTILINE) == [jbn.__version__]
 
 
 def test_types_are_shipped():
