@@ -22,27 +22,35 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-hypothesis.settings.register_profile(
-    "deterministic",
-    derandomize=True,  # the same examples on every machine, every day
-    deadline=None,  # an example may have to compile
-    max_examples=25,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-)
-hypothesis.settings.load_profile("deterministic")
-
 
 EXPERIMENTS = pathlib.Path(__file__).parent / "experiments"
 INSTALLED = all(
     importlib.util.find_spec(name)
-    for name in ("grain", "matplotlib", "mlxtend", "optax", "orbax", "PIL", "pooch", "rich", "tqdm")
+    for name in ("grain", "matplotlib", "mlxtend", "orbax", "PIL", "pooch", "tensorboardX", "tqdm")
 )
+QUICK = "not slow"  # the -m of pyproject.toml
 
 
-def pytest_report_header():
-    """Says what is not run."""
-    missing = "run" if INSTALLED else "not run: they need `pip install -e '.[test,experiments]'`"
-    return [f"tests of experiments: {missing}", "slow tests as well: -m 'slow or not slow'"]
+def pytest_configure(config):
+    """Chooses how many examples hypothesis draws: the same ones on every machine, every day."""
+    hypothesis.settings.register_profile(
+        "deterministic",
+        derandomize=True,
+        deadline=None,  # an example may have to compile
+        max_examples=10 if config.option.markexpr == QUICK else 25,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+    hypothesis.settings.load_profile("deterministic")
+
+
+def pytest_report_header(config):
+    """Says which tests do not run."""
+    lines = []
+    if not INSTALLED:
+        lines.append("tests/experiments does not run: pip install -e '.[test,experiments]'")
+    if config.option.markexpr == QUICK:
+        lines.append("slow tests do not run: -m 'slow or not slow' runs all")
+    return lines
 
 
 def pytest_ignore_collect(collection_path):
@@ -52,23 +60,22 @@ def pytest_ignore_collect(collection_path):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest reads the marks
 def pytest_collection_modifyitems(items):
-    """Marks tests as `experiments` and as `slow`.
+    """Marks tests as `experiments`, and cases as `slow`.
 
-    Of a test with parameters those cases are slow that bring no new value of any parameter: every
-    value of every parameter is in the others once.
+    A case is slow where each of its parameters has a value that an earlier case of the same test
+    has: so the quick tests see every value once, and not all combinations.
     """
     seen = collections.defaultdict(set)
     for item in items:
         if EXPERIMENTS in item.path.parents:
             item.add_marker("experiments")
-        if hasattr(item, "callspec"):
+        marks = {mark.name for mark in item.iter_markers()}
+        if hasattr(item, "callspec") and not marks & {"slow", "quick"}:
             values = {(name, repr(value)) for name, value in item.callspec.params.items()}
             known = seen[item.path, item.originalname]
             if values <= known:
                 item.add_marker("slow")
             known |= values
-    if not INSTALLED:
-        items[:] = [item for item in items if not item.get_closest_marker("experiments")]
 
 
 @pytest.fixture

@@ -21,7 +21,16 @@ def test_the_pages_with_code_are_found():
     assert {"README.md", "core.md", "linen.md", "nnx.md"} <= names
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(
+            page, marks=() if page.stem in ("README", "index", "core") else pytest.mark.slow
+        )
+        for page in WITH_CODE
+    ],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_code_runs(page):
     text = page.read_text()
     namespace = {"__name__": page.stem}

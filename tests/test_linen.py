@@ -98,18 +98,21 @@ def trained(norm, steps=3):
     return initial, history, {"params": params, "batch_stats": stats}
 
 
+@pytest.mark.slow
 def test_resnet_has_the_trees_of_flax():
     ours, theirs = trained(BatchNorm)[0], trained(nn.BatchNorm)[0]
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     chex.assert_trees_all_equal(ours, theirs)  # every name, shape, dtype and random draw
 
 
+@pytest.mark.slow
 def test_resnet_trains_as_with_flax():
     (_, ours, final), (_, theirs, expected) = trained(BatchNorm), trained(nn.BatchNorm)
     chex.assert_trees_all_close(ours, theirs, **NETWORK)
     chex.assert_trees_all_close(final, expected, **NETWORK)
 
 
+@pytest.mark.slow
 def test_resnet_infers_as_with_flax():
     variables = trained(nn.BatchNorm)[2]
     y, expected = (
@@ -118,6 +121,7 @@ def test_resnet_infers_as_with_flax():
     chex.assert_trees_all_close(y, expected, **NETWORK)
 
 
+@pytest.mark.slow
 def test_checkpoint_written_with_flax_loads(tmp_path):
     written = trained(nn.BatchNorm)[2]
     with ocp.StandardCheckpointer() as checkpointer:
@@ -598,6 +602,7 @@ def both(f):
     chex.assert_trees_all_close(f(BatchNorm), f(nn.BatchNorm), **NETWORK)
 
 
+@pytest.mark.slow
 def test_jit_grad_jvp_hessian():
     dx, dy = normal(1, X.shape), normal(2, X.shape)
     x = X[:, 0]

@@ -678,7 +678,9 @@ def test_sharded_batches(layer_by_layer):
 
 
 @pytest.mark.parametrize("layer_by_layer", [False, True], ids=["one_pass", "layer_by_layer"])
-@pytest.mark.parametrize("name", nets.BUILD)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "core" else pytest.mark.slow) for n in nets.BUILD]
+)
 @pytest.mark.usefixtures("x64")
 def test_shard_map(name, layer_by_layer):
     batches = data((32, 32, 16))  # some devices have masked examples only

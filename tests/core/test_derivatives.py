@@ -174,10 +174,15 @@ def derivatives(f, at, directions, cotangents):
 
 
 SUPPORTS = [
-    cases.Case((4, 3, 3), dtype="float64"),
     cases.Case((4, 3, 3), dtype="float64", mask="channel"),
     cases.Case((4, 3, 3), dtype="float64", weights="examples"),
-    *(c._replace(dtype="float64") for c in cases.VALUES if c.axis == -1),
+    *(
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in (
+            cases.Case((4, 3, 3), dtype="float64"),
+            *(c._replace(dtype="float64") for c in cases.VALUES if c.axis == -1),
+        )
+    ),
 ]
 
 

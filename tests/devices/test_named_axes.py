@@ -94,11 +94,21 @@ def support(rows, part=slice(None)):
     return {name: rows[name][part] for name in ("mask", "weights") if name in rows}
 
 
+def psums(mode, kind):
+    return kind.index_groups and mode.name in ("pmap", "shard_map_unchecked")
+
+
 def matrix(kinds, modes=executions.ALL):
     """Crosses modes with kinds; index groups need a named axis."""
     return pytest.mark.parametrize(
         ("mode", "kind"),
-        [(m, k) for m in modes for k in kinds if m.names is not None or not k.index_groups],
+        [
+            # A psum over index groups is in these modes only.
+            pytest.param(m, k, marks=pytest.mark.quick if psums(m, k) else ())
+            for m in modes
+            for k in kinds
+            if m.names is not None or not k.index_groups
+        ],
         ids=str,
     )
 
@@ -161,6 +171,7 @@ SECOND = [k for k in KINDS if k.name in ("masked", "groups_masked", "index_group
 
 
 @matrix(SECOND)
+@pytest.mark.usefixtures("cheap_programs")
 def test_second_derivatives_are_those_of_the_textbook(mode, kind, x64):
     rows, params = jax.tree.map(jnp.asarray, make(kind._replace(dtype="float64")))
     direction = jnp.asarray(np.random.default_rng(1).normal(size=rows["x"].shape))
@@ -200,6 +211,7 @@ def test_second_derivatives_are_those_of_the_textbook(mode, kind, x64):
 
 
 @matrix(KINDS[1:2], executions.NAMED)
+@pytest.mark.usefixtures("cheap_programs")
 def test_derivatives_of_the_moments(mode, kind, x64):
     rows, params = jax.tree.map(jnp.asarray, make(kind._replace(dtype="float64")))
 

@@ -117,7 +117,7 @@ def train(mode, net, optimizer, microbatches, dtype="float64", steps=STEPS):
 @pytest.mark.parametrize("mode", [pmap, shard_map, shard_map_unchecked, sharded_jit])
 @pytest.mark.parametrize(
     ("net", "optimizer", "microbatches"),
-    [("core", "momentum", 1), ("core", "adamw", 2)],
+    [("core", "momentum", 1), pytest.param("core", "adamw", 2, marks=pytest.mark.slow)],
 )
 @pytest.mark.usefixtures("x64")
 def test_every_mode_gives_the_results_of_one_device(mode, net, optimizer, microbatches):
@@ -125,6 +125,7 @@ def test_every_mode_gives_the_results_of_one_device(mode, net, optimizer, microb
     chex.assert_trees_all_close(train(mode, net, optimizer, microbatches), expected, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("net", "mode"), [("linen", shard_map), ("nnx", pmap)])
 @pytest.mark.usefixtures("x64")
 def test_flax_gives_the_results_of_one_device_in_other_modes(net, mode):
@@ -132,6 +133,7 @@ def test_flax_gives_the_results_of_one_device_in_other_modes(net, mode):
     chex.assert_trees_all_close(train(mode, net, "momentum", 2), expected, **CLOSE)
 
 
+@pytest.mark.slow
 def test_float32():
     expected = train(whole, "core", "momentum", 1, "float32")
     actual = train(shard_map, "core", "momentum", 1, "float32")
