@@ -59,16 +59,20 @@ def pytest_ignore_collect(collection_path):
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest reads the marks
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Marks tests as `experiments`, and cases as `slow`.
 
     A case is slow where each of its parameters has a value that an earlier case of the same test
-    has: so the quick tests see every value once, and not all combinations.
+    has: so the quick tests see every value once, and not all combinations. Hypothesis draws more
+    examples among the slow tests.
     """
     seen = collections.defaultdict(set)
     for item in items:
         if EXPERIMENTS in item.path.parents:
             item.add_marker("experiments")
+        drawn = getattr(getattr(item, "function", None), "is_hypothesis_test", False)
+        if drawn and config.option.markexpr != QUICK:
+            item.add_marker("slow")
         marks = {mark.name for mark in item.iter_markers()}
         if hasattr(item, "callspec") and not marks & {"slow", "quick"}:
             values = {(name, repr(value)) for name, value in item.callspec.params.items()}

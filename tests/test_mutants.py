@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests import mutants
+from tests import laws, mutants
 
 PACKAGE, TESTS = mutants.ROOT / "jbn", mutants.ROOT / "tests"
 
@@ -53,3 +53,8 @@ def test_an_invalid_mutant_is_refused(old, new, error):
         mutants.apply(
             mutants.Mutant("law", "_core/axes.py", old, new, "core/test_axes.py"), PACKAGE
         )
+
+
+def test_the_page_of_laws_is_up_to_date():
+    page = (mutants.ROOT / "docs" / "laws.md").read_text()
+    assert page == laws.page(), "python -m tests.laws > docs/laws.md"
