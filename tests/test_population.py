@@ -4,7 +4,6 @@ import functools
 import os
 import pathlib
 import socket
-import subprocess
 import sys
 import textwrap
 
@@ -22,7 +21,7 @@ import jbn
 import jbn.linen
 import jbn.nnx
 from jbn.population import estimate
-from tests import nets, oracle
+from tests import nets, oracle, processes
 from tests.executions import AXIS, mesh
 from tests.tolerance import assert_close, eps
 
@@ -765,21 +764,12 @@ def test_two_processes(tmp_path):
         address = f"localhost:{free.getsockname()[1]}"
     flags = "--xla_force_host_platform_device_count=2"
     files = [tmp_path / str(i) for i in range(2)]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(PROCESS), address, str(i), files[i]],
-            cwd=pathlib.Path(__file__).parent.parent,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        )
-        for i in range(2)
-    ]
-    try:
-        for process in started:
-            process.wait(timeout=300)
-    finally:  # if one has died, the other would wait for it
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0]
+    program = textwrap.dedent(PROCESS)
+    processes.outputs(
+        [[sys.executable, "-c", program, address, str(i), files[i]] for i in range(2)],
+        cwd=pathlib.Path(__file__).parent.parent,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+    )
     x = np.random.default_rng(0).standard_normal((3, 16, 8)).astype(np.float32)
     said = [file.read_text().splitlines() for file in files]
     ours, theirs = (lines[:2] for lines in said)

@@ -65,23 +65,41 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-COLUMNS = ("network", "first rate", "steps to the baseline's best", "share", "best accuracy",
-           "at the end", "with Algorithm 2", "seeds")  # fmt: skip
+# Two tables, because one with all columns is wider than a page.
+STEPS = ("network", "first rate", "steps to the baseline's best", "share")
+ACCURACY = ("network", "best accuracy", "at the end", "with Algorithm 2", "seeds")
 
 
 def main_table(curves: Sequence[Curve]) -> str:
-    """Formats the paper's table beside ours."""
-    header = [*COLUMNS, "paper: steps", "share", "best"]
-    return markdown(header, [[*_cells(r), *_paper(r.name)] for r in results(curves, TABLE)])
+    """Formats the paper's table beside ours: its steps, and its accuracies."""
+    found = results(curves, TABLE)
+    if not found:
+        return ""
+    steps = [[*_steps(r), *_steps_of_paper(r.name)] for r in found]
+    accuracy = [[*_accuracy(r), _accuracy_of_paper(r.name)] for r in found]
+    return "\n\n".join(
+        (
+            markdown([*STEPS, "paper: steps", "paper: share"], steps),
+            markdown([*ACCURACY, "paper: best"], accuracy),
+        )
+    )
 
 
-def _cells(r: Result) -> list[str]:
+def _two_tables(found: Sequence[Result]) -> str:
+    if not found:
+        return ""
+    tables = markdown(STEPS, map(_steps, found)), markdown(ACCURACY, map(_accuracy, found))
+    return "\n\n".join(tables)
+
+
+def _steps(r: Result) -> list[str]:
+    return [r.name, f"{r.first_rate:g}", spread(r.steps_to, count), spread(r.shares, percent)]
+
+
+def _accuracy(r: Result) -> list[str]:
     diverged = f"diverged in {r.diverged} of {r.seeds}"
     return [
         r.name,
-        f"{r.first_rate:g}",
-        spread(r.steps_to, count),
-        spread(r.shares, percent),
         spread(r.best, percent),
         diverged if r.diverged else spread(r.final, percent),
         spread(r.final_population, percent),
@@ -89,16 +107,21 @@ def _cells(r: Result) -> list[str]:
     ]
 
 
-def _paper(name: str) -> list[str]:
-    _, steps, best = PAPER[name]
-    share = "-" if steps is None else percent(steps / PAPER[BASELINE][1])
-    shown = best if isinstance(best, str) else f"{best:.1f} %"
-    return ["-" if steps is None else f"{steps:.1f} million", share, shown]
+def _steps_of_paper(name: str) -> list[str]:
+    _, steps, _ = PAPER[name]
+    if steps is None:
+        return ["-", "-"]
+    return [f"{steps:.1f} million", percent(steps / PAPER[BASELINE][1])]
+
+
+def _accuracy_of_paper(name: str) -> str:
+    _, _, best = PAPER[name]
+    return best if isinstance(best, str) else f"{best:.1f} %"
 
 
 def variants_table(curves: Sequence[Curve], names: Iterable[str]) -> str:
     """Formats the recipes that each differ from one of the table's in one point."""
-    return markdown(COLUMNS, map(_cells, results(curves, names)))
+    return _two_tables(results(curves, names))
 
 
 def init_table(curves: Sequence[Curve]) -> str:
@@ -112,7 +135,7 @@ def init_table(curves: Sequence[Curve]) -> str:
         mine = [c for c in curves if (c.name, c.rate) == (name, rate) and c.seed in baseline]
         if mine:
             found.append(result_of(name, mine, baseline))
-    return markdown(COLUMNS, map(_cells, found))
+    return _two_tables(found)
 
 
 def search_table(curves: Sequence[Curve]) -> str:
@@ -144,7 +167,8 @@ def report(out: Path) -> str:
         "Variants of BN-x30": variants_table(curves, ["BN-x30", *ENSEMBLE]),
     }
     parts["The baseline's learning rate"] += better_rate(curves)
-    page = "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items()) + "\n"
+    # A group that has not run has no table.
+    page = "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items() if text) + "\n"
     (out / "inception-table.md").write_text(page, encoding="utf-8")
     table = [c for c in curves if c.rate == rate and c.name in TABLE]
     inception_figures.figure2(out / "figure2.png", table)

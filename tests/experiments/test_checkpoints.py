@@ -35,7 +35,6 @@ def killed(folder):
         env=os.environ,  # with as many devices as here
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
     )
     assert process.returncode == -signal.SIGKILL, process.stderr
