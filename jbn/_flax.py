@@ -109,6 +109,15 @@ def _as_float(x: ArrayLike, dtype: DTypeLike) -> Array:
     return x.astype(jnp.promote_types(x.dtype, dtype)) if wide else x
 
 
+def refuse_array_as_switch(switch: Any) -> None:
+    """Refuses a residual or a mask in the place of `use_running_average`, the second argument."""
+    if getattr(switch, "ndim", 0):
+        raise TypeError(
+            f"use_running_average must be True or False; got an array of shape {switch.shape}. "
+            f"Arrays other than x are given by name: layer(x, residual=residual)."
+        )
+
+
 def inference_wanted(switch: Any) -> bool:
     """Converts `use_running_average` to a bool."""
     if isinstance(switch, Tracer | str | bytes):

@@ -90,6 +90,7 @@ class BatchNorm(nn.BatchNorm):
           y, of x's shape. `init` does not update the statistics, and ignores `axis_name`; for
           complex x, parameters or y it makes the mean complex.
         """
+        _flax.refuse_array_as_switch(use_running_average)
         inference = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )

@@ -152,6 +152,7 @@ class BatchNorm(nnx.BatchNorm):
         Returns:
           y, of x's shape.
         """
+        _flax.refuse_array_as_switch(use_running_average)
         inference = first_from(
             use_running_average,
             self.use_running_average,

@@ -746,6 +746,20 @@ MUTANTS = [
         "core/test_errors.py",
     ),
     Mutant(
+        "activations with parameters are refused",
+        "_core/check.py",
+        "if any(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(function)):",
+        "if False:",
+        "core/test_errors.py::test_an_activation_with_parameters_is_refused",
+    ),
+    Mutant(
+        "a residual in the place of the switch is refused",
+        "_flax.py",
+        'if getattr(switch, "ndim", 0):',
+        "if False:",
+        "test_skins_sync.py::test_a_residual_by_position_is_refused",
+    ),
+    Mutant(
         "activations that are not elementwise are refused",
         "_core/check.py",
         "    if mixes(program.jaxpr):\n",

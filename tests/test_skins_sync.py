@@ -184,3 +184,14 @@ def test_nnx_scan_over_steps_inside_vmap():
         update = jbn.ema(0.9)
         _, stats = jbn.batch_norm(executions.rejoin(x), jbn.init_params(3), stats, update=update)
     chex.assert_trees_all_close(read(layer), stats[:2], **CLOSE)
+
+
+@pytest.mark.parametrize("cls", [jbn.linen.BatchNorm, jbn.nnx.BatchNorm])
+def test_a_residual_by_position_is_refused(cls):
+    x = jnp.asarray(X[0])
+    if cls is jbn.linen.BatchNorm:
+        layer = cls(use_running_average=False).bind({})
+    else:
+        layer = cls(3, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"layer\(x, residual=residual\)"):
+        layer(x, x)

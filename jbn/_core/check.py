@@ -151,6 +151,11 @@ def activation(function: Any, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         raise TypeError(
             f"activation must be hashable, because it is static; got {function!r}."
         ) from None
+    if any(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(function)):
+        raise TypeError(
+            f"activation must be static, but {_short(function)} holds arrays, such as a learned "
+            f"slope. Apply it behind the layer: activation(y)."
+        )
     return _static(function, shape, np.dtype(dtype))
 
 

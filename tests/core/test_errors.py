@@ -371,6 +371,30 @@ def test_activations_that_return_another_kind_of_number(activation, dtype):
         fails(TypeError, mode(activation=activation), "activation", "floating point", dtype)
 
 
+@jax.tree_util.register_pytree_node_class
+class LearnedSlope:
+    """A module with a parameter, as those of Flax nnx and Equinox are."""
+
+    def __init__(self, slope=0.1):
+        self.slope = jnp.asarray(slope)
+
+    def __call__(self, y):
+        return jnp.where(y > 0, y, self.slope * y)
+
+    def tree_flatten(self):
+        return (self.slope,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def test_an_activation_with_parameters_is_refused():
+    for mode in (train, infer):
+        call = mode(activation=LearnedSlope())
+        fails(TypeError, call, "activation", "static", "arrays", "activation(y)")
+
+
 # --- moments that a user passes ----------------------------------------------------------------
 
 
