@@ -230,8 +230,8 @@ def decay(value: float, debias: bool) -> float:
     number = _number(value)
     if number is None or not 0 <= number <= 1:
         raise ValueError(
-            f"decay is the weight of the old value and must lie between 0 and 1, such as 0.99; "
-            f"got {_short(value)}."
+            f"decay (momentum in the Flax modules) is the weight of the old value and must lie "
+            f"between 0 and 1, such as 0.99; got {_short(value)}."
         )
     if debias and number == 1:
         raise ValueError("decay=1 cannot be debiased; for equal weights write jbn.cumulative().")

@@ -33,6 +33,7 @@ RULES = [
 def rule_of(kind, decay, debias, unbiased):
     if kind == "cumulative":
         return jbn.cumulative(unbiased=unbiased)
+    assert kind == "ema"
     return jbn.ema(decay, debias=debias, unbiased=unbiased)
 
 
