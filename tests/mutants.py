@@ -694,7 +694,7 @@ MUTANTS = [
         "_flax.py",
         "from jbn._core.running import RunningStats, UpdateRule, ema_of_flax\n",
         "from jbn._core.running import RunningStats, UpdateRule, ema as ema_of_flax\n",
-        "test_linen.py::test_a_single_value_enters_as_in_flax",
+        "test_flax_layers.py::test_a_single_value_enters_as_in_flax",
     ),
     Mutant(
         "values must be finite in the dtype that is stored",

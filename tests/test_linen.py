@@ -1,4 +1,7 @@
-"""jbn.linen.BatchNorm can take the place of flax.linen.BatchNorm."""
+"""jbn.linen.BatchNorm can take the place of flax.linen.BatchNorm.
+
+The laws that hold for nnx, too, are in `test_flax_layers.py`.
+"""
 
 import dataclasses
 import functools
@@ -13,25 +16,13 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from jax import export
-from jax.sharding import PartitionSpec as P
 
 import jbn
 from jbn.linen import BatchNorm
 from jbn.training import init, make_train_step
+from tests.skins import LAYER, LINEN, NETWORK, normal
 
 pytestmark = pytest.mark.usefixtures("cheap_programs")
-
-EPS = float(jnp.finfo(jnp.float32).eps)
-# In a network of a few layers each output is a sum of some hundred products, BN divides by their
-# standard deviation, and gradients pass through all layers twice.
-NETWORK = {"rtol": 2e3 * EPS, "atol": 2e3 * EPS}
-# One layer: sums of at most 60 values.
-LAYER = {"rtol": 32 * EPS, "atol": 32 * EPS}
-
-
-def normal(seed, shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
 class Block(nn.Module):
@@ -158,107 +149,50 @@ DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("x_dtype", [*DTYPES, jnp.int32])
-def test_dtypes_are_those_of_flax(x_dtype, affine, train):
+def test_dtypes_without_float32_reductions_are_those_of_flax(x_dtype, affine, train):
+    """Compares what `init` makes: a step of Flax stores float32 even so."""
     x = (4 * normal(0, (5, 3))).astype(x_dtype)
     with jax.numpy_dtype_promotion("standard"):
         for dtype in (None, *DTYPES):
             for param_dtype in DTYPES:
-                for reductions in (True, False):
-                    kwargs = {
-                        "use_running_average": not train,
-                        "dtype": dtype,
-                        "param_dtype": param_dtype,
-                        "use_scale": affine,
-                        "use_bias": affine,
-                        "force_float32_reductions": reductions,
-                    }
-                    ours, theirs = (
-                        jax.eval_shape(cls(**kwargs).init_with_output, jax.random.key(0), x)
-                        for cls in (BatchNorm, nn.BatchNorm)
-                    )
-                    chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
+                kwargs = {
+                    "use_running_average": not train,
+                    "dtype": dtype,
+                    "param_dtype": param_dtype,
+                    "use_scale": affine,
+                    "use_bias": affine,
+                    "force_float32_reductions": False,
+                }
+                ours, theirs = (
+                    jax.eval_shape(cls(**kwargs).init_with_output, jax.random.key(0), x)
+                    for cls in (BatchNorm, nn.BatchNorm)
+                )
+                chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {},
-        {"axis": 1},
-        {"axis": (1, -1)},
-        {"axis": (3, 0)},
-        {"momentum": 0.5, "epsilon": 0.1},
-        {"use_scale": False},
-        {"use_bias": False},
-        {"use_fast_variance": False},
-        {"param_dtype": jnp.float16, "dtype": jnp.float32},
-        {"scale_init": nn.initializers.normal(1.0), "bias_init": nn.initializers.normal(1.0)},
-    ],
-    ids=lambda kwargs: "-".join(kwargs) or "defaults",
-)
-def test_layer_computes_what_flax_computes(kwargs):
+@pytest.mark.parametrize("axis", [(1, -1), (3, 0)])
+def test_several_feature_axes_are_those_of_flax(axis):
     x = 2 * normal(0, (5, 4, 3, 2)) + 1
-    results = []
-    with jax.numpy_dtype_promotion("standard"):
-        for cls in (BatchNorm, nn.BatchNorm):
-            layer = cls(**kwargs)
-            variables = layer.init(jax.random.key(1), x, use_running_average=False)
-            y, new = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
-            results.append((variables, y, new, layer.apply(variables | new, x, True)))
-    chex.assert_trees_all_equal_shapes_and_dtypes(*results)
-    chex.assert_trees_all_close(*results, **LAYER)
+
+    def run(cls):
+        init, step = LINEN.layer(cls, axis=axis)
+        y, new = step(init(x), x)
+        return init(x), y, new, step(new, x, use_running_average=True)
+
+    chex.assert_trees_all_equal_shapes_and_dtypes(run(BatchNorm), run(nn.BatchNorm))
+    LINEN.both(run, **LAYER)
 
 
-def apply(x, cls=BatchNorm, variables=None, call=None, **kwargs):
-    """Returns (y, new batch_stats) of one training step."""
-    layer = cls(use_running_average=False, **kwargs)
-    if variables is None:
-        variables = layer.init(jax.random.key(0), x)
-    y, new = layer.apply(variables, x, mutable=["batch_stats"], **(call or {}))
-    return y, new["batch_stats"]
-
-
-@pytest.mark.parametrize(
-    ("x", "mask"),
-    [
-        (normal(0, (6, 3)), None),
-        (normal(0, (6, 3)), jnp.array([1, 1, 0, 1, 0, 1], bool)[:, None]),
-        (normal(0, (6, 3)), jnp.array([1, 1, 0, 1, 0, 1], jnp.int32)[:, None]),
-        (normal(0, (6, 3)), jnp.array([1, 0.5, 0, 1, 0, 1])[:, None]),  # cast to bool, as in Flax
-        (
-            normal(0, (6, 3)),
-            jnp.array([[1, 1, 0], [1, 0, 1], [1, 1, 1], [0, 1, 1], [1, 1, 1], [1, 0, 1]], bool),
-        ),
-        (normal(0, (4, 6, 3)), jnp.array([1, 1, 0, 1, 0, 1], bool)[:, None]),  # lower rank
-        (jnp.arange(12).reshape(4, 3), None),  # integers
-        (normal(0, (1, 3)), None),  # one value per channel
-        (normal(0, (3,)), None),  # one example without a batch axis
-    ],
-)
-def test_accepts_what_flax_accepts(x, mask):
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        ours, theirs = (apply(x, cls, call={"mask": mask}) for cls in (BatchNorm, nn.BatchNorm))
-    chex.assert_trees_all_close(ours, theirs, **LAYER)
-
-
-def test_mask_of_features_leaves_a_finite_channel():
-    """Takes a (C,) mask, which chooses features, as in Flax; there the other channels are NaN."""
-    x, mask = normal(0, (10, 3)), jnp.array([True, False, True])
-    y, stats = apply(x, call={"mask": mask})
-    with jax.numpy_rank_promotion("allow"):
-        y_flax, stats_flax = apply(x, nn.BatchNorm, call={"mask": mask})
-    assert np.isnan(y_flax[:, 1]).all()
-    chex.assert_tree_all_finite((y, stats))
-    chosen = np.asarray(mask)
-    chex.assert_trees_all_close(y[:, chosen], y_flax[:, chosen], **LAYER)
-    chex.assert_trees_all_equal(y[:, 1], jnp.zeros(10))  # no data: the bias
-    assert (stats["mean"][1], stats["var"][1]) == (0, 1)
-    chex.assert_trees_all_close(stats["mean"][mask], stats_flax["mean"][mask], **LAYER)
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float32])
+def test_mask_is_cast_to_bool_as_in_flax(dtype):
+    mask = jnp.array([1, 0.5, 0, 1, 0, 1]).astype(dtype)[:, None]
+    LINEN.both(lambda cls: LINEN.train(normal(0, (6, 3)), cls, {"mask": mask}), **LAYER)
 
 
 def test_complex_input():
     x = normal(0, (20, 3), jnp.complex64) + (1 - 2j)
     with jax.numpy_dtype_promotion("standard"):
-        ours, theirs = (apply(x, cls, dtype=jnp.complex64) for cls in (BatchNorm, nn.BatchNorm))
+        ours, theirs = (LINEN.train(x, cls, dtype=x.dtype) for cls in (BatchNorm, nn.BatchNorm))
     chex.assert_trees_all_close(ours, theirs, **LAYER)
     chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
 
@@ -328,34 +262,6 @@ def test_complex_parameters_and_real_x_keep_the_imaginary_part():
             assert jnp.abs(ours.imag).max() > 1
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_y_cannot_be_real_where_x_or_parameters_are_complex(train):
-    x, key = normal(0, (20, 3)), jax.random.key(0)
-    for x_, kwargs in (x.astype(jnp.complex64), {}), (x, {"param_dtype": jnp.complex64}):
-        layer = BatchNorm(use_running_average=not train, dtype=jnp.float32, **kwargs)
-        with pytest.raises(TypeError, match=r"complex64.*imaginary part"):
-            layer.init(key, x_)
-    layer = BatchNorm(use_running_average=not train)
-    with pytest.raises(TypeError, match=r"residual is complex64.*imaginary part"):
-        layer.init(key, x, residual=x.astype(jnp.complex64))
-
-
-# Single values, and dtypes that cannot hold the statistics of a batch.
-
-
-def test_a_single_value_enters_as_in_flax():
-    x, mask = normal(0, (6, 3)), jnp.arange(6)[:, None] == 2
-    for given, call in (x, {"mask": mask}), (x[:1], {}):
-        ours, theirs = (apply(given, cls, call=call)[1] for cls in (BatchNorm, nn.BatchNorm))
-        chex.assert_trees_all_close(ours, theirs, **LAYER)
-        assert (ours["var"] < 1).all()
-    # With a rule of jbn only the mean enters, as in the core.
-    _, stats = apply(x, update=jbn.ema(0.9), call={"mask": mask})
-    chex.assert_trees_all_close(stats["mean"], 0.1 * x[2], **LAYER)
-    chex.assert_trees_all_equal(stats["var"], jnp.ones(3))
-    chex.assert_trees_all_equal(stats["count"], jnp.zeros(3))
-
-
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_no_finite_batch_makes_statistics_infinite(dtype, microbatches):
@@ -387,77 +293,6 @@ def test_no_finite_batch_makes_statistics_infinite(dtype, microbatches):
     assert stats["mean"][1] != 0
 
 
-@pytest.mark.parametrize("use", ["no", b"yes", "traced"])
-def test_use_running_average_is_true_or_false(use):
-    layer, x = BatchNorm(use_running_average=None), normal(0, (4, 3))
-
-    def run(use):
-        return layer.init_with_output(jax.random.key(0), x, use)[0]
-
-    with pytest.raises(TypeError, match=r"use_running_average must be True or False"):
-        jax.jit(run)(True) if use == "traced" else run(use)
-    run(np.bool_(True))
-
-
-@pytest.mark.parametrize("x", [None, "abc", {}], ids=str)
-def test_an_x_that_is_no_array_is_refused(x):
-    layer, use = BatchNorm(use_running_average=None), True
-    with pytest.raises(TypeError, match=rf"x must be an array; got {type(x).__name__}"):
-        layer.init_with_output(jax.random.key(0), x, use)[0]
-
-
-def test_a_list_is_an_array():
-    layer, use = BatchNorm(use_running_average=None), False
-    x = [[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]]
-    y = layer.init_with_output(jax.random.key(0), x, use)[0]
-    chex.assert_trees_all_close(y, jnp.array([[-1.0] * 3, [1.0] * 3]), rtol=1e-4)
-
-
-# The differences from Flax, one test each; docs/semantics lists them.
-
-
-def test_variance_is_exact_at_a_large_offset():
-    x = normal(0, (64, 3)) + 1e4
-    x64 = np.asarray(x, np.float64)
-    expected = (x64 - x64.mean(0)) / np.sqrt(x64.var(0) + 1e-5)
-    assert np.abs(apply(x)[0] - expected).max() < 1e-3
-    assert np.abs(apply(x, nn.BatchNorm)[0] - expected).max() > 0.1
-
-
-def test_nan_under_a_mask_harms_no_gradient():
-    x, mask = normal(0, (6, 3)), jnp.array([1, 1, 0, 1, 0, 1], bool)[:, None]
-    dy = jnp.where(mask, normal(1, x.shape), 0)
-
-    def gradient(x, cls):
-        def loss(x):
-            return jnp.where(mask, apply(x, cls, call={"mask": mask})[0] * dy, 0).sum()
-
-        return jax.grad(loss)(x)
-
-    dx = gradient(jnp.where(mask, x, jnp.nan), BatchNorm)
-    chex.assert_trees_all_close(dx, gradient(x, nn.BatchNorm), **LAYER)
-    chex.assert_trees_all_equal(jnp.where(mask, 0, dx), jnp.zeros_like(dx))
-
-
-@pytest.mark.parametrize("bad", ["nan", "inf", "masked", "empty"])
-def test_bad_batch_does_not_enter_the_statistics(bad):
-    x, mask = normal(0, (6, 3)), jnp.ones((6, 1), bool)
-    if bad in ("nan", "inf"):
-        x = x.at[2, 1].set(float(bad))
-    if bad == "masked":
-        mask = jnp.zeros((6, 1), bool)
-    if bad == "empty":
-        x, mask = x[:0], mask[:0]
-    y, stats = apply(x, call={"mask": mask})
-    healthy = np.array([bad in ("nan", "inf")] * 3)
-    healthy[1] = False
-    np.testing.assert_array_equal(np.asarray(stats["mean"]) == 0, ~healthy)
-    np.testing.assert_array_equal(np.asarray(stats["var"]) == 1, ~healthy)
-    if bad in ("nan", "inf"):
-        assert not np.isfinite(y[:, 1]).all()  # the loss shows it
-        chex.assert_tree_all_finite(y[:, ::2])
-
-
 def test_failed_step_leaves_no_trace_under_apply_if_finite():
     """Lets optax restore the parameters; the NaN never enters the statistics."""
     model = nn.Sequential([nn.Dense(3), BatchNorm(use_running_average=False)])
@@ -485,46 +320,16 @@ def test_failed_step_leaves_no_trace_under_apply_if_finite():
     assert not np.array_equal(stats["layers_1"]["mean"], after[1]["layers_1"]["mean"])
 
 
-def test_statistics_carry_no_gradient():
-    x = normal(0, (6, 3))
-    grads = jax.grad(lambda x: apply(x)[1]["mean"].sum())(x)
-    chex.assert_trees_all_equal(grads, jnp.zeros_like(x))
+def test_an_axis_named_twice_is_refused():
+    with pytest.raises(ValueError, match=r"\(0, -2\).*more than once"):
+        LINEN.train(normal(0, (6, 3)), axis=(0, -2))
 
 
-def test_statistics_keep_their_dtype(x64):
-    x = normal(0, (6, 3), jnp.float64)
-    layer = BatchNorm(use_running_average=False, dtype=jnp.float64)
-    variables = layer.init(jax.random.key(0), x)
-
-    def step(variables, x):
-        _, new = layer.apply(variables, x, mutable=["batch_stats"])
-        return variables | new, None
-
-    jax.lax.scan(step, variables, x[None])  # raises if a type changes, as it does with Flax
-    chex.assert_trees_all_equal_dtypes(step(variables, x)[0], variables)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "stats", "words"),
-    [
-        ({"axis": 2}, None, ["axis=2", "(6, 3)"]),
-        ({"axis": -3}, None, ["axis=-3", "(6, 3)"]),
-        ({"axis": (0, -2)}, None, ["(0, -2)", "more than once"]),
-        ({"epsilon": -1e-5}, None, ["epsilon", "-1e-05"]),
-        ({"epsilon": float("nan")}, None, ["epsilon", "nan"]),
-        ({"momentum": 1.5}, None, ["1.5", "0 and 1"]),
-        ({}, {"mean": jnp.zeros(1), "var": jnp.ones(1)}, ["(1,)", "(3,)", "(6, 3)"]),
-    ],
-)
-def test_raises_where_flax_is_silently_wrong(kwargs, stats, words):
-    x = normal(0, (6, 3))
-    variables = BatchNorm(use_running_average=False).init(jax.random.key(0), x)
-    if stats:
-        variables = variables | {"batch_stats": stats}
-    with pytest.raises(ValueError) as error:  # noqa: PT011  (the words are checked below)
-        apply(x, variables=variables, **kwargs)
-    for word in words:
-        assert word in str(error.value)
+def test_statistics_of_another_shape_are_refused():
+    x, stats = normal(0, (6, 3)), {"mean": jnp.zeros(1), "var": jnp.ones(1)}
+    init, step = LINEN.layer(BatchNorm)
+    with pytest.raises(ValueError, match=r"(?s)(?=.*\(1,\))(?=.*\(3,\))(?=.*\(6, 3\))"):
+        step(init(x) | {"batch_stats": stats}, x)
 
 
 MISUSES = {
@@ -552,82 +357,25 @@ def test_misuse_raises_what_flax_raises(misuse):
         MISUSES[misuse](BatchNorm, variables, x)
 
 
-# Additions of jbn.
-
-
-def test_update_rule_takes_the_place_of_momentum():
-    x = normal(0, (6, 3)) + 2
-    layer = BatchNorm(use_running_average=False, update=jbn.ema(0.9, debias=True, unbiased=True))
-    variables = layer.init(jax.random.key(0), x)
-    assert set(variables["batch_stats"]) == {"mean", "var", "count"}
-    _, new = layer.apply(variables, x, mutable=["batch_stats"])
-    stats = new["batch_stats"]
-    chex.assert_trees_all_close(stats["mean"], x.mean(0), **LAYER)
-    chex.assert_trees_all_close(stats["var"], x.var(0, ddof=1), **LAYER)
-    chex.assert_trees_all_equal(stats["count"], jnp.ones(3))
-    chex.assert_trees_all_equal_shapes_and_dtypes(new, {"batch_stats": variables["batch_stats"]})
-
-
 def test_statistics_stored_in_bfloat16_still_move():
     """Takes a decay of 0.999, which bfloat16 would round to 1."""
     x = normal(0, (64, 3)).astype(jnp.bfloat16) + 8
     kwargs = {"param_dtype": jnp.bfloat16, "force_float32_reductions": False}
     for rule in ({"momentum": 0.999}, {"update": jbn.cumulative()}):
-        stats = apply(x, **kwargs, **rule)[1]
+        stats = LINEN.train(x, **kwargs, **rule)[1]
         assert stats["mean"].dtype == jnp.bfloat16
         rate = 0.001 if "momentum" in rule else 1
         np.testing.assert_allclose(np.float32(stats["mean"]), 8 * rate, rtol=0.05)
 
 
-def test_weights_repeat_examples():
-    x, repeats = normal(0, (4, 3)), jnp.array([1, 3, 0, 2])
-    y, stats = apply(x, call={"weights": repeats.astype(jnp.float32)[:, None]})
-    repeated, expected = apply(jnp.repeat(x, repeats, axis=0))
-    chex.assert_trees_all_close(stats, expected, **LAYER)
-    chex.assert_trees_all_close(jnp.repeat(y, repeats, axis=0), repeated, **LAYER)
-
-
-# All transformations under which Flax's module works.
+# Transformations of linen, and further tools, with which Flax's module works.
 
 X = normal(0, (8, 4, 3)) + 1
 VARIABLES = BatchNorm(use_running_average=False).init(jax.random.key(0), X)
 
 
-def output(x, cls=BatchNorm, **kwargs):
-    return apply(x, cls, VARIABLES, **kwargs)[0]
-
-
-def both(f):
-    """Compares f of our class with f of Flax's."""
-    chex.assert_trees_all_close(f(BatchNorm), f(nn.BatchNorm), **NETWORK)
-
-
-@pytest.mark.slow
-def test_jit_grad_jvp_hessian():
-    dx, dy = normal(1, X.shape), normal(2, X.shape)
-    x = X[:, 0]
-    both(lambda cls: jax.jit(lambda x: apply(x, cls))(X))
-    both(lambda cls: jax.grad(lambda x: (output(x, cls) * dy).sum())(X))
-    both(lambda cls: jax.jvp(lambda x: output(x, cls), (X,), (dx,)))
-    both(lambda cls: jax.hessian(lambda x: (output(x, cls) * dy[:, 0]).sum())(x))
-
-
-def test_vmap_scan_cond_and_remat():
+def test_lifted_remat():
     dy = normal(2, X.shape)
-    both(lambda cls: jax.vmap(lambda x: apply(x, cls))(X))
-
-    def scan(cls):
-        layer = cls(use_running_average=False)
-
-        def step(variables, x):
-            y, new = layer.apply(variables, x, mutable=["batch_stats"])
-            return variables | new, y
-
-        return jax.lax.scan(step, VARIABLES, X)
-
-    both(scan)
-    both(lambda cls: jax.lax.cond(True, lambda x: output(x, cls), lambda x: x, X))
-    both(lambda cls: jax.grad(jax.checkpoint(lambda x: (output(x, cls) * dy).sum()))(X))
 
     class Rematerialised(nn.Module):
         norm: type[nn.Module]
@@ -646,7 +394,7 @@ def test_vmap_scan_cond_and_remat():
 
         return jax.grad(loss, has_aux=True)(X)
 
-    both(remat)
+    LINEN.both(remat)
 
 
 def test_lifted_vmap_and_scan():
@@ -672,63 +420,7 @@ def test_lifted_vmap_and_scan():
         variables = Stack(cls).init(jax.random.key(0), X)
         return variables, Stack(cls).apply(variables, X, mutable=["batch_stats"])
 
-    both(run)
-
-
-def test_named_axes_of_vmap_and_pmap():
-    for transform in (jax.vmap, jax.pmap):
-        both(
-            lambda cls, transform=transform: transform(
-                lambda x: apply(x, cls, VARIABLES, axis_name="batch"), axis_name="batch"
-            )(X)
-        )
-    y, stats = jax.pmap(
-        lambda x: apply(x, variables=VARIABLES, axis_name="batch"), axis_name="batch"
-    )(X)
-    whole, expected = apply(X.reshape(-1, 3), variables=VARIABLES)
-    chex.assert_trees_all_close(y.reshape(-1, 3), whole, **LAYER)
-    chex.assert_trees_all_close(jax.tree.map(lambda s: s[0], stats), expected, **LAYER)
-
-
-def test_axis_index_groups_under_pmap():
-    groups = [[0, 1, 2, 3], [4, 5, 6, 7]]
-
-    def run(cls):
-        kwargs = {"axis_name": "batch", "axis_index_groups": groups}
-        return jax.pmap(lambda x: apply(x, cls, VARIABLES, **kwargs), axis_name="batch")(X)
-
-    both(run)
-
-
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_shard_map(check_vma):
-    mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
-    dy = normal(2, X.shape)
-
-    def run(cls):
-        @jax.jit
-        @functools.partial(
-            jax.shard_map,
-            mesh=mesh,
-            in_specs=(P("batch"), P("batch")),
-            out_specs=(P("batch"), P(), P("batch")),
-            check_vma=check_vma,
-        )
-        def sharded(x, dy):
-            (_, (y, stats)), dx = jax.value_and_grad(
-                lambda x: (
-                    (r := apply(x, cls, VARIABLES, axis_name="batch"))[0].ravel() @ dy.ravel(),
-                    r,
-                ),
-                has_aux=True,
-            )(x)
-            return y, stats, dx
-
-        return sharded(X, dy)
-
-    both(run)
-    whole, expected = apply(X, variables=VARIABLES)
-    chex.assert_trees_all_close(run(BatchNorm)[:2], (whole, expected), **LAYER)
+    LINEN.both(run)
 
 
 def test_init_ignores_the_named_axis_and_leaves_the_statistics():
@@ -739,53 +431,18 @@ def test_init_ignores_the_named_axis_and_leaves_the_statistics():
     )
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_export_with_symbolic_shapes(train):
-    layer = BatchNorm(use_running_average=not train)
-
-    def f(variables, x):
-        return layer.apply(variables, x, mutable=["batch_stats"])
-
-    n, h = export.symbolic_shape("n, h")
-    x = jax.ShapeDtypeStruct((n, h, 3), jnp.float32)
-    exported = export.export(jax.jit(f))(VARIABLES, x)
-    chex.assert_trees_all_close(exported.call(VARIABLES, X), f(VARIABLES, X), **LAYER)
-
-
-def test_donated_buffers():
-    layer = BatchNorm(use_running_average=False)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(variables, x):
-        y, new = layer.apply(variables, x, mutable=["batch_stats"])
-        return variables | new, y
-
-    variables = jax.tree.map(jnp.copy, VARIABLES)
-    for _ in range(3):
-        variables, y = step(variables, X)
-    chex.assert_trees_all_close(y, output(X), **LAYER)
-
-
-def test_one_compilation_serves_all_steps():
-    layer = BatchNorm(use_running_average=False, update=jbn.ema(0.9, debias=True))
-    variables = layer.init(jax.random.key(0), X)
-
-    @jax.jit
-    @chex.assert_max_traces(n=1)
-    def step(variables, x):
-        _, new = layer.apply(variables, x, mutable=["batch_stats"])
-        return variables | new
-
-    for _ in range(3):
-        variables = step(variables, X)
-    assert hash(layer) == hash(dataclasses.replace(layer, update=jbn.ema(0.9, debias=True)))
-
-
-def test_x64(x64):
+def test_float64_is_that_of_flax(x64):
     x = normal(0, (8, 3), jnp.float64) + 1
     with jax.numpy_dtype_promotion("standard"):
-        ours, theirs = (apply(x, cls, dtype=jnp.float64)[0] for cls in (BatchNorm, nn.BatchNorm))
+        ours, theirs = (
+            LINEN.train(x, cls, dtype=jnp.float64)[0] for cls in (BatchNorm, nn.BatchNorm)
+        )
     chex.assert_trees_all_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_layers_of_equal_arguments_have_equal_hashes():
+    layer = BatchNorm(use_running_average=False, update=jbn.ema(0.9, debias=True))
+    assert hash(layer) == hash(dataclasses.replace(layer, update=jbn.ema(0.9, debias=True)))
 
 
 def test_flax_sees_one_method():
@@ -813,14 +470,27 @@ def test_flax_sees_one_method():
 
 
 def test_traced_momentum():
-    def step(momentum, cls):
-        return apply(X, cls, VARIABLES, momentum=momentum)[1]
+    def run(cls):
+        momenta = jnp.array([0.5, 0.9])
+        return jax.vmap(lambda momentum: LINEN.train(X, cls, momentum=momentum)[1])(momenta)
 
-    ours, theirs = (
-        jax.vmap(lambda m, c=c: step(m, c))(jnp.array([0.5, 0.9]))
-        for c in (BatchNorm, nn.BatchNorm)
-    )
-    chex.assert_trees_all_close(ours, theirs, **LAYER)
+    LINEN.both(run, **LAYER)
+
+
+def test_shared_layer_updates_twice_as_in_flax():
+    class Twice(nn.Module):
+        norm: type[nn.Module]
+
+        @nn.compact
+        def __call__(self, x):
+            layer = self.norm(use_running_average=False)
+            return layer(layer(x))
+
+    def twice(cls):
+        variables = Twice(cls).init(jax.random.key(0), X)
+        return Twice(cls).apply(variables, X, mutable=["batch_stats"])
+
+    LINEN.both(twice)
 
 
 def test_complex_inference():
