@@ -63,7 +63,8 @@ def pytest_collection_modifyitems(config, items):
     """Marks tests as `experiments`, and cases as `slow`.
 
     A case is slow where each of its parameters has a value that an earlier case of the same test
-    has: so the quick tests see every value once, and not all combinations. Hypothesis draws more
+    has: so the quick tests see every value once, linen and nnx by themselves, and not all
+    combinations. Hypothesis draws more
     examples among the slow tests.
     """
     seen = collections.defaultdict(set)
@@ -76,7 +77,7 @@ def pytest_collection_modifyitems(config, items):
         marks = {mark.name for mark in item.iter_markers()}
         if hasattr(item, "callspec") and not marks & {"slow", "quick"}:
             values = {(name, repr(value)) for name, value in item.callspec.params.items()}
-            known = seen[item.path, item.originalname]
+            known = seen[item.path, item.originalname, repr(item.callspec.params.get("skin"))]
             if values <= known:
                 item.add_marker("slow")
             known |= values

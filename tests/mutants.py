@@ -1589,19 +1589,25 @@ def run(mutant: Mutant) -> tuple[Mutant, str]:
         except (ValueError, SyntaxError) as error:
             return mutant, str(error)
         tests = [f"tests/{name}" for name in mutant.tests.split()]
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-pno:cacheprovider", *tests]
-        done = subprocess.run(
-            command,
-            cwd=copy,
-            env=os.environ | {"PYTHONPATH": str(copy)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        verdict = first_failure(copy, tests)
+        if verdict == "survived":
+            verdict = first_failure(copy, ["-m", "slow", *tests])
+            verdict = verdict if verdict == "survived" else f"slow: {verdict}"
+    return mutant, verdict
+
+
+def first_failure(root: pathlib.Path, arguments: list[str]) -> str:
+    """Runs tests in a copy; returns the first that fails, or "survived", or pytest's words."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-pno:cacheprovider", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
     failed = re.search(r"^FAILED tests/(\S+::\S+)", done.stdout, re.MULTILINE)
     if done.returncode == 1 and failed:
-        return mutant, failed[1]
-    return mutant, "survived" if done.returncode == 0 else f"pytest: {done.stdout[-300:]}"
+        return failed[1]
+    none = 5  # pytest's status where all tests are deselected
+    return "survived" if done.returncode in (0, none) else f"pytest: {done.stdout[-300:]}"
 
 
 def main(words: list[str]) -> int:
@@ -1610,7 +1616,7 @@ def main(words: list[str]) -> int:
     survivors = 0
     with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
         for mutant, verdict in pool.map(run, chosen):
-            killed = bool(re.match(r"(\w+/)*test_\w+\.py::", verdict))
+            killed = bool(re.match(r"(slow: )?(\w+/)*test_\w+\.py::", verdict))
             survivors += not killed
             print(f"{'killed' if killed else 'ALIVE':7}| {mutant.law:60}| {verdict}", flush=True)
     print(f"{len(chosen) - survivors} of {len(chosen)} mutants killed")

@@ -85,7 +85,7 @@ def by_layer(name, stats):
 # Comparison with the oracle.
 
 
-@pytest.mark.parametrize("layer_by_layer", [False, True], ids=["one_pass", "layer_by_layer"])
+@pytest.mark.parametrize("layer_by_layer", [True, False], ids=["layer_by_layer", "one_pass"])
 @pytest.mark.parametrize("variance", ["pooled", "paper"])
 @pytest.mark.parametrize("name", nets.BUILD)
 @pytest.mark.usefixtures("x64")
