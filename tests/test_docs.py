@@ -24,9 +24,7 @@ def test_the_pages_with_code_are_found():
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(
-            page, marks=() if page.stem in ("README", "index", "core") else pytest.mark.slow
-        )
+        pytest.param(page, marks=() if page.stem in ("README", "index") else pytest.mark.slow)
         for page in WITH_CODE
     ],
     ids=lambda page: str(page.relative_to(ROOT)),

@@ -699,7 +699,7 @@ def test_shard_map(name, layer_by_layer):
         chex.assert_trees_all_close(local[1], exact[1], **CLOSE)
 
 
-@pytest.mark.parametrize("variance", ["pooled", "paper"])
+@pytest.mark.parametrize("variance", ["pooled", pytest.param("paper", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("x64")
 def test_groups_of_devices(variance):
     params, stats, loss_fn = nets.core(AXIS, jnp.float64, axis_index_groups=GROUPS)

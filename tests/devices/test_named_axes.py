@@ -98,16 +98,24 @@ def psums(mode, kind):
     return kind.index_groups and mode.name in ("pmap", "shard_map_unchecked")
 
 
-def matrix(kinds, modes=executions.ALL):
-    """Crosses modes with kinds; index groups need a named axis."""
+def matrix(kinds, modes=executions.ALL, quick=None):
+    """Crosses modes with kinds; index groups need a named axis.
+
+    All modes are among the quick tests, or those of which `quick` has the names.
+    """
+
+    def marks(mode, kind):
+        if quick is None:  # a psum over index groups is in two modes only
+            return pytest.mark.quick if psums(mode, kind) else ()
+        return () if mode.name in quick else pytest.mark.slow
+
     return pytest.mark.parametrize(
         ("mode", "kind"),
         [
-            # A psum over index groups is in these modes only.
-            pytest.param(m, k, marks=pytest.mark.quick if psums(m, k) else ())
-            for m in modes
-            for k in kinds
-            if m.names is not None or not k.index_groups
+            pytest.param(mode, kind, marks=marks(mode, kind))
+            for mode in modes
+            for kind in kinds
+            if mode.names is not None or not kind.index_groups
         ],
         ids=str,
     )
@@ -170,7 +178,7 @@ def assert_statistics(stats, m, instances):
 SECOND = [k for k in KINDS if k.name in ("masked", "groups_masked", "index_groups")]
 
 
-@matrix(SECOND)
+@matrix(SECOND, quick=("vmap", "shard_map", "jit"))
 @pytest.mark.usefixtures("cheap_programs")
 def test_second_derivatives_are_those_of_the_textbook(mode, kind, x64):
     rows, params = jax.tree.map(jnp.asarray, make(kind._replace(dtype="float64")))
@@ -210,7 +218,7 @@ def test_second_derivatives_are_those_of_the_textbook(mode, kind, x64):
         tolerance.assert_close(a, e, "float64", ROWS * PLACES)
 
 
-@matrix(KINDS[1:2], executions.NAMED)
+@matrix(KINDS[1:2], executions.NAMED, quick=("vmap", "shard_map"))
 @pytest.mark.usefixtures("cheap_programs")
 def test_derivatives_of_the_moments(mode, kind, x64):
     rows, params = jax.tree.map(jnp.asarray, make(kind._replace(dtype="float64")))

@@ -114,7 +114,10 @@ def train(mode, net, optimizer, microbatches, dtype="float64", steps=STEPS):
     return jax.tree.map(np.asarray, (state, metrics))
 
 
-@pytest.mark.parametrize("mode", [pmap, shard_map, shard_map_unchecked, sharded_jit])
+@pytest.mark.parametrize(
+    "mode",
+    [pmap, shard_map, pytest.param(shard_map_unchecked, marks=pytest.mark.slow), sharded_jit],
+)
 @pytest.mark.parametrize(
     ("net", "optimizer", "microbatches"),
     [("core", "momentum", 1), pytest.param("core", "adamw", 2, marks=pytest.mark.slow)],
