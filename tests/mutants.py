@@ -1284,14 +1284,14 @@ MUTANTS = [
     ),
     Mutant(
         "inference needs no counts",
-        "linen.py",
+        "linen/batch_norm.py",
         "(self.is_initializing() or not inference)",
         "True",
         "core/test_other_state.py::test_inference_of_linen_needs_no_counts",
     ),
     Mutant(
         "setting a rule on an nnx layer adds a count",
-        "nnx.py",
+        "nnx/batch_norm.py",
         'if name == "update" and value is not None and not hasattr(self, "count"):',
         "if False:",
         "core/test_other_state.py::test_a_rule_given_to_an_nnx_layer_later_counts_from_zero",

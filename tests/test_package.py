@@ -10,7 +10,9 @@ import sys
 import pytest
 
 import jbn
+import jbn.linen
 import jbn.native
+import jbn.nnx
 import jbn.population
 import jbn.training
 
@@ -127,7 +129,8 @@ def test_types_are_shipped():
     + [f"jbn.training.{name}" for name in jbn.training.__all__]
     + [f"jbn.population.{name}" for name in jbn.population.__all__]
     + [f"jbn.native.{name}" for name in jbn.native.__all__]
-    + ["jbn.linen.BatchNorm", "jbn.nnx.BatchNorm"],
+    + [f"jbn.linen.{name}" for name in jbn.linen.__all__]
+    + [f"jbn.nnx.{name}" for name in jbn.nnx.__all__],
 )
 def test_public_name_is_on_the_api_page(name):
     directive = rf"^\.\. auto\w+:: {re.escape(name)}(?:\(|$)"

@@ -1,7 +1,4 @@
-"""`jbn.nnx.BatchNorm`: Flax nnx's BatchNorm with jbn's statistics and derivatives.
-
-Change one import, `from jbn.nnx import BatchNorm`; models and checkpoints stay as they are.
-"""
+"""`BatchNorm`: Flax nnx's BatchNorm with jbn's statistics and derivatives."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType

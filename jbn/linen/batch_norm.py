@@ -1,7 +1,4 @@
-"""`jbn.linen.BatchNorm`: Flax linen's BatchNorm with jbn's statistics and derivatives.
-
-Change one import, `from jbn.linen import BatchNorm`; models and checkpoints stay as they are.
-"""
+"""`BatchNorm`: Flax linen's BatchNorm with jbn's statistics and derivatives."""
 
 from collections.abc import Callable
 from typing import Any

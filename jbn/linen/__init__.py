@@ -1,0 +1,11 @@
+"""Flax linen modules. `BatchNorm` is Flax's own with jbn's statistics and derivatives.
+
+Change one import, `from jbn.linen import BatchNorm`; models and checkpoints stay as they are.
+"""
+
+from jbn.linen.batch_norm import BatchNorm
+
+__all__ = ["BatchNorm"]
+
+for _class in (BatchNorm,):
+    _class.__module__ = __name__  # pickle finds the class by this name, not by its file

@@ -1,0 +1,11 @@
+"""Flax nnx modules. `BatchNorm` is Flax's own with jbn's statistics and derivatives.
+
+Change one import, `from jbn.nnx import BatchNorm`; models and checkpoints stay as they are.
+"""
+
+from jbn.nnx.batch_norm import BatchNorm
+
+__all__ = ["BatchNorm"]
+
+for _class in (BatchNorm,):
+    _class.__module__ = __name__  # pickle finds the class by this name, not by its file
