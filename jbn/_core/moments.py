@@ -25,12 +25,12 @@ from jax.typing import ArrayLike, DTypeLike
 from jbn._core import check
 from jbn._core.axes import Axes
 from jbn._core.plan import Spec, plan_moments
-from jbn._core.pooling import restore
+from jbn._core.pooling import pool_instances, restore
 from jbn._core.shift import shift_for
 from jbn._core.types import Moments, ShiftedMoments, dot, square
 from jbn._devices import placement
 from jbn._devices.named_axes import AxisName, scope
-from jbn._devices.sharded_arrays import join_instances, measure_everywhere
+from jbn._devices.sharded_arrays import measure_everywhere
 from jbn._sums.protocol import Batch, Sums
 from jbn._xla import bfloat16
 
@@ -87,7 +87,7 @@ def measure(spec: Spec, x: Array, weights: Array | None) -> ShiftedMoments:
     blocks = spec.sums.in_blocks and x.dtype == jnp.bfloat16 and weights is None
     local = functools.partial(_moments_by_blocks if blocks else _moments_by_shift, spec.sums)
     m = measure_everywhere(local, spec.axes, x, weights)
-    return join_instances(spec.over, spec.axes, m, weights is not None) if spec.over.names else m
+    return pool_instances(spec.over, m, weights is not None) if spec.over.names else m
 
 
 @measure.defjvp

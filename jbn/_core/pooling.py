@@ -4,7 +4,8 @@
 blocks, groups, devices or program instances. Each part has a shift of its own, near its own data,
 so that choosing it needs no communication. One collective sends (shift, E[x - shift], var), and the
 count if counts differ. The difference of two shifts is exact where it matters, so nothing cancels
-at any mean/std. Here statistics have the shape [C] or [parts, C].
+at any mean/std. `pool_blocks` takes statistics of shape [parts, C], `pool_instances` those of any
+shape, the same on all instances.
 
 **Summed twice** (`pool_by_sums`), for the deferred moments of all layers after a step. Two
 collectives serve all layers together, and each has the size of one device's moments: gathering
@@ -29,7 +30,7 @@ from jax import Array, lax
 
 from jbn._core.axes import Axes
 from jbn._core.types import Moments, ShiftedMoments, square
-from jbn._devices.named_axes import Scope, vary
+from jbn._devices.named_axes import vary
 from jbn._devices.placement import collect, together
 
 
@@ -150,8 +151,8 @@ def pool_blocks(axes: Axes, m: ShiftedMoments, counts_differ: bool) -> ShiftedMo
     return _pool(jax.tree.map(blocks_first, m))
 
 
-def pool_instances(over: Scope, m: ShiftedMoments, counts_differ: bool) -> ShiftedMoments:
-    """Pools the moments of all program instances in the scope."""
+def pool_instances(over: Any, m: ShiftedMoments, counts_differ: bool) -> ShiftedMoments:
+    """Pools the moments of all program instances in the scope; shapes do not change."""
     m = _send(over.gather, 0, m, counts_differ)
     member = over.members()
     if member is not None:

@@ -219,10 +219,9 @@ def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningSt
         where = jax.typeof(moments.mean).sharding
         stats = jax.tree.map(lambda values: jax.sharding.reshard(values, where), stats)
     if isinstance(rule, _Ema | _Cumulative):
+        if isinstance(moments.mean, Tracer) and not has_traced_decay(rule):
+            return _absorb_once_a_shape(rule, stats, moments)  # constants make a shorter program
         function, numbers = split(rule)
-        traced = isinstance(moments.mean, Tracer)
-        if traced and not any(isinstance(number, Array) for number in numbers):
-            function, numbers = rule, ()  # constants make a shorter program
         return _absorb_once_a_shape(function, stats, moments, *numbers)
     new = rule(stats, moments)
     if not isinstance(new, type(stats)):
@@ -244,6 +243,11 @@ def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningSt
                 f"expected {getattr(stats, field).shape}."
             )
     return _keep_sound(stats, moments, new, seen=moments)
+
+
+def has_traced_decay(rule: UpdateRule) -> bool:
+    """Returns whether this is an average whose decay is an array, such as a traced schedule."""
+    return isinstance(rule, _Ema) and isinstance(rule.decay, Array)
 
 
 def split(rule: UpdateRule) -> tuple[Callable[..., RunningStats], tuple[Any, ...]]:

@@ -60,12 +60,6 @@ def measure_everywhere(local: Local, axes: Axes, x: Array, weights: Array | None
     return ShiftedMoments(*_bind(_measure, _Measure(local), axes, *args))
 
 
-def join_instances(over: Any, axes: Axes, m: ShiftedMoments, counts_differ: bool) -> ShiftedMoments:
-    """Applies `pool_instances` to statistics that broadcast against x."""
-    pooled = pool_instances(over, jax.tree.map(axes.squeeze, m), counts_differ)
-    return jax.tree.map(axes.unsqueeze, pooled)
-
-
 def spread(axes: Axes, x: Array, values: Array) -> Array:
     """Prepares `values`, (1, ..., C), for a pass over x, as large as x if that saves collectives.
 
@@ -134,7 +128,7 @@ def _measure_over_explicit_axes(
     def device(x: Array, weights: Array | None = None) -> ShiftedMoments:
         part = axes._replace(shape=x.shape)
         m = measure_everywhere(local, part, x, weights)
-        return join_instances(over, part, m, weights is not None) if over.names else m
+        return pool_instances(over, m, weights is not None) if over.names else m
 
     args, into = [x], [where.place(x.shape)]
     count = PartitionSpec()
@@ -181,7 +175,7 @@ class _Measure(NamedTuple):
         return tuple(self.local(axes, args[0], args[1] if args[1:] else None))
 
     def join(self, over: "_Devices", axes: Axes, results: Any, several: bool) -> tuple[Array, ...]:
-        return tuple(join_instances(over, axes, ShiftedMoments(*results), several))
+        return tuple(pool_instances(over, ShiftedMoments(*results), several))
 
     def unpartitioned(self, axes: Axes, devices: int, *args: Array) -> tuple[Array, ...]:
         weights = args[1] if args[1:] else None

@@ -443,7 +443,7 @@ def raises(error, match, loss_fn, batch=None, state=None, mode=whole, **options)
 
 
 def test_errors():
-    raises(ValueError, "microbatches=3 must divide.*(8,)", linear, microbatches=3)
+    raises(ValueError, r"microbatches=3 must divide.*\(8,\)", linear, microbatches=3)
     raises(TypeError, "tuple of 2", lambda p, s, x: (p * x.mean(), s))
     raises(TypeError, "must be a dictionary.*got tuple", lambda p, s, x: (p * x.mean(), s, ()))
     raises(ValueError, r"shape \(\); got.*\(8,\)", lambda p, s, x: (p * x, s, {}))
