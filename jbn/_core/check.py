@@ -238,6 +238,21 @@ def decay(value: float, debias: bool) -> float:
     return number
 
 
+def at_least(name: str, value: Any, least: float) -> Any:
+    """Checks that `value` is a real number >= `least`, unless it is traced; infinity is one."""
+    if isinstance(value, Tracer):
+        if value.ndim or not jnp.issubdtype(value.dtype, jnp.floating | jnp.integer):
+            raise TypeError(
+                f"{name} must be a real number, one for all features; got {value.dtype} of shape "
+                f"{value.shape}."
+            )
+        return value
+    number = _number(value)
+    if number is None or not number >= least:
+        raise ValueError(f"{name} must be a number >= {least:g}; got {_short(value)}.")
+    return number
+
+
 def _number(value: Any) -> float | None:
     """Converts a single real number to float; returns None for True, text, a vector and others."""
     if isinstance(value, str | bytes | bytearray | bool):

@@ -4,8 +4,9 @@ Change one import, `from jbn.linen import BatchNorm`; models and checkpoints sta
 """
 
 from jbn.linen.batch_norm import BatchNorm
+from jbn.linen.renorm import BatchRenorm
 
-__all__ = ["BatchNorm"]
+__all__ = ["BatchNorm", "BatchRenorm"]
 
-for _class in (BatchNorm,):
+for _class in (BatchNorm, BatchRenorm):
     _class.__module__ = __name__  # pickle finds the class by this name, not by its file
