@@ -241,7 +241,8 @@ def decay(value: float, debias: bool) -> float:
 def at_least(name: str, value: Any, least: float) -> Any:
     """Checks that `value` is a real number >= `least`, unless it is traced; infinity is one."""
     if isinstance(value, Tracer):
-        if value.ndim or not jnp.issubdtype(value.dtype, jnp.floating | jnp.integer):
+        real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+        if value.ndim or not real:
             raise TypeError(
                 f"{name} must be a real number, one for all features; got {value.dtype} of shape "
                 f"{value.shape}."
@@ -249,7 +250,8 @@ def at_least(name: str, value: Any, least: float) -> Any:
         return value
     number = _number(value)
     if number is None or not number >= least:
-        raise ValueError(f"{name} must be a number >= {least:g}; got {_short(value)}.")
+        got = _short(value) if number is None else f"{number:g}"
+        raise ValueError(f"{name} must be a number >= {least:g}; got {got}.")
     return number
 
 
