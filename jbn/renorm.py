@@ -420,7 +420,7 @@ def _clipped(d: Array, d_max: Array) -> Array:
     if not jnp.iscomplexobj(d):
         return jnp.clip(d, -d_max, d_max)
     size = jnp.abs(d)
-    return d * jnp.where(size > d_max, d_max / size, 1.0)
+    return d * jnp.where(size > d_max, d_max / size, 1.0).astype(d.dtype)
 
 
 def _steps(number: Any) -> int:
