@@ -440,6 +440,67 @@ def test_ema_of_std_leaves_out_what_other_rules_leave_out():
     np.testing.assert_array_equal(np.asarray(new.var)[[0, 1, 3]], 1)
 
 
+# Computed by Keras 2.15.0 (TensorFlow 2.15.1) on CPU, for the arrays of the test:
+#   tf.compat.v1.keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-3, renorm=True,
+#       renorm_momentum=0.9, renorm_clipping={"rmin": 1 / 1.5, "rmax": 1.5, "dmax": 0.5})
+# Of each step: y and dx of the first two rows, dgamma, renorm_mean, renorm_stddev.
+KERAS = (
+    (
+        [[0.192296982, -0.083535433, 1.737127542], [0.175421953, -0.909181595, 1.377511621]],
+        [[-43.910156250, -3.576246977, -0.091220155], [6.646142006, 2.556667089, 0.057279520]],
+        [-1.150641203, -0.992080450, 11.868122101],
+        [0.009737501, 0.190887511, -0.674849987],
+        [0.903950632, 0.965241849, 2.644569397],
+    ),
+    (
+        [[0.363515019, 0.067340374, 0.089514196], [-0.286742568, -1.076414347, 0.971548080]],
+        [[-43.718620300, -3.620485544, -0.034879673], [1.213462830, 2.501331329, 0.062866896]],
+        [-3.113568306, -1.394719362, -2.580564022],
+        [0.019126251, 0.377948761, 0.665934920],
+        [0.817246437, 0.944743574, 4.838436604],
+    ),
+    (
+        [[0.735085130, 2.505177498, 1.148399472], [-0.229229927, -0.287114620, 1.485614777]],
+        [[-40.064552307, -1.796497345, -0.036824878], [4.954868793, 2.427523375, 0.089000106]],
+        [-1.015934467, -6.142931938, -9.790241241],
+        [0.026826125, 0.553316355, 1.641791344],
+        [0.739669800, 0.939563453, 6.350275993],
+    ),
+)
+# moving_mean and moving_stddev are the same as renorm_mean and renorm_stddev there.
+KERAS_INFERENCE = [[0.102983624, 1.798498631, 2.147289276], [0.101631671, 0.938524723, 1.488656640]]
+
+
+def test_keras_computes_the_same():
+    rng = np.random.default_rng(0)
+    xs = (rng.normal(size=(3, 8, 3)) * [0.02, 1, 30] + [0.1, 2, -3]).round(3).astype(np.float32)
+    dy = np.arange(24, dtype=np.float32).reshape(8, 3) % 7 - 3
+    params = jbn.Params(jnp.array([1.0, 2.0, 0.5]), jnp.array([0.0, -1.0, 1.0]))
+    # Keras starts the standard deviation at 1: sqrt(var + epsilon) = 1.
+    stats = renorm.init_stats(3)._replace(var=jnp.full(3, 1 - 1e-3))
+    rule = renorm.ema_of_std(0.9, epsilon=1e-3)
+
+    @jax.jit
+    def step(x, stats):
+        f = lambda x, params: renorm.batch_renorm(  # noqa: E731
+            x, params, stats, r_max=1.5, d_max=0.5, epsilon=1e-3, update=rule
+        )
+        y, pull, new = jax.vjp(f, x, params, has_aux=True)
+        return y, pull(dy), new
+
+    for x, (y, dx, dgamma, mean, std) in zip(xs, KERAS, strict=True):
+        ours, (gradient, dparams), stats = step(x, stats)
+        # Float32 on both sides, and sums of 8 values of a magnitude of 3: dx up to 44, dgamma 12.
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+        close(ours[:2], y, atol=1e-5)
+        close(gradient[:2], dx, atol=1e-4)
+        close(dparams.scale, dgamma, atol=1e-4)
+        close(stats.mean, mean, atol=1e-6)
+        close(np.sqrt(stats.var + 1e-3), std, atol=1e-6)
+    y = renorm.batch_renorm_inference(xs[0], params, stats, epsilon=1e-3)
+    close(y[:2], KERAS_INFERENCE, atol=1e-5)
+
+
 # --- where the batch lies -------------------------------------------------------------------------
 
 ROWS, PLACES, CHANNELS = 16, 3, 5
