@@ -27,13 +27,15 @@ from jbn._core.affine import Activation, expanded, location, where_data
 from jbn._core.axes import integer
 from jbn._core.deferral import absorb, advanced, fixed, number, read, waits
 from jbn._core.export import serializable
-from jbn._core.normalize import Params, measurement, normalized
+from jbn._core.moments import measure
+from jbn._core.normalize import Params, normalized
 from jbn._core.plan import Inputs, Spec, plan
 from jbn._core.running import RunningStats, UpdateRule, ema
 from jbn._core.shift import accumulator
 from jbn._core.types import Moments, ShiftedMoments
 from jbn._devices.named_axes import AxisName, scope
 from jbn._devices.placement import join
+from jbn._xla.checkpoint import named
 
 __all__ = [
     "RenormStats",
@@ -252,23 +254,30 @@ def batch_renorm(
         residual=residual,
         dtype=dtype,
     )
-    given = _checked(stats).running
+    stats = _checked(stats)
+    clips = Clips(r_max, d_max, warmup_steps)
+    y, new = _step(
+        spec, inputs, stats.running, update, functools.partial(train, clips, stats.steps)
+    )
+    return join(y, x, spec.axes), RenormStats(*new, advanced(stats.steps))
+
+
+def _step(
+    spec: Spec, inputs: Inputs, given: RunningStats, update: UpdateRule, by: Callable[..., Any]
+) -> tuple[Array, RunningStats]:
+    """Computes y and the new statistics; `by` normalises unless the statistics are fixed."""
     old = check.stats(read(given), spec.axes, training=True)
     check.same_field(old, inputs.x, training=True)
     if not (spec.over.names or fixed(given)):
         check.several_values(spec.axes)
-    if fixed(given):
-        y, m = core.train(spec, inputs, old)
-    else:
-        y, m = train(spec, inputs, old, Clips(r_max, d_max, warmup_steps), stats.steps)
+    y, m = (core.train if fixed(given) else by)(spec, inputs, old)
     if not waits(given):
         check.as_replicated_as(old.mean, m.mean)
-    new = absorb(update, old, m, given=given, over=spec.over)
-    return join(y, x, spec.axes), RenormStats(*new, advanced(stats.steps))
+    return y, absorb(update, old, m, given=given, over=spec.over)
 
 
 def batch_renorm_inference(
-    x: ArrayLike, params: Params, stats: RenormStats, **options: Any
+    x: ArrayLike, params: Params, stats: RenormStats | RunningStats, **options: Any
 ) -> Array:
     """Batch Renormalization at inference: `jbn.batch_norm_inference` by the running statistics.
 
@@ -369,14 +378,14 @@ class Clips(NamedTuple):
             return None
 
         def chosen(limit: float | Array, least: int) -> Array:
-            limit, least = jnp.asarray(limit, dtype), jnp.asarray(least, dtype)
-            return jnp.where((steps >= warmup) & (limit >= least), limit, least)  # least for NaN
+            value, neutral = jnp.asarray(limit, dtype), jnp.asarray(least, dtype)
+            return jnp.where((steps >= warmup) & (value >= neutral), value, neutral)  # not NaN
 
         return chosen(limits[0], 1), chosen(limits[1], 0)
 
 
 def train(
-    spec: Spec, inputs: Inputs, old: RunningStats, clips: Clips, steps: Array
+    clips: Clips, steps: Array, spec: Spec, inputs: Inputs, old: RunningStats
 ) -> tuple[Array, Moments]:
     """Computes y, of the planned x's shape, and the moments of the batch, pooled over all groups.
 
@@ -390,7 +399,7 @@ def train(
 def _train(
     spec: Spec, inputs: Inputs, old: RunningStats, r_max: Array, d_max: Array
 ) -> tuple[Array, Moments]:
-    m = measurement(spec, inputs)
+    m = named(measure(spec.of_moments, inputs.x, inputs.weights))
     r, d = lax.stop_gradient(correction(spec, m, old, r_max, d_max))
     if inputs.weights is not None:
         d = where_data(m.count, d)
@@ -433,7 +442,7 @@ def _steps(number: Any) -> int:
     return min(steps, np.iinfo(np.int32).max)
 
 
-def _limit(name: str, given: Any, least: int, steps: Array) -> float | Array:
+def _limit(name: str, given: float | Array | Schedule, least: int, steps: Array) -> float | Array:
     """Returns a number or the value of a schedule, checked as far as it is known while tracing."""
     if not callable(given):
         return check.at_least(name, given, least)

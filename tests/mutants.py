@@ -1285,7 +1285,7 @@ MUTANTS = [
     Mutant(
         "inference needs no counts",
         "linen/batch_norm.py",
-        "(self.is_initializing() or not inference)",
+        "(module.is_initializing() or not inference)",
         "True",
         "core/test_other_state.py::test_inference_of_linen_needs_no_counts",
     ),

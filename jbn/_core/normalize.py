@@ -155,11 +155,6 @@ def _as_one_program(spec: Spec, pooled: bool, inputs: Inputs) -> tuple[Array, Mo
     return normalized(spec, inputs, pooled=pooled)
 
 
-def measurement(spec: Spec, inputs: Inputs) -> ShiftedMoments:
-    """Measures x; the moments have a name, by which a checkpoint policy saves them, and not y."""
-    return named(measure(spec.of_moments, inputs.x, inputs.weights))
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _normalize(spec: Spec, inputs: Inputs) -> tuple[Array, ShiftedMoments]:
     y, known = _forward(spec, inputs)
@@ -171,7 +166,8 @@ def _normalize(spec: Spec, inputs: Inputs) -> tuple[Array, ShiftedMoments]:
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(spec: Spec, inputs: Inputs) -> tuple[Array, Known]:
     x, scale, bias, weights, residual, measured = inputs
-    m = measurement(spec, inputs) if measured is None else measured
+    # The moments have a name: a checkpoint policy can save them, and rematerialise only y.
+    m = named(measure(spec.of_moments, x, weights)) if measured is None else measured
     scale, bias = expanded(scale, bias, spec.axes, accumulator(x.dtype))
     if weights is not None:
         scale = where_data(m.count, scale)  # without data y is the bias

@@ -113,7 +113,7 @@ def normalized(
     given = given._replace(x=check.array(given.x, "x"))
     x, initializing = given.x, module.is_initializing()
     shape = resolve(x.shape, module.axis).feature_shape
-    counts = module.update is not None and (initializing or not inference)
+    counts = module.update is not None and (module.is_initializing() or not inference)
     variables = _statistics(module, shape, x.dtype, counts)
     params = _params(module, shape)
     dtype = canonicalize_dtype(x, *params, dtype=module.dtype)

@@ -37,8 +37,8 @@ class BatchRenorm(_BatchRenorm):
     """
 
     epsilon: float = 0.001
-    r_max: float = 3.0
-    d_max: float = 5.0
+    r_max: float | Array | renorm.Schedule = 3.0
+    d_max: float | Array | renorm.Schedule = 5.0
     warmup_steps: int = 100_000
 
     @nn.compact

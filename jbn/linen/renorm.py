@@ -66,7 +66,7 @@ def renormalized(
     if inference and not module.is_initializing():  # variables of `BatchNorm` are enough
         return normalized(module, given, inference=True)
     steps = module.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
-    by = functools.partial(renorm.train, clips=clips, steps=steps.value)
+    by = functools.partial(renorm.train, clips, steps.value)
     y = normalized(module, given, inference=inference, by=by)
     if not module.is_initializing():
         steps.value = advanced(steps.value)

@@ -59,4 +59,4 @@ class BatchRenorm(BatchNorm):
         clips = renorm.Clips(self.r_max, self.d_max, self.warmup_steps)
         steps = self.steps.get_value()
         store(self.steps, advanced(steps))
-        return renorm.train(spec, inputs, old, clips, steps)
+        return renorm.train(clips, steps, spec, inputs, old)
