@@ -21,6 +21,7 @@ import jbn.population
 from experiments.common import hlo
 from jbn import renorm, training
 from tests import cases, executions, oracle, tolerance
+from tests.devices import test_named_axes
 
 pytestmark = pytest.mark.usefixtures("cheap_programs")
 
@@ -506,23 +507,26 @@ def test_keras_computes_the_same():
 ROWS, PLACES, CHANNELS = 16, 3, 5
 
 
-def rows_of(case):
-    data, params, stats = layer(case)
-    rows = {"x": data.x, "dy": data.dy}
-    if data.mask is not None:
-        rows["mask"] = data.mask
-    return data, rows, params, stats
+KINDS = [
+    kind
+    for kind in test_named_axes.KINDS
+    if kind.name in ("masked", "weights", "groups_masked", "index_groups")
+]
 
 
-@pytest.mark.parametrize("mode", executions.ALL, ids=str)
-@pytest.mark.parametrize("mask", ["none", "examples"])
-def test_y_statistics_and_gradient_in_every_mode(mode, mask):
-    data, rows, params, stats = rows_of(cases.Case((ROWS, PLACES, CHANNELS), mask=mask, offset=2.0))
+@test_named_axes.matrix(KINDS, quick=("vmap", "shard_map", "jit_explicit"))
+def test_y_statistics_and_gradient_in_every_mode(mode, kind):
+    rows, params = test_named_axes.make(kind)
+    _, _, stats = layer(cases.Case((ROWS, PLACES, CHANNELS), offset=2.0))
     schedule = renorm.piecewise_linear((0, 14), (1.0, 1.6))  # 1.3 at step 7
 
     def one(params, rows, axis_name):
-        options = {"axis_name": axis_name, "mask": rows.get("mask"), "update": jbn.ema(0.9)}
-        return renorm.batch_renorm(rows["x"], params, stats, r_max=schedule, d_max=0.4, **options)
+        old = stats
+        if mode.checks and kind.index_groups:  # each group has its own statistics
+            old = jax.tree.map(lambda v: jax.lax.pcast(v, axis_name, to="varying"), stats)
+        options = {**test_named_axes.arguments(kind, mode), **test_named_axes.support(rows)}
+        options |= {"axis_name": axis_name, "update": jbn.ema(0.9)}
+        return renorm.batch_renorm(rows["x"], params, old, r_max=schedule, d_max=0.4, **options)
 
     def program(params, rows):
         def loss(params, x):
@@ -532,17 +536,29 @@ def test_y_statistics_and_gradient_in_every_mode(mode, mask):
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, rows["x"])
 
     (dparams, dx), (y, new) = mode.run(program, params, rows)
-    want, m, r, d = expected(data, params, stats, **LIMITS)
-    n = ROWS * PLACES
-    tolerance.assert_close(y, want, "float32", n, ratio=2)
-    grads = oracle.renorm_vjp(data.x, *params, data.dy, r, d, **data.support)
-    tolerance.assert_close(dx, grads[0], "float32", n, ratio=2)
-    tolerance.assert_close(dparams.scale, grads[1], "float32", n, magnitude=n, ratio=2)
-    tolerance.assert_close(dparams.bias, grads[2], "float32", n, magnitude=n)
-    for instance in range(4):
-        tolerance.assert_close(new.var[instance], 0.9 * stats.var + 0.1 * m.var, "float32", n)
-        tolerance.assert_close(new.mean[instance], 0.9 * stats.mean + 0.1 * m.mean, "float32", n)
-    np.testing.assert_array_equal(new.steps, np.full(4, 8))
+    n, dscale, dbias = ROWS * PLACES, 0.0, 0.0
+    for part in test_named_axes.parts(kind, mode):
+        given = test_named_axes.support(rows, part)
+        at = rows["x"][part], *params
+        want, m, r, d = oracle.renorm(*at, stats[:2], **LIMITS, **given)
+        tolerance.assert_close(np.asarray(y)[part], want, "float32", n, ratio=2)
+        grads = oracle.renorm_vjp(*at, rows["dy"][part], r, d, **given)
+        tolerance.assert_close(np.asarray(dx)[part], grads[0], "float32", n, ratio=2)
+        dscale, dbias = dscale + grads[1], dbias + grads[2]
+        if kind.index_groups:
+            assert_moved(new, stats, m, sorted({row // 4 for row in part}))
+    if not kind.index_groups:
+        m = oracle.moments(rows["x"], **test_named_axes.support(rows))
+        assert_moved(new, stats, m, range(4))
+    tolerance.assert_close(dparams.scale, dscale, "float32", n, magnitude=n, ratio=2)
+    tolerance.assert_close(dparams.bias, dbias, "float32", n, magnitude=n)
+
+
+def assert_moved(new, old, m, instances):
+    for i in instances:
+        tolerance.assert_close(new.var[i], 0.9 * old.var + 0.1 * m.var, "float32", 48)
+        tolerance.assert_close(new.mean[i], 0.9 * old.mean + 0.1 * m.mean, "float32", 48)
+        assert new.steps[i] == 8
 
 
 def collectives(f, stats, *at):
@@ -557,10 +573,10 @@ def collectives(f, stats, *at):
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_sharded_arrays_take_the_collectives_of_batch_norm(axis_type):
-    _, rows, params, stats = rows_of(cases.Case((ROWS, PLACES, CHANNELS)))
+    data, params, stats = layer(cases.Case((ROWS, PLACES, CHANNELS)))
     with jax.set_mesh(executions.mesh(axis_type=axis_type)) as where:
         place = NamedSharding(where or executions.mesh(axis_type=axis_type), P("batch"))
-        x, dy = jax.device_put((rows["x"], rows["dy"]), place)
+        x, dy = jax.device_put((data.x, data.dy), place)
         plain = collectives(jbn.batch_norm, stats.running, x, params, dy)
         ours = collectives(functools.partial(renorm.batch_renorm, **LIMITS), stats, x, params, dy)
     assert ours == plain
@@ -568,20 +584,20 @@ def test_sharded_arrays_take_the_collectives_of_batch_norm(axis_type):
 
 
 def test_named_axes_take_the_collectives_of_batch_norm():
-    _, rows, params, stats = rows_of(cases.Case((ROWS, PLACES, CHANNELS)))
+    data, params, stats = layer(cases.Case((ROWS, PLACES, CHANNELS)))
     specs = {"in_specs": (P("batch"), P(), P()), "out_specs": (P("batch"), P())}
 
     def sharded(f):
         run = functools.partial(f, axis_name="batch")
         return jax.shard_map(run, mesh=executions.mesh(), **specs)
 
-    plain = collectives(sharded(jbn.batch_norm), stats.running, rows["x"], params, rows["dy"])
+    plain = collectives(sharded(jbn.batch_norm), stats.running, data.x, params, data.dy)
     run = functools.partial(renorm.batch_renorm, **LIMITS)
-    assert collectives(sharded(run), stats, rows["x"], params, rows["dy"]) == plain
+    assert collectives(sharded(run), stats, data.x, params, data.dy) == plain
 
 
 def test_local_statistics_may_not_leave_shard_map_as_replicated():
-    _, rows, params, stats = rows_of(cases.Case((ROWS, PLACES, CHANNELS)))
+    data, params, stats = layer(cases.Case((ROWS, PLACES, CHANNELS)))
     run = jax.shard_map(
         lambda x: renorm.batch_renorm(x, params, stats, **LIMITS),
         mesh=executions.mesh(),
@@ -589,7 +605,7 @@ def test_local_statistics_may_not_leave_shard_map_as_replicated():
         out_specs=(P("batch"), P()),
     )
     with pytest.raises(ValueError, match="statistics of this batch differ"):
-        jax.jit(run)(rows["x"])
+        jax.jit(run)(data.x)
 
 
 def test_a_backward_pass_keeps_x_and_vectors(one_device):
