@@ -25,7 +25,7 @@ from jbn._core import batch_norm as core
 from jbn._core import check, running
 from jbn._core.affine import Activation, expanded, location, where_data
 from jbn._core.axes import integer
-from jbn._core.deferral import absorb, advanced, fixed, number, read, waits
+from jbn._core.deferral import absorb, advanced, fixed, is_waiting, number, read, waits
 from jbn._core.export import serializable
 from jbn._core.moments import measure
 from jbn._core.normalize import Params, normalized
@@ -36,6 +36,7 @@ from jbn._core.types import Moments, ShiftedMoments
 from jbn._devices.named_axes import AxisName, scope
 from jbn._devices.placement import join
 from jbn._xla.checkpoint import named
+from jbn._xla.materialize import materialize
 
 __all__ = [
     "RenormStats",
@@ -236,8 +237,9 @@ def batch_renorm(
       ValueError: r_max < 1, d_max < 0 or warmup_steps < 0, also at one of some steps of a schedule;
         or as for `jbn.batch_norm`.
 
-    With r_max = 1 and d_max = 0 results and gradients are those of `jbn.batch_norm`, bit for bit.
-    With both infinite, y is that of `batch_renorm_inference` by the given statistics. The paper and
+    With r_max = 1 and d_max = 0 results and gradients are those of `jbn.batch_norm`, bit for bit
+    (given as numbers: by the same program; where a schedule has these values: on CPUs). With both
+    infinite, y is that of `batch_renorm_inference` by the given statistics. The paper and
     Keras average the standard deviation: see `ema_of_std`.
     """
     x = check.floating(x)
@@ -405,8 +407,10 @@ def _train(
         d = where_data(m.count, d)
     scale, bias = expanded(inputs.scale, inputs.bias, spec.axes, m.mean.dtype)
     scale, bias = scale.astype(m.mean.dtype), bias.astype(m.mean.dtype)
-    # scale (r xhat + d) + bias, as one affine map of xhat
-    inputs = inputs._replace(scale=scale * r.astype(scale.dtype), bias=bias + scale * d, measured=m)
+    # scale (r xhat + d) + bias, as one affine map of xhat. Stored, so that what follows compiles as
+    # in Batch Normalization: else its last bits differ where r = 1 and d = 0.
+    scale, bias = materialize(scale * r.astype(scale.dtype), bias + scale * d)
+    inputs = inputs._replace(scale=scale, bias=bias, measured=m)
     return normalized(spec, inputs, pooled=True)
 
 
@@ -489,4 +493,4 @@ def _checked(stats: Any) -> RenormStats:
             f"stats.steps must be one integer, such as jnp.int32(0); got {steps.dtype} of shape "
             f"{steps.shape}."
         )
-    return stats if steps is stats.steps or waits(stats) else stats._replace(steps=steps)
+    return stats if is_waiting(stats.steps) else stats._replace(steps=steps)

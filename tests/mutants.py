@@ -1561,9 +1561,16 @@ MUTANTS = [
     Mutant(
         "the batch is measured once for y, r and d",
         RENORM,
-        "bias=bias + scale * d, measured=m)",
-        "bias=bias + scale * d)",
+        "inputs._replace(scale=scale, bias=bias, measured=m)",
+        "inputs._replace(scale=scale, bias=bias)",
         "test_renorm.py::test_x_is_summed_as_often_as_by_batch_norm",
+    ),
+    Mutant(
+        "with a schedule at r_max = 1 and d_max = 0 y is that of Batch Normalization to the last bit",
+        RENORM,
+        "materialize(scale * r.astype(scale.dtype), bias + scale * d)",
+        "scale * r.astype(scale.dtype), bias + scale * d",
+        "test_renorm.py::test_without_correction_it_is_batch_norm_bit_for_bit",
     ),
     Mutant(
         "r is at least 1 / r_max",

@@ -1,6 +1,7 @@
 """Flax nnx modules. `BatchNorm` is Flax's own with jbn's statistics and derivatives.
 
 Change one import, `from jbn.nnx import BatchNorm`; models and checkpoints stay as they are.
+`BatchRenorm` is Batch Renormalization with the same arguments and variables, and `steps`.
 """
 
 from jbn.nnx.batch_norm import BatchNorm
