@@ -417,7 +417,7 @@ def _train(
 def correction(
     spec: Spec, m: ShiftedMoments, old: RunningStats, r_max: Array, d_max: Array
 ) -> tuple[Array, Array]:
-    """Computes r and d, which are 1 and 0 where this batch has no finite variance."""
+    """Computes r and d; r is 1 where xhat is 0, and d is 0 where squares of x overflow."""
     mean, var = (spec.axes.expand(v) for v in (old.mean, old.var))
     mean, rstd = location(mean.astype(m.mean.dtype), var.astype(m.var.dtype), spec.epsilon)
     _, own = location(m.mean, m.var, spec.epsilon)
@@ -450,18 +450,16 @@ def _limit(name: str, given: float | Array | Schedule, least: int, steps: Array)
     """Returns a number or the value of a schedule, checked as far as it is known while tracing."""
     if not callable(given):
         return check.at_least(name, given, least)
-    try:
-        hash(given)
-    except TypeError:
-        _check_schedule.__wrapped__(name, given, least)
-    else:
-        _check_schedule(name, given, least)
+    _check_schedule(name, given, least)
     return _value(name, given, least, steps)
 
 
-@functools.lru_cache(maxsize=64)  # a call that raises is not cached
 def _check_schedule(name: str, schedule: Schedule, least: int) -> None:
     """Calls a schedule at some steps, so that most errors are found while tracing."""
+    if isinstance(schedule, _PiecewiseLinear):
+        for step, value in zip(schedule.steps, schedule.values, strict=True):
+            check.at_least(f"{name} at step {step:g}", value, least)
+        return
     with jax.ensure_compile_time_eval():
         for step in (0, 1_000, 1_000_000):
             _value(f"{name} at step {step}", schedule, least, jnp.asarray(step, jnp.int32))

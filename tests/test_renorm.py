@@ -750,6 +750,26 @@ def test_a_schedule_that_fails_later_is_found_while_tracing():
         jax.jit(lambda: call(d_max=lambda s: jnp.where(s < 500, 0.0, -1.0)))()
 
 
+def test_the_points_of_a_schedule_are_limits():
+    schedule = renorm.piecewise_linear((0, 70_000, 80_000), (1, 0.5, 3))
+    with pytest.raises(ValueError, match=r"r_max at step 70000 must be a number >= 1; got 0.5"):
+        call(r_max=schedule, d_max=0)
+    chex.assert_shape(call(r_max=1, d_max=schedule)[0], (4, 2))
+
+
+def test_a_schedule_may_use_traced_values():
+    data, params, stats = layer()
+
+    @jax.jit
+    def run(top):
+        schedule = lambda steps: jnp.where(steps < 7, 1.0, top)  # noqa: E731
+        return renorm.batch_renorm(data.x, params, stats, r_max=schedule, d_max=0.4)[0]
+
+    with jax.checking_leaks():
+        y = run(1.3)
+    tolerance.assert_close(y, expected(data, params, stats, **LIMITS)[0], "float32", 32)
+
+
 def test_a_schedule_is_a_function_of_the_step_that_jax_can_trace():
     for schedule in (lambda: 1.0, lambda steps: 2.0 if steps < 5 else 3.0, lambda s: s.nothing):
         with pytest.raises(TypeError, match=r"r_max must be a number or a function of the number"):
