@@ -237,10 +237,11 @@ def batch_renorm(
       ValueError: r_max < 1, d_max < 0 or warmup_steps < 0, also at one of some steps of a schedule;
         or as for `jbn.batch_norm`.
 
-    With r_max = 1 and d_max = 0 results and gradients are those of `jbn.batch_norm`, bit for bit
-    (given as numbers: by the same program; where a schedule has these values: on CPUs). With both
-    infinite, y is that of `batch_renorm_inference` by the given statistics. The paper and
-    Keras average the standard deviation: see `ema_of_std`.
+    With the numbers r_max = 1 and d_max = 0 it is `jbn.batch_norm`, bit for bit: the same program.
+    Where a schedule or the warm-up gives 1 and 0, all is the same up to the last bits; on CPUs y
+    and the statistics are the same bit for bit. With both infinite, y is that of
+    `batch_renorm_inference` by the given statistics. The paper and Keras average the standard
+    deviation: see `ema_of_std`.
     """
     x = check.floating(x)
     spec, inputs = plan(
@@ -407,8 +408,8 @@ def _train(
         d = where_data(m.count, d)
     scale, bias = expanded(inputs.scale, inputs.bias, spec.axes, m.mean.dtype)
     scale, bias = scale.astype(m.mean.dtype), bias.astype(m.mean.dtype)
-    # scale (r xhat + d) + bias, as one affine map of xhat. Stored, so that what follows compiles as
-    # in Batch Normalization: else its last bits differ where r = 1 and d = 0.
+    # scale (r xhat + d) + bias, as one affine map of xhat. Stored, so that the pass over x compiles
+    # as in Batch Normalization: else last bits of y differ where r = 1 and d = 0.
     scale, bias = materialize(scale * r.astype(scale.dtype), bias + scale * d)
     inputs = inputs._replace(scale=scale, bias=bias, measured=m)
     return normalized(spec, inputs, pooled=True)

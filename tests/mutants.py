@@ -1566,7 +1566,7 @@ MUTANTS = [
         "test_renorm.py::test_x_is_summed_as_often_as_by_batch_norm",
     ),
     Mutant(
-        "a schedule at r_max = 1 and d_max = 0 gives Batch Normalization to the last bit",
+        "a schedule at r_max = 1 and d_max = 0 gives the y of Batch Normalization bit for bit",
         RENORM,
         "materialize(scale * r.astype(scale.dtype), bias + scale * d)",
         "scale * r.astype(scale.dtype), bias + scale * d",
