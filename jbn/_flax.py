@@ -4,7 +4,7 @@ The core refuses integer x, one value per feature, and a mask of lower rank than
 result for them, and so does a module that replaces Flax's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -19,8 +19,9 @@ from jbn._core.axes import resolve
 from jbn._core.batch_norm import batch_norm_inference, train
 from jbn._core.deferral import absorb, fixed, read
 from jbn._core.normalize import Params
-from jbn._core.plan import plan
+from jbn._core.plan import Inputs, Spec, plan
 from jbn._core.running import RunningStats, UpdateRule, ema_of_flax
+from jbn._core.types import Moments
 from jbn._devices.named_axes import AxisName, Scope, scope
 from jbn._devices.placement import join
 
@@ -44,6 +45,10 @@ class Layer(NamedTuple):
         return layer._replace(axis_name=None, groups=None) if initializing else layer
 
 
+# How a layer normalises in training: (spec, inputs, old statistics) -> (y, moments of the batch).
+Train = Callable[[Spec, Inputs, RunningStats], tuple[Array, Moments]]
+
+
 class Given(NamedTuple):
     """The arrays of one call."""
 
@@ -61,11 +66,13 @@ def call(
     *,
     inference: bool,
     dtype: DTypeLike,
+    by: Train | None = None,
 ) -> tuple[Array, RunningStats]:
     """Computes `jbn.batch_norm` or `jbn.batch_norm_inference` for all that Flax accepts.
 
     Returns y and the statistics, which inference does not change. Without `update` the rule is
-    Flax's: the variance of a single value enters, too.
+    Flax's: the variance of a single value enters, too. `by` normalises in training, in the place of
+    the core, unless the statistics are fixed.
     """
     residual, names = given.residual, layer.axis_name
     x = check.floating(_as_float(given.x, dtype))
@@ -90,7 +97,10 @@ def call(
         **affine,
     )
     rule = ema_of_flax(layer.momentum) if layer.update is None else layer.update
-    y, moments = train(spec, inputs, old if fixed(stats) else None)
+    if by is None or fixed(stats):
+        y, moments = train(spec, inputs, old if fixed(stats) else None)
+    else:
+        y, moments = by(spec, inputs, old)
     y = join(y, x, spec.axes).reshape(shape)
     return y, absorb(rule, old, moments, given=stats, over=spec.over)
 

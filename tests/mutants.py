@@ -44,6 +44,7 @@ SHIFT, POOL, SYNC, SHARDING = (
 AFFINE, DERIVATIVE = "_core/affine.py", "_core/derivative.py"
 DEVICES, SUMS = "_devices/sharded_arrays.py", "_sums/xla.py"
 DEFERRED, POPULATION = "_core/deferral.py", "population.py"
+RENORM = "renorm.py"
 STEP, UPDATE, MICROBATCHES = (f"training/{name}.py" for name in ("step", "update", "microbatches"))
 LOSS_SCALE, ACCUMULATION = "training/loss_scale.py", "training/accumulation.py"
 ACTIVE = "active(weights)"
@@ -1285,7 +1286,7 @@ MUTANTS = [
     Mutant(
         "inference needs no counts",
         "linen/batch_norm.py",
-        "(self.is_initializing() or not inference)",
+        "(module.is_initializing() or not inference)",
         "True",
         "core/test_other_state.py::test_inference_of_linen_needs_no_counts",
     ),
@@ -1541,6 +1542,98 @@ MUTANTS = [
         "    return multihost_utils.process_allgather(tree, tiled=True)",
         "    return jax.device_get(tree)",
         "test_population.py::test_two_processes",
+    ),
+    # Batch Renormalization.
+    Mutant(
+        "r and d are constants in the derivative",
+        RENORM,
+        "r, d = lax.stop_gradient(correction(spec, m, old, r_max, d_max))",
+        "r, d = correction(spec, m, old, r_max, d_max)",
+        "test_renorm.py::test_y_statistics_and_gradient_are_those_of_the_oracle",
+    ),
+    Mutant(
+        "the batch's moments are no constants in derivatives of r xhat + d, of any order",
+        RENORM,
+        "named(measure(spec.of_moments, inputs.x, inputs.weights))",
+        "named(measure(spec.of_moments, lax.stop_gradient(inputs.x), inputs.weights))",
+        "test_renorm.py::test_derivatives_up_to_the_third_order",
+    ),
+    Mutant(
+        "the batch is measured once for y, r and d",
+        RENORM,
+        "inputs._replace(scale=scale, bias=bias, measured=m)",
+        "inputs._replace(scale=scale, bias=bias)",
+        "test_renorm.py::test_x_is_summed_as_often_as_by_batch_norm",
+    ),
+    Mutant(
+        "a schedule at r_max = 1 and d_max = 0 gives the y of Batch Normalization bit for bit",
+        RENORM,
+        "materialize(scale * r.astype(scale.dtype), bias + scale * d)",
+        "scale * r.astype(scale.dtype), bias + scale * d",
+        "test_renorm.py::test_without_correction_it_is_batch_norm_bit_for_bit",
+    ),
+    Mutant(
+        "r is at least 1 / r_max",
+        RENORM,
+        "jnp.clip(r, 1 / r_max, r_max)",
+        "jnp.minimum(r, r_max)",
+        "test_renorm.py::test_both_limits_count",
+    ),
+    Mutant(
+        "without data d is 0",
+        RENORM,
+        "d = where_data(m.count, d)",
+        "pass",
+        "test_renorm.py::test_an_empty_batch_gives_the_bias_and_makes_a_step",
+    ),
+    Mutant(
+        "where squares overflow d is 0",
+        RENORM,
+        "d = jnp.where(m.var == jnp.inf, 0.0, d)",
+        "pass",
+        "test_renorm.py::test_an_unsound_feature_changes_no_statistics_and_no_other_feature",
+    ),
+    Mutant(
+        "a limit that is NaN or too small counts as none",
+        RENORM,
+        "(value >= neutral)",
+        "(value == value)",
+        "test_renorm.py::test_a_schedule_that_turns_to_nonsense_gives_batch_norm",
+    ),
+    Mutant(
+        "warm-up ends at its step",
+        RENORM,
+        "(steps >= warmup)",
+        "(steps > warmup)",
+        "test_renorm.py::test_warm_up_ends_at_its_step",
+    ),
+    Mutant(
+        "an average of the standard deviation leaves unsound batches out",
+        RENORM,
+        "return running.absorb(self._moved, stats, moments)",
+        "return self._moved(stats, moments)",
+        "test_renorm.py::test_ema_of_std_leaves_out_what_other_rules_leave_out",
+    ),
+    Mutant(
+        "all microbatches of a step are one step of the layer",
+        DEFERRED,
+        "dataclasses.replace(steps, value=steps.value + 1)",
+        "steps",
+        "test_renorm.py::test_microbatches_make_one_step_and_pool_their_moments",
+    ),
+    Mutant(
+        "population statistics leave the number of steps",
+        DEFERRED,
+        "return checkpoint_name(new, _MARK) if isinstance(new, Tracer) else new",
+        "return new",
+        "test_renorm.py::test_population_statistics_leave_the_steps",
+    ),
+    Mutant(
+        "init of a layer makes no step",
+        "linen/renorm.py",
+        "    if not module.is_initializing():\n        steps",
+        "    if True:\n        steps",
+        "test_renorm_layers.py::test_init_computes_batch_norm_and_makes_no_step",
     ),
 ]
 

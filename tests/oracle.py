@@ -127,6 +127,26 @@ def vjp(x, scale, bias, dy, dmean, dvar, axis=-1, epsilon=1e-5, mask=None, weigh
     return dx, (dy * centred).sum(reduced) / std, dy.sum(reduced)
 
 
+def renorm(x, scale, bias, old, r_max, d_max, axis=-1, epsilon=1e-5, **support):
+    """Computes (y, moments, r, d) of Batch Renormalization (Algorithm 1 of arXiv 1702.03275).
+
+    `old` is (mean, var) before this batch. A channel without any weight has d = 0: y is its bias.
+    """
+    m = moments(x, axis, **support)
+    std, own = np.sqrt(np.asarray(old[1], np.float64) + epsilon), np.sqrt(m.var + epsilon)
+    r = np.clip(own / std, 1 / r_max, r_max)
+    d = np.where(m.count > 0, np.clip((m.mean - old[0]) / std, -d_max, d_max), 0.0)
+    y, _ = normalize(x, scale * r, bias + scale * d, axis, epsilon, **support)
+    return y, m, r, d
+
+
+def renorm_vjp(x, scale, bias, dy, r, d, **options):
+    """Computes (dx, dscale, dbias) of the loss sum(dy y), for constant r and d."""
+    none = np.zeros_like(scale, np.float64)
+    dx, dxhat, dbias = vjp(x, scale * r, bias, dy, none, none, **options)
+    return dx, r * dxhat + d * dbias, dbias
+
+
 def running(batches, decay=None, debias=False, unbiased=False) -> Running:
     """Computes the running statistics after `batches`, a list of Moments, as one weighted sum.
 

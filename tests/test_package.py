@@ -14,6 +14,7 @@ import jbn.linen
 import jbn.native
 import jbn.nnx
 import jbn.population
+import jbn.renorm
 import jbn.training
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -128,6 +129,8 @@ def test_types_are_shipped():
     [f"jbn.{name}" for name in jbn.__all__]
     + [f"jbn.training.{name}" for name in jbn.training.__all__]
     + [f"jbn.population.{name}" for name in jbn.population.__all__]
+    + [f"jbn.renorm.{name}" for name in jbn.renorm.__all__]
+    + ["jbn.linen.crossq.BatchRenorm"]
     + [f"jbn.native.{name}" for name in jbn.native.__all__]
     + [f"jbn.linen.{name}" for name in jbn.linen.__all__]
     + [f"jbn.nnx.{name}" for name in jbn.nnx.__all__],

@@ -200,7 +200,7 @@ def train(spec: Spec, inputs: Inputs, given: RunningStats | None = None) -> tupl
 
 def infer(spec: Spec, inputs: Inputs, stats: RunningStats) -> Array:
     """Computes y, of the planned x's shape, normalised by `stats`."""
-    x, scale, bias, _, residual = inputs
+    x, scale, bias, _, residual, _ = inputs
     return _infer(spec, x, stats.mean, stats.var, scale, bias, residual)
 
 

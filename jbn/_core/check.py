@@ -238,6 +238,23 @@ def decay(value: float, debias: bool) -> float:
     return number
 
 
+def at_least(name: str, value: Any, least: float) -> Any:
+    """Checks that `value` is a real number >= `least`, unless it is traced; infinity is one."""
+    if isinstance(value, Tracer):
+        real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+        if value.ndim or not real:
+            raise TypeError(
+                f"{name} must be a real number, one for all features; got {value.dtype} of shape "
+                f"{value.shape}."
+            )
+        return value
+    number = _number(value)
+    if number is None or not number >= least:
+        got = _short(value) if number is None else f"{number:g}"
+        raise ValueError(f"{name} must be a number >= {least:g}; got {got}.")
+    return number
+
+
 def _number(value: Any) -> float | None:
     """Converts a single real number to float; returns None for True, text, a vector and others."""
     if isinstance(value, str | bytes | bytearray | bool):

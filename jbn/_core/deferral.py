@@ -385,6 +385,23 @@ def absorb(
     return RunningStats(*updates)
 
 
+def number(steps: Array) -> Array:
+    """Returns a layer's number of steps: the array itself, or the one that is deferred."""
+    return steps.value if isinstance(steps, Deferred) else steps
+
+
+def advanced(steps: Array) -> Array:
+    """Adds 1 to a layer's number of steps.
+
+    A deferred number increases once a step of training, because every part starts from the same
+    number. Where the layer normalises by fixed statistics, it does not increase.
+    """
+    if isinstance(steps, Deferred):
+        return steps if steps.fixed else dataclasses.replace(steps, value=steps.value + 1)
+    new = steps + 1
+    return checkpoint_name(new, _MARK) if isinstance(new, Tracer) else new
+
+
 def settle(
     tree: T,
     *,

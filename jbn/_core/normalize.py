@@ -165,9 +165,9 @@ def _normalize(spec: Spec, inputs: Inputs) -> tuple[Array, ShiftedMoments]:
 # lowered once per program.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(spec: Spec, inputs: Inputs) -> tuple[Array, Known]:
-    x, scale, bias, weights, residual = inputs
+    x, scale, bias, weights, residual, measured = inputs
     # The moments have a name: a checkpoint policy can save them, and rematerialise only y.
-    m = named(measure(spec.of_moments, x, weights))
+    m = named(measure(spec.of_moments, x, weights)) if measured is None else measured
     scale, bias = expanded(scale, bias, spec.axes, accumulator(x.dtype))
     if weights is not None:
         scale = where_data(m.count, scale)  # without data y is the bias

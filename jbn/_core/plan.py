@@ -16,6 +16,7 @@ from jbn._core import check
 from jbn._core.affine import Activation
 from jbn._core.axes import Axes, resolve
 from jbn._core.shift import accumulator
+from jbn._core.types import ShiftedMoments
 from jbn._devices import placement
 from jbn._devices.named_axes import Scope
 from jbn._sums.choose import choose
@@ -57,6 +58,8 @@ class Inputs(NamedTuple):
       bias: [C], or None for 0.
       weights: of x's rank, broadcast against x: bool, or real and not negative; None for 1.
       residual: of x's shape, or None.
+      measured: the moments of x if the caller has measured them, else None. Then scale and bias may
+        have their shape, (1, ..., C), one number for each group if there are groups.
     """
 
     x: Array
@@ -64,6 +67,7 @@ class Inputs(NamedTuple):
     bias: Array | None = None
     weights: Array | None = None
     residual: Array | None = None
+    measured: ShiftedMoments | None = None
 
 
 def plan_moments(

@@ -87,30 +87,46 @@ class BatchNorm(nn.BatchNorm):
           y, of x's shape. `init` does not update the statistics, and ignores `axis_name`; for
           complex x, parameters or y it makes the mean complex.
         """
-        _flax.refuse_array_as_switch(use_running_average)
-        inference = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
-        x = check.array(x, "x")
-        shape = resolve(x.shape, self.axis).feature_shape
-        counts = self.update is not None and (self.is_initializing() or not inference)
-        variables = _statistics(self, shape, x.dtype, counts)
-        params = _params(self, shape)
-        dtype = canonicalize_dtype(x, *params, dtype=self.dtype)
-        mean, var, *count = (v.value for v in variables)
-        stats = RunningStats(mean, var, *(count or [jnp.zeros(var.shape, jnp.float32)]))
-        inference = _flax.inference_wanted(inference)
-        layer = _flax.Layer.of(self, initializing=self.is_initializing())
-        mask = None if inference or mask is None else jnp.asarray(mask, bool)
-        given = _flax.Given(x, mask, weights, residual)
-        y, stats = _flax.call(layer, given, params, stats, inference=inference, dtype=dtype)
-        if not (inference or self.is_initializing()):
-            for variable, value in zip(variables, stats, strict=False):
-                variable.value = value
-        return y
+        inference = inference_wanted(self, use_running_average)
+        return normalized(self, _flax.Given(x, mask, weights, residual), inference=inference)
 
 
 # These are functions, not methods, because Flax wraps and records every method of a module.
+
+
+def inference_wanted(module: BatchNorm, use_running_average: bool | None) -> bool:
+    """Chooses between the field and the argument of the call."""
+    _flax.refuse_array_as_switch(use_running_average)
+    return _flax.inference_wanted(
+        nn.merge_param("use_running_average", module.use_running_average, use_running_average)
+    )
+
+
+def normalized(
+    module: BatchNorm,
+    given: _flax.Given,
+    *,
+    inference: bool,
+    by: _flax.Train | None = None,
+) -> Array:
+    """Normalises x, with the variables of the module; `by` replaces the core in training steps."""
+    given = given._replace(x=check.array(given.x, "x"))
+    x, initializing = given.x, module.is_initializing()
+    shape = resolve(x.shape, module.axis).feature_shape
+    counts = module.update is not None and (module.is_initializing() or not inference)
+    variables = _statistics(module, shape, x.dtype, counts)
+    params = _params(module, shape)
+    dtype = canonicalize_dtype(x, *params, dtype=module.dtype)
+    mean, var, *count = (v.value for v in variables)
+    stats = RunningStats(mean, var, *(count or [jnp.zeros(var.shape, jnp.float32)]))
+    layer = _flax.Layer.of(module, initializing=initializing)
+    mask = None if inference or given.mask is None else jnp.asarray(given.mask, bool)
+    given, by = given._replace(mask=mask), None if initializing else by
+    y, stats = _flax.call(layer, given, params, stats, inference=inference, dtype=dtype, by=by)
+    if not (inference or initializing):
+        for variable, value in zip(variables, stats, strict=False):
+            variable.value = value
+    return y
 
 
 def _statistics(

@@ -173,14 +173,20 @@ class BatchNorm(nnx.BatchNorm):
         if not inference and mask is not None and check.array(mask, "mask").dtype != jnp.bool_:
             raise ValueError(f"mask must be bool; got {jnp.asarray(mask).dtype}.")
         layer, given = _flax.Layer.of(self), _flax.Given(x, mask, weights, residual)
-        y, stats = _flax.call(layer, given, params, stats, inference=inference, dtype=dtype)
+        options: Any = {"inference": inference, "dtype": dtype, "by": self._by()}
+        y, stats = _flax.call(layer, given, params, stats, **options)
         if not inference:
             for variable, value in zip(variables, stats, strict=False):
-                _store(variable, value)
+                store(variable, value)
         return y
 
+    def _by(self) -> _flax.Train | None:
+        """Returns what normalises in training in the place of the core, in a subclass."""
+        return None
 
-def _store(variable: nnx.BatchStat, value: Array) -> None:
+
+def store(variable: nnx.BatchStat, value: Array) -> None:
+    """Sets the value of a variable."""
     if isinstance(value, Array) and variable.dtype == value.dtype:
         variable[...] = value
     else:  # the mean of the first complex batch, or a deferred update
