@@ -65,7 +65,12 @@ class Axes(NamedTuple):
         return math.prod(self.shape[i] for i in self.reduction)
 
     def expand(self, values: Array) -> Array:
-        """Reshapes values of feature shape, or one for all features, to broadcast against x."""
+        """Reshapes values of feature shape, or one for all features, to broadcast against x.
+
+        Values of x's rank, such as one scale per example and feature, already do.
+        """
+        if values.ndim == len(self.shape):
+            return values
         where = (n if i in self.features else 1 for i, n in enumerate(self.shape))
         return values.reshape(tuple(where) if values.ndim else (1,) * len(self.shape))
 

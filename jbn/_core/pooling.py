@@ -160,6 +160,21 @@ def pool_instances(over: Scope, m: ShiftedMoments, counts_differ: bool) -> Shift
     return _pool(m)
 
 
+def pool_sets(m: ShiftedMoments, member: Array) -> ShiftedMoments:
+    """Pools [parts, C] to [sets, C]: those parts of each set for which `member` is true.
+
+    Args:
+      m: the moments of the parts; count may be [parts, 1].
+      member: [parts, sets], bool. A part of no set may hold anything, also NaN.
+    """
+
+    def one(own: Array) -> ShiftedMoments:
+        own = own.reshape(-1, *(1 for _ in m.mean.shape[1:]))
+        return _pool(jax.tree.map(lambda v: jnp.where(own, v, jnp.zeros_like(v)), m))
+
+    return jax.vmap(one, in_axes=1)(member)
+
+
 def _send(
     collective: Callable[[Array], Array], at: int, m: ShiftedMoments, counts_differ: bool
 ) -> ShiftedMoments:

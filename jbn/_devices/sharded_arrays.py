@@ -38,7 +38,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 
 from jbn._core.axes import Axes
-from jbn._core.pooling import pool_blocks, pool_instances
+from jbn._core.pooling import pool_blocks, pool_instances, pool_sets
 from jbn._core.types import ShiftedMoments
 from jbn._devices import placement
 from jbn._devices.named_axes import Scope, vary_as
@@ -64,6 +64,25 @@ def join_instances(over: Any, axes: Axes, m: ShiftedMoments, counts_differ: bool
     """Applies `pool_instances` to statistics that broadcast against x."""
     pooled = pool_instances(over, jax.tree.map(axes.squeeze, m), counts_differ)
     return jax.tree.map(axes.unsqueeze, pooled)
+
+
+def join_sets(axes: Axes, m: ShiftedMoments, member: Array) -> ShiftedMoments:
+    """Applies `pool_sets` to the moments of the examples of x, wherever the examples lie.
+
+    Args:
+      axes: those of x.
+      m: the moments of each example, [N, C].
+      member: [N, sets], bool, the same on all devices.
+    """
+    if placement.is_explicitly_sharded(m.mean):
+        fields = placement.together(placement.collect, 1, *m)
+        return pool_sets(ShiftedMoments(*fields), member)
+    blocks = math.gcd(len(member), _automatic_devices(axes))
+    if blocks == 1:
+        return pool_sets(m, member)
+    # First within blocks, each of which lies on one device: then one collective is enough.
+    part, member = jax.tree.map(lambda v: v.reshape(blocks, -1, *v.shape[1:]), (m, member))
+    return pool_blocks(axes, jax.vmap(pool_sets)(part, member), counts_differ=True)
 
 
 def spread(axes: Axes, x: Array, values: Array) -> Array:
