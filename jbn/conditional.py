@@ -270,10 +270,7 @@ def _fitting(name: str, values: ArrayLike | None, axes: Axes) -> Array | None:
     first = axes.reduction[:1]
     rows = tuple(shape[i] for i in (*first, *axes.features))
     if values.ndim == len(rows) < ndim and _broadcasts(values.shape, rows):
-        where = sorted(zip((*first, *axes.features), range(len(rows)), strict=True))
-        values = values.transpose([i for _, i in where])
-        at = dict(zip((at for at, _ in where), values.shape, strict=True))
-        return values.reshape([at.get(i, 1) for i in range(ndim)])
+        return axes.expand_examples(values)
     each = tuple(n if i in (*first, *axes.features) else 1 for i, n in enumerate(shape))
     examples = f"{rows}, a row for each example, " if len(rows) < ndim else ""
     raise ValueError(

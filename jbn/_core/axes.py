@@ -74,6 +74,10 @@ class Axes(NamedTuple):
         where = (n if i in self.features else 1 for i, n in enumerate(self.shape))
         return values.reshape(tuple(where) if values.ndim else (1,) * len(self.shape))
 
+    def expand_examples(self, values: Array) -> Array:
+        """Reshapes [N, *feature_shape] to broadcast against x; N is its first reduction axis."""
+        return jnp.squeeze(self.split(1).unsqueeze(values), self.reduction[0] + 1)
+
     def squeeze(self, values: Array) -> Array:
         """Inverts `expand`; with groups the result is [groups, *feature_shape]."""
         if self.group is not None:
