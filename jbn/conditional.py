@@ -25,15 +25,15 @@ from jax.typing import ArrayLike, DTypeLike
 from jbn._core import check
 from jbn._core.affine import Activation, expanded, harmless, transform
 from jbn._core.axes import Axes
-from jbn._core.batch_norm import infer, train
-from jbn._core.deferral import absorb, fixed, read, waits
+from jbn._core.batch_norm import infer, step, train
+from jbn._core.deferral import read
 from jbn._core.normalize import normalized
 from jbn._core.plan import Inputs, Spec, plan, plan_inference
 from jbn._core.running import RunningStats, UpdateRule, ema
 from jbn._core.shift import accumulator
 from jbn._core.types import Moments
 from jbn._devices.named_axes import AxisName, scope
-from jbn._devices.placement import alongside, divide, join
+from jbn._devices.placement import alongside, divide
 from jbn._xla.checkpoint import checkpoint_policy
 from jbn._xla.hints import recomputed
 
@@ -125,13 +125,8 @@ def conditional_batch_norm(
     inputs = _conditioned(spec, inputs, x, scale, bias)
     old = check.stats(read(stats), spec.axes, training=True)
     check.same_field(old, inputs.x, training=True)
-    if not (spec.over.names or fixed(stats)):
-        check.several_values(spec.axes)
-    y, m = _modulated(spec, bool(one_plus_scale), inputs, old if fixed(stats) else None)
-    if not waits(stats):
-        check.as_replicated_as(old.mean, m.mean)
-    new = absorb(update, old, m, given=stats, over=spec.over)
-    return join(y, x, spec.axes), new
+    compute = functools.partial(_modulated, spec, bool(one_plus_scale), inputs)
+    return step(x, spec, old, stats, update, compute)
 
 
 def conditional_batch_norm_inference(
@@ -220,9 +215,7 @@ def _modulated(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _by_statistics(
-    spec: Spec, one_plus_scale: bool, inputs: Inputs, stats: RunningStats
-) -> Array:
+def _by_statistics(spec: Spec, one_plus_scale: bool, inputs: Inputs, stats: RunningStats) -> Array:
     def run(inputs: Inputs, stats: RunningStats) -> Array:
         x, scale, bias, residual = _ready(spec, one_plus_scale, inputs)
         return infer(spec, Inputs(x, scale, bias, None, residual), stats)
@@ -236,12 +229,12 @@ def _ready(spec: Spec, one_plus_scale: bool, inputs: Inputs) -> tuple[Array, Any
     At masked positions they and the residual become 0 where they are not finite.
     """
     x, scale, bias, weights, residual = inputs
-    clean = [v if v is None else harmless(v, v, weights) for v in (scale, bias, residual)]
-    dtype = accumulator(x.dtype)
-    scale, bias = (v.astype(dtype) for v in expanded(*clean[:2], spec.axes, dtype))
-    if one_plus_scale and inputs.scale is not None:
-        scale = scale + np.asarray(1, scale.dtype)
-    return x, scale, bias, clean[2]
+    dtype, plus = accumulator(x.dtype), one_plus_scale and scale is not None
+    scale, bias, residual = (
+        v if v is None else harmless(v, v, weights) for v in (scale, bias, residual)
+    )
+    scale, bias = (v.astype(dtype) for v in expanded(scale, bias, spec.axes, dtype))
+    return x, scale + np.asarray(1, dtype) if plus else scale, bias, residual
 
 
 def _conditioned(
@@ -272,12 +265,12 @@ def _fitting(name: str, values: ArrayLike | None, axes: Axes) -> Array | None:
     if values.ndim == len(rows) < ndim and _broadcasts(values.shape, rows):
         return axes.expand_examples(values)
     each = tuple(n if i in (*first, *axes.features) else 1 for i, n in enumerate(shape))
+    features = ", ".join(map(str, axes.features))
     examples = f"{rows}, a row for each example, " if len(rows) < ndim else ""
     raise ValueError(
         f"{name} of shape {values.shape} does not fit x of shape {shape} with the feature axis "
-        f"{axes.features if len(axes.features) > 1 else axes.features[0]}. It has the shape "
-        f"{examples}or x's rank and broadcasts against x, such as {each}, or "
-        f"{axes.feature_shape} for the same in all examples."
+        f"{features}. It has the shape {examples}or x's rank and broadcasts against x, such as "
+        f"{each}, or {axes.feature_shape} for the same in all examples."
     )
 
 

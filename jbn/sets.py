@@ -12,6 +12,7 @@ axis of k sets, and each call says which set its examples belong to:
 Examples of one set never move the statistics of another: those stay bit for bit as they are.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jbn._core import check
 from jbn._core.affine import Activation
 from jbn._core.axes import Axes, integer, resolve
-from jbn._core.batch_norm import infer, train
+from jbn._core.batch_norm import infer, step, train
 from jbn._core.by_set import (
     Sets,
     infer_by_set,
@@ -31,13 +32,13 @@ from jbn._core.by_set import (
     normalized_by_set,
     pooled_by_set,
 )
-from jbn._core.deferral import absorb, fixed, read, waits
+from jbn._core.deferral import read
 from jbn._core.normalize import Params
 from jbn._core.plan import Inputs, Spec, plan, plan_inference
 from jbn._core.running import RunningStats, UpdateRule, ema, for_sets
 from jbn._core.types import Moments
 from jbn._devices.named_axes import AxisName, scope
-from jbn._devices.placement import collect, is_explicitly_sharded, join
+from jbn._devices.placement import collect, is_explicitly_sharded
 
 __all__ = ["Index", "init_params", "init_stats", "split_batch_norm", "split_batch_norm_inference"]
 
@@ -62,7 +63,7 @@ def init_params(
       TypeError: sets is neither a number nor names, or as from `jbn.init_params`.
       ValueError: there is no set, or two have one name.
     """
-    shape = (_number_of(sets), *check.number_of_features(features))
+    shape = (number_of(sets), *check.number_of_features(features))
     dtype = check.params_dtype(dtype)
     return Params(jnp.ones(shape, dtype), jnp.zeros(shape, dtype))
 
@@ -85,7 +86,7 @@ def init_stats(
       TypeError: sets is neither a number nor names, or as from `jbn.init_stats`.
       ValueError: there is no set, or two have one name.
     """
-    shape = (_number_of(sets), *check.number_of_features(features))
+    shape = (number_of(sets), *check.number_of_features(features))
     dtype = check.stats_dtype(dtype)
     real = jnp.finfo(dtype).dtype
     return RunningStats(jnp.zeros(shape, dtype), jnp.ones(shape, real), jnp.zeros(shape, real))
@@ -169,7 +170,7 @@ def split_batch_norm(
     """
     x = check.floating(x)
     axes = resolve(x.shape, axis)
-    old = _checked_stats(read(stats), axes, training=True)
+    old = _checked_stats(read(stats), axes, x, training=True)
     sets = _checked_sets(params, len(old.mean), index, names, axes)
     each = sets.member.ndim == 2
     spec, inputs = plan(
@@ -180,25 +181,14 @@ def split_batch_norm(
         mask=mask,
         weights=weights,
         over=scope(axis_name, axis_index_groups),
-        groups=None if each else groups,  # groups are sets, too
+        groups=None if each else groups,  # for `_train_each` they are sets
         activation=activation,
         residual=residual,
         dtype=dtype,
     )
-    groups = None if groups is None else check.groups(groups, axes)
-    check.same_field(old, inputs.x, training=True)
-    if not (spec.over.names or fixed(stats)):
-        check.several_values(axes if groups is None else axes.split(groups))
-    given = old if fixed(stats) else None
-    if each:
-        check.output_dtype(spec.dtype, x, scale=sets.scale, bias=sets.bias)
-        y, m = _train_each(spec, inputs, sets, groups, given)
-    else:
-        y, m = _train_one(spec, inputs, sets.member, given)
-    if not waits(stats):
-        check.as_replicated_as(old.mean, m.mean)
-    new = absorb(for_sets(update), old, m, given=stats, over=spec.over)
-    return join(y, x, spec.axes), new
+    run = _train_each if each else _train_one
+    compute = functools.partial(run, spec, inputs, sets, groups)
+    return step(x, spec, old, stats, for_sets(update), compute)
 
 
 def split_batch_norm_inference(
@@ -247,7 +237,7 @@ def split_batch_norm_inference(
     """
     x = check.floating(x)
     axes = resolve(x.shape, axis)
-    stats = _checked_stats(read(stats), axes)
+    stats = _checked_stats(read(stats), axes, x)
     sets = _checked_sets(params, len(stats.mean), index, names, axes)
     each = sets.member.ndim == 2
     spec, inputs = plan_inference(
@@ -259,7 +249,6 @@ def split_batch_norm_inference(
         residual=residual,
         dtype=dtype,
     )
-    check.same_field(stats, inputs.x, training=False)
     if not each:
         return infer(spec, inputs, _row(stats, sets.member))
     check.output_dtype(spec.dtype, x, scale=sets.scale, bias=sets.bias)
@@ -270,11 +259,12 @@ def split_batch_norm_inference(
 
 
 def _train_one(
-    spec: Spec, inputs: Inputs, own: Array, given: RunningStats | None
+    spec: Spec, inputs: Inputs, sets: Sets, groups: int | None, given: RunningStats | None
 ) -> tuple[Array, Moments]:
-    """Computes y and the moments, [sets, C]: of the batch in its set, and without data in others."""
-    y, m = train(spec, inputs, None if given is None else _row(given, own))
-    return y, _in_row(m._replace(count=m.count + jnp.zeros_like(m.var)), own)
+    """Computes y and the moments, [sets, C]; sets other than that of the batch have no data."""
+    del groups  # they are in spec
+    y, m = train(spec, inputs, None if given is None else _row(given, sets.member))
+    return y, _in_row(m._replace(count=m.count + jnp.zeros_like(m.var)), sets.member)
 
 
 @jax.jit
@@ -311,10 +301,16 @@ def _train_each(
 ) -> tuple[Array, Moments]:
     """Computes y and the moments of the batch in each set, [sets, C]."""
     number = sets.member.shape[1]
+    check.output_dtype(spec.dtype, inputs.x, scale=sets.scale, bias=sets.bias)
     if given is not None:
         m = moments_by_set(spec, inputs, sets.member)
         return infer_by_set(spec, inputs, sets, given), pooled_by_set(m, number)
-    y, m = normalized_by_set(spec, inputs, sets if groups is None else _in_groups(sets, groups))
+    if groups is not None:
+        groups = check.groups(groups, spec.axes)
+        if not spec.over.names:
+            check.several_values(spec.axes.split(groups))
+        sets = _in_groups(sets, groups)
+    y, m = normalized_by_set(spec, inputs, sets)
     return y, pooled_by_set(m, number)
 
 
@@ -358,7 +354,8 @@ def _checked_sets(
     return Sets(member, *params)
 
 
-def _number_of(sets: Any) -> int:
+def number_of(sets: Any) -> int:
+    """Returns the number of sets, from it or from their names."""
     number = integer(sets)
     if number is None:
         if isinstance(sets, str) or not isinstance(sets, Sequence):
@@ -376,7 +373,12 @@ def _number_of(sets: Any) -> int:
     return number
 
 
-def _checked_stats(stats: Any, axes: Axes, *, training: bool = False) -> RunningStats:
+def names_of(sets: int | Sequence[str]) -> tuple[str, ...] | None:
+    """Returns the names of the sets, or None for their number."""
+    return tuple(sets) if isinstance(sets, Sequence) else None
+
+
+def _checked_stats(stats: Any, axes: Axes, x: Array, *, training: bool = False) -> RunningStats:
     """Checks statistics of several sets, [sets, *C] in each field."""
     if tuple(getattr(stats, "_fields", ())) != RunningStats._fields:
         return check.stats(stats, axes)  # raises
@@ -389,8 +391,10 @@ def _checked_stats(stats: Any, axes: Axes, *, training: bool = False) -> Running
             f"field; got {', '.join(str(v.shape) for v in arrays.values())}. Write "
             f"jbn.sets.init_stats(sets, C)."
         )
-    check.stats(stats._replace(**{n: v[0] for n, v in arrays.items()}), axes, training=training)
-    return stats._replace(**arrays)
+    stats = stats._replace(**arrays)
+    check.stats(jax.tree.map(lambda v: v[0], stats), axes, training=training)
+    check.same_field(stats, x, training=training)
+    return stats
 
 
 def _checked_params(params: Any, sets: int, axes: Axes) -> Params:

@@ -1,11 +1,15 @@
 """Flax nnx modules. `BatchNorm` is Flax's own with jbn's statistics and derivatives.
 
 Change one import, `from jbn.nnx import BatchNorm`; models and checkpoints stay as they are.
+`ConditionalBatchNorm` takes scale and bias at the call, and `SplitBatchNorm` has several sets of
+statistics.
 """
 
 from jbn.nnx.batch_norm import BatchNorm
+from jbn.nnx.conditional import ConditionalBatchNorm
+from jbn.nnx.sets import SplitBatchNorm
 
-__all__ = ["BatchNorm"]
+__all__ = ["BatchNorm", "ConditionalBatchNorm", "SplitBatchNorm"]
 
-for _class in (BatchNorm,):
+for _class in (BatchNorm, ConditionalBatchNorm, SplitBatchNorm):
     _class.__module__ = __name__  # pickle finds the class by this name, not by its file

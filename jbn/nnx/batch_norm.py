@@ -18,6 +18,7 @@ from jbn._core.deferral import read
 from jbn._core.normalize import Params
 from jbn._core.running import RunningStats, UpdateRule
 from jbn._devices.named_axes import AxisName
+from jbn.nnx.statistics import store
 
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
@@ -175,13 +176,5 @@ class BatchNorm(nnx.BatchNorm):
         layer, given = _flax.Layer.of(self), _flax.Given(x, mask, weights, residual)
         y, stats = _flax.call(layer, given, params, stats, inference=inference, dtype=dtype)
         if not inference:
-            for variable, value in zip(variables, stats, strict=False):
-                _store(variable, value)
+            store(variables, stats)
         return y
-
-
-def _store(variable: nnx.BatchStat, value: Array) -> None:
-    if isinstance(value, Array) and variable.dtype == value.dtype:
-        variable[...] = value
-    else:  # the mean of the first complex batch, or a deferred update
-        variable.set_value(value)
