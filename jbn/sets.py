@@ -443,4 +443,4 @@ def _checked_index(index: Any, sets: int, names: Sequence[str] | None, axes: Axe
             f"index has the shape (), one set for the call, or {examples or '[N]'}, one for each "
             f"example of x, of shape {axes.shape}; got {index.shape}."
         )
-    return index.astype(jnp.promote_types(index.dtype, jnp.int32))
+    return index.astype(jnp.int32) if jnp.iinfo(index.dtype).bits < 32 else index
