@@ -36,6 +36,7 @@ from jbn._core.deferral import read
 from jbn._core.normalize import Params
 from jbn._core.plan import Inputs, Spec, plan, plan_inference
 from jbn._core.running import RunningStats, UpdateRule, ema, for_sets
+from jbn._core.shift import accumulator
 from jbn._core.types import Moments
 from jbn._devices.named_axes import AxisName, scope
 from jbn._devices.placement import collect, is_explicitly_sharded
@@ -302,6 +303,10 @@ def _train_each(
     """Computes y and the moments of the batch in each set, [sets, C]."""
     number = sets.member.shape[1]
     check.output_dtype(spec.dtype, inputs.x, scale=sets.scale, bias=sets.bias)
+    if not len(sets.member):  # an empty batch: no set has data, and y has no values
+        none = init_stats(number, spec.axes.feature_shape, accumulator(inputs.x.dtype))
+        y = infer_by_set(spec, inputs, sets, none)
+        return y, Moments(none.count, none.mean, jnp.zeros_like(none.var))
     if given is not None:
         m = moments_by_set(spec, inputs, sets.member)
         return infer_by_set(spec, inputs, sets, given), pooled_by_set(m, number)

@@ -23,6 +23,8 @@ from tests.core.test_derivatives import derivatives, textbook
 from tests.core.test_residuals import kept
 from tests.executions import AXIS
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 SETS, ROWS, PLACES, CHANNELS = 4, 16, 3, 5
 # No example is of set 2, two are of no set, and the examples of a set lie on different devices.
 INDEX = np.array([0, 1, 3, 0, 1, -1, 0, 0, 3, 0, 1, 1, 4, 3, 0, 1], np.int32)
@@ -63,7 +65,6 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", [executions.WHOLE, *executions.ALL], ids=str)
-@pytest.mark.usefixtures("cheap_programs")
 def test_each_set_is_that_of_its_examples_alone(mode, kind):
     options = KINDS[kind]
     rows, params, stats = make(**options)
@@ -122,9 +123,15 @@ def assert_oracle(rows, params, stats, results, dtype="float32", offset=2.0, **_
     assert not dx[outside].any()
 
 
-@pytest.mark.parametrize("support_of", ["none", "mask", "weights"])
-@pytest.mark.usefixtures("cheap_programs", "one_device")
-def test_every_order_is_that_of_the_textbook_formula(support_of, x64):
+@pytest.mark.parametrize(
+    ("support_of", "orders"),
+    [
+        ("weights", ["jvp", "grad of grad", "grad of jvp of grad"]),
+        *(pytest.param(s, None, marks=pytest.mark.slow) for s in ("none", "mask", "weights")),
+    ],
+)
+@pytest.mark.usefixtures("one_device")
+def test_every_order_is_that_of_the_textbook_formula(support_of, orders, x64):
     rng = np.random.default_rng(0)
     x, index = rng.normal(size=(6, 3, 2)), np.array([0, 1, 0, 2, 1, -1])
     at = x, *rng.normal(size=(2, 3, 2))
@@ -149,14 +156,19 @@ def test_every_order_is_that_of_the_textbook_formula(support_of, x64):
         return (y,)
 
     directions = [tuple(rng.normal(size=v.shape) for v in at) for _ in range(3)]
-    run = jax.jit(derivatives, static_argnums=0)
     cotangent = (rng.normal(size=x.shape),)
-    actual, expected = (run(f, at, directions, cotangent) for f in (ours, formula))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(f):
+        every = derivatives(f, at, directions, cotangent)
+        return {name: every[name] for name in orders or every}
+
+    actual, expected = run(ours), run(formula)
     # 1e-10 as for the core: each order multiplies rounding by 1/std, at most 10 here.
     chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("groups", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_groups_have_statistics_of_their_own_in_each_set(groups):
     rows, params, stats = make()
     x, index = jnp.asarray(rows["x"]), INDEX
@@ -306,6 +318,12 @@ def test_sharded_arrays(axis_type, spec):
     )
 
 
+@pytest.fixture
+def optimized():
+    """XLA compiles as for users: only then are equal collectives combined."""
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def gradient(x, dy, index, params, stats, axis_name):
     y, pull, new = jax.vjp(
         lambda x, params: sets.split_batch_norm(x, params, stats, index, axis_name=axis_name),
@@ -316,6 +334,7 @@ def gradient(x, dy, index, params, stats, axis_name):
     return y, new, pull(dy)[0]
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_one_collective_each_way_serves_all_sets(check_vma):
     rows, params, stats = make()
@@ -331,6 +350,7 @@ def test_one_collective_each_way_serves_all_sets(check_vma):
     assert found == ["all-gather", "all-reduce"]
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_sharded_arrays_gather_once_forward(axis_type):
     rows, params, stats = make()
@@ -440,10 +460,11 @@ def test_inference_by_each_kind_of_index(dtype):
         for index in s, names[s], jnp.int32(s):
             np.testing.assert_array_equal(run(x, index=index, **options), expected)
         own = s == INDEX
-        np.testing.assert_array_equal(of_examples[own], expected[own])
+        # Two programs: one may contract a product and a sum to one operation.
+        tolerance.assert_close(of_examples[own], expected[own], dtype, 1)
     outside = (INDEX < 0) | (INDEX >= SETS)
     expected = jnp.tanh(x.astype(jnp.float32)).astype(x.dtype)
-    np.testing.assert_array_equal(of_examples[outside], expected[outside])
+    tolerance.assert_close(of_examples[outside], expected[outside], dtype, 1)
 
 
 def test_inference_exports_with_a_symbolic_batch():
@@ -496,7 +517,6 @@ def test_a_rule_of_the_users_sees_one_set_at_a_time():
 
 
 @pytest.mark.parametrize("kind", ["each", "traced"])
-@pytest.mark.usefixtures("cheap_programs")
 def test_microbatches_pool_in_each_set(kind, x64):
     rows, params, stats = make("float64")
     batch = {"x": rows["x"], "index": INDEX}
@@ -652,13 +672,15 @@ def test_a_layer_computes_the_pure_function(skin, index, update):
 @pytest.mark.quick
 @pytest.mark.parametrize("shared", [True, False])
 def test_parameters_of_a_layer(skin, shared):
-    variables, step = skin(sets=3, share_params=shared, param_dtype=jnp.float16)
+    with jax.numpy_dtype_promotion("standard"):
+        variables, step = skin(sets=3, share_params=shared, param_dtype=jnp.float16)
     shape = (3,) if shared else (3, 3)
     chex.assert_shape(jax.tree.leaves(variables["params"]), shape)
     chex.assert_type(jax.tree.leaves(variables["params"]), jnp.float16)
     chex.assert_shape(jax.tree.leaves(variables["batch_stats"]), (3, 3))
     chex.assert_type(jax.tree.leaves(variables["batch_stats"]), jnp.float32)
-    assert step(variables, Z, 2)[0].dtype == jnp.float32
+    with jax.numpy_dtype_promotion("standard"):
+        assert step(variables, Z, 2)[0].dtype == jnp.float32
     variables, step = skin(use_scale=False, use_bias=False, dtype=jnp.bfloat16)
     assert not variables.get("params")
     assert step({"params": {}, **variables}, Z, 1)[0].dtype == jnp.bfloat16
