@@ -147,7 +147,11 @@ def _chosen(x: Array, member: Array, *tables: Array) -> list[Array]:
     dtype = jnp.result_type(*tables)
     stacked = vary_as(x, jnp.stack(jnp.broadcast_arrays(*(t.astype(dtype) for t in tables))))
     own = member.reshape(1, *member.shape, *(1 for _ in stacked.shape[2:]))
-    return list(jnp.sum(jnp.where(own, stacked[:, None], jnp.zeros((), dtype)), 2))
+    rows = jnp.sum(jnp.where(own, stacked[:, None], jnp.zeros((), dtype)), 2)
+    return [
+        (row if jnp.iscomplexobj(t) else row.real).astype(t.dtype)
+        for row, t in zip(rows, tables, strict=True)
+    ]
 
 
 def _transformed(spec: Spec, inputs: Inputs, at: Affine) -> Array:
