@@ -8,9 +8,10 @@ statistics. The learned part is outside: an embedding of the class (de Vries et 
 Brock et al. 2019, arXiv 1809.11096), FiLM (Perez et al. 2018, arXiv 1709.07871), or for each place
 of an image a convolution of its segmentation (SPADE, Park et al. 2019, arXiv 1903.07291).
 
-The core normalises x without scale and bias, and keeps its derivative rule. What multiplies and
-adds to the result is rematerialised with it, so that a backward pass keeps x, scale, bias and
-residual as they were given, and vectors with one number per feature.
+One number per example and feature is a vector that broadcasts, as in the core, whose derivative
+rule holds as it is. If scale or bias differ between the places of an example, they are as large as
+x. Then the core normalises x without them, and what multiplies and adds to the result is
+rematerialised, so that a backward pass keeps x, scale, bias and residual as they were given.
 """
 
 import functools
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
@@ -30,10 +32,11 @@ from jbn._core.deferral import read
 from jbn._core.normalize import normalized
 from jbn._core.plan import Inputs, Spec, plan, plan_inference
 from jbn._core.running import RunningStats, UpdateRule, ema
-from jbn._core.shift import accumulator
+from jbn._core.shift import accumulator, active
 from jbn._core.types import Moments
 from jbn._devices.named_axes import AxisName, scope
 from jbn._devices.placement import alongside, divide
+from jbn._sums.xla import XlaSums
 from jbn._xla.checkpoint import checkpoint_policy
 from jbn._xla.hints import recomputed
 
@@ -198,6 +201,10 @@ def _modulated(
 
     y is normalised by the moments of the batch or of its group, or by the statistics `given`.
     """
+    if given is not None or _small(spec.axes, inputs):
+        x, scale, bias, _ = _ready(spec, one_plus_scale, inputs)
+        own = Inputs(x, scale, bias, inputs.weights, inputs.residual)
+        return train(spec._replace(sums=XlaSums()), own, given)  # kernels take no such scale
 
     def run(inputs: Inputs) -> tuple[Array, Moments]:
         x, scale, bias, residual = _ready(spec, one_plus_scale, inputs)
@@ -206,12 +213,16 @@ def _modulated(
         y = transform(xhat, scale, bias, residual)
         return (y if spec.activation is None else spec.activation(y)).astype(spec.dtype), m
 
-    if given is not None:
-        x, scale, bias, residual = _ready(spec, one_plus_scale, inputs)
-        return train(spec, Inputs(x, scale, bias, inputs.weights, residual), given)
     # The policy saves the moments: the backward pass computes y again, but no sum over the batch,
     # and it sends them to no device a second time.
     return jax.checkpoint(run, policy=checkpoint_policy, prevent_cse=False)(inputs)
+
+
+def _small(axes: Axes, inputs: Inputs) -> bool:
+    """Returns whether scale and bias are a few numbers for each example, and not of x's size."""
+    given = [v.shape for v in (inputs.scale, inputs.bias) if v is not None]
+    places = axes.reduction[1:] or axes.reduction
+    return all(shape[i] == 1 for shape in given for i in places)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -230,9 +241,11 @@ def _ready(spec: Spec, one_plus_scale: bool, inputs: Inputs) -> tuple[Array, Any
     """
     x, scale, bias, weights, residual = inputs
     dtype, plus = accumulator(x.dtype), one_plus_scale and scale is not None
-    scale, bias, residual = (
-        v if v is None else harmless(v, v, weights) for v in (scale, bias, residual)
-    )
+    if residual is not None:
+        residual = harmless(residual, residual, weights)
+    if weights is not None and _small(spec.axes, inputs):  # for each example, not for each place
+        weights = jnp.any(active(weights), spec.axes.reduction[1:], keepdims=True)
+    scale, bias = (v if v is None else harmless(v, v, weights) for v in (scale, bias))
     scale, bias = (v.astype(dtype) for v in expanded(scale, bias, spec.axes, dtype))
     return x, scale + np.asarray(1, dtype) if plus else scale, bias, residual
 

@@ -79,7 +79,7 @@ def normalized_by_set(spec: Spec, inputs: Inputs, sets: Sets) -> tuple[Array, Sh
         return y, lax.stop_gradient(m)
 
     # The policy saves the moments of the sets; y and all that each example has is computed again.
-    return jax.checkpoint(run, policy=checkpoint_policy, prevent_cse=False)(inputs, sets)
+    return jax.checkpoint(run, policy=checkpoint_policy, prevent_cse=True)(inputs, sets)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -92,9 +92,11 @@ def spread(axes: Axes, x: Array, values: Array) -> Array:
     all-reduce for each sharded axis, although one is enough for all. In a shard_map with check_vma
     each instance must sum before the devices sum, or they would send arrays of x's size: so
     `values` become device-varying before they are broadcast.
+
+    Values of each example, (N, 1, ..., C), have sums of their own, and are returned.
     """
     values = vary_as(x, values)
-    if len(axes.reduction) < 2:
+    if len(axes.reduction) < 2 or any(values.shape[i] > 1 for i in axes.reduction):
         return values
     if placement.is_explicitly_sharded(x):
         where = _Explicit.of(x, axes)
