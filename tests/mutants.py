@@ -46,6 +46,7 @@ DEVICES, SUMS = "_devices/sharded_arrays.py", "_sums/xla.py"
 DEFERRED, POPULATION = "_core/deferral.py", "population.py"
 STEP, UPDATE, MICROBATCHES = (f"training/{name}.py" for name in ("step", "update", "microbatches"))
 LOSS_SCALE, ACCUMULATION = "training/loss_scale.py", "training/accumulation.py"
+CONDITIONAL, SETS, BY_SET = "conditional.py", "sets.py", "_core/by_set.py"
 ACTIVE = "active(weights)"
 
 MUTANTS = [
@@ -1541,6 +1542,113 @@ MUTANTS = [
         "    return multihost_utils.process_allgather(tree, tiled=True)",
         "    return jax.device_get(tree)",
         "test_population.py::test_two_processes",
+    ),
+    # Scale and bias at the call.
+    Mutant(
+        "a scale for each example has a gradient of its own",
+        "_core/axes.py",
+        "if values.ndim == len(self.shape):\n            return values",
+        "if values.ndim == len(self.shape):\n            return values[:1]",
+        "test_conditional.py",
+    ),
+    Mutant(
+        "N of [N, C] runs along the first axis that is not a feature axis",
+        "_core/axes.py",
+        "self.split(1).unsqueeze(values), self.reduction[0] + 1)",
+        "self.split(1).unsqueeze(values[::-1]), self.reduction[0] + 1)",
+        "test_conditional.py",
+    ),
+    Mutant(
+        "1 + scale is added in the accumulator's dtype",
+        CONDITIONAL,
+        "scale + np.asarray(1, dtype) if plus else scale",
+        "(scale + np.asarray(1, dtype)).astype(x.dtype).astype(dtype) if plus else scale",
+        "test_conditional.py",
+    ),
+    Mutant(
+        "a scale as large as x is saved as it was given",
+        CONDITIONAL,
+        "return all(shape[i] == 1 for shape in given for i in places)",
+        "return True",
+        "test_conditional.py",
+    ),
+    Mutant(
+        "a scale that is not finite where x is masked reaches no gradient",
+        CONDITIONAL,
+        "(v if v is None else harmless(v, v, weights) for v in (scale, bias))",
+        "(v for v in (scale, bias))",
+        "test_conditional.py",
+    ),
+    Mutant(
+        "the moments are not computed a second time for a scale at each place",
+        CONDITIONAL,
+        "policy=checkpoint_policy, prevent_cse=False",
+        "prevent_cse=True",
+        "test_conditional.py",
+    ),
+    # Several sets of statistics.
+    Mutant(
+        "each example is normalised by its own set",
+        BY_SET,
+        "rows = jnp.sum(jnp.where(own, stacked[:, None], jnp.zeros((), dtype)), 2)",
+        "rows = jnp.sum(jnp.where(own[:, ::-1], stacked[:, None], jnp.zeros((), dtype)), 2)",
+        "test_sets.py",
+    ),
+    Mutant(
+        "the derivative of a set's moments sums its own examples",
+        BY_SET,
+        "return jnp.sum(jnp.where(own, values[:, None], jnp.zeros((), values.dtype)), 0)",
+        "return jnp.sum(values[:, None] + jnp.zeros(own.shape, values.dtype), 0)",
+        "test_sets.py",
+    ),
+    Mutant(
+        "the derivative of a set's moments sums over the devices",
+        BY_SET,
+        "spec.over.sum(tuple(",
+        "Scope().sum(tuple(",
+        "test_sets.py",
+    ),
+    Mutant(
+        "an example of no set takes no part, whatever it holds",
+        BY_SET,
+        "x = harmless(x.astype(accumulator(x.dtype)), x, alongside(some, x))",
+        "x = x.astype(accumulator(x.dtype))",
+        "test_sets.py",
+    ),
+    Mutant(
+        "one set for the call moves no other set",
+        SETS,
+        "return jnp.where(own.reshape(-1, *(1 for _ in v.shape)), v[None], jnp.zeros_like(v[None]))",
+        "return v[None] + jnp.zeros((len(own), *v.shape), v.dtype)",
+        "test_sets.py",
+    ),
+    Mutant(
+        "y is 0 where a traced index is out of range",
+        SETS,
+        "jnp.where(some, v, jnp.zeros_like(v))",
+        "v",
+        "test_sets.py",
+    ),
+    Mutant(
+        "groups have statistics of their own in each set",
+        SETS,
+        "own = jnp.repeat(jnp.eye(groups, dtype=bool), len(member) // groups, 0)",
+        "own = jnp.tile(jnp.eye(groups, dtype=bool), (len(member) // groups, 1))",
+        "test_sets.py",
+    ),
+    Mutant(
+        "a rule sees the statistics of one set",
+        RUNNING,
+        "return rule if own or not callable(rule) else _ForSets(rule)",
+        "return rule",
+        "test_sets.py",
+    ),
+    Mutant(
+        "the examples of a set are pooled within a device first",
+        DEVICES,
+        "blocks = math.gcd(len(member), _automatic_devices(axes))",
+        "blocks = 1",
+        "test_sets.py",
     ),
 ]
 

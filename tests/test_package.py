@@ -10,10 +10,12 @@ import sys
 import pytest
 
 import jbn
+import jbn.conditional
 import jbn.linen
 import jbn.native
 import jbn.nnx
 import jbn.population
+import jbn.sets
 import jbn.training
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -127,6 +129,8 @@ def test_types_are_shipped():
     "name",
     [f"jbn.{name}" for name in jbn.__all__]
     + [f"jbn.training.{name}" for name in jbn.training.__all__]
+    + [f"jbn.conditional.{name}" for name in jbn.conditional.__all__]
+    + [f"jbn.sets.{name}" for name in jbn.sets.__all__]
     + [f"jbn.population.{name}" for name in jbn.population.__all__]
     + [f"jbn.native.{name}" for name in jbn.native.__all__]
     + [f"jbn.linen.{name}" for name in jbn.linen.__all__]
