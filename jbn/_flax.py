@@ -124,7 +124,7 @@ def run(
         return infer(x, *others, residual=residual, **options), None
     fields = ("axis_name", "axis_index_groups", "groups")
     options |= {field: getattr(layer, field) for field in fields}
-    rule = ema(layer.momentum) if layer.update is None else layer.update
+    rule = layer.update or ema(layer.momentum)
     support = {"mask": mask, "weights": weights, "residual": residual}
     return train(x, *others, update=rule, **support, **options)
 

@@ -121,13 +121,7 @@ def batch_norm(
     )
     old = check.stats(read(stats), spec.axes, training=True)
     check.same_field(old, inputs.x, training=True)
-    if not (spec.over.names or fixed(stats)):
-        check.several_values(spec.axes)
-    y, m = train(spec, inputs, old if fixed(stats) else None)
-    if not waits(stats):
-        check.as_replicated_as(old.mean, m.mean)
-    new = absorb(update, old, m, given=stats, over=spec.over)
-    return join(y, x, spec.axes), new
+    return step(x, spec, old, stats, update, functools.partial(train, spec, inputs))
 
 
 def batch_norm_inference(
@@ -206,7 +200,7 @@ def step(
     update: UpdateRule,
     compute: Callable[[RunningStats | None], tuple[Array, Moments]],
 ) -> tuple[Array, RunningStats]:
-    """Computes y, of x's shape, and the new statistics, for a variant of `batch_norm`.
+    """Computes y, of x's shape, and the new statistics, by what a variant computes.
 
     Args:
       x: as the user gave it.
