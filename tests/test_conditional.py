@@ -304,10 +304,10 @@ def test_sharded_arrays(axis_type, spec):
     chex.assert_trees_all_close(*both, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("way", ["named", "named unchecked", "Auto", "Explicit"])
+@pytest.mark.parametrize("way", ["named", "named unchecked", "named places", "Auto", "Explicit"])
 def test_one_collective_each_way(way):
     jax.config.update("jax_disable_most_optimizations", False)  # equal collectives are combined
-    rows = make()
+    rows = make(form="places" if way == "named places" else "examples")
     at = [rows[name] for name in ("x", "dy", "scale", "bias")]
     if way.startswith("named"):
         run = jax.shard_map(
@@ -315,7 +315,7 @@ def test_one_collective_each_way(way):
             mesh=executions.mesh(),
             in_specs=P(AXIS),
             out_specs=(P(AXIS), P(AXIS), P()),
-            check_vma=way == "named",
+            check_vma=way != "named unchecked",
         )
         text = jax.jit(run).lower(*at).compile().as_text()
     else:
