@@ -231,7 +231,7 @@ def test_every_order_is_that_of_the_textbook_formula(form, orders, x64):
 @pytest.mark.usefixtures("one_device")
 def test_a_backward_pass_keeps_x_and_what_was_given(dtype, form):
     rows = make(dtype, form=form)
-    x, scale, bias = (jnp.asarray(rows[name]) for name in ("x", "scale", "bias"))
+    x, scale, bias = (rows[name].astype(dtype) for name in ("x", "scale", "bias"))
     options = {"activation": jnp.tanh, "one_plus_scale": True}
 
     def f(x, scale, bias, residual):

@@ -42,7 +42,7 @@ from jbn._devices.sharded_arrays import join_sets
 from jbn._sums.protocol import Batch
 from jbn._sums.xla import XlaSums
 from jbn._xla.checkpoint import checkpoint_policy, named
-from jbn._xla.hints import recomputed
+from jbn._xla.hints import recomputed, widened
 
 
 class Sets(NamedTuple):
@@ -67,15 +67,14 @@ def normalized_by_set(spec: Spec, inputs: Inputs, sets: Sets) -> tuple[Array, Sh
     """
 
     def run(inputs: Inputs, sets: Sets) -> tuple[Array, ShiftedMoments]:
-        # x is widened before all else, so that its gradient is rounded once.
-        inputs = _clean(spec.axes, inputs, sets.member)
+        inputs = _widened(inputs)  # before all else, so that the gradient of x is rounded once
         m = named(_measure(spec, inputs.x, inputs.weights, sets.member))
         mean, rstd = location(m.mean, m.var, spec.epsilon)
         scale, bias = _affine_of(sets, rstd)
         if inputs.weights is not None:
             scale = where_data(m.count, scale)  # without data y is the bias
         at = affine(lax.stop_gradient(m.shift), mean, rstd, scale, bias)
-        y = _transformed(spec, inputs, _of_examples(spec.axes, inputs.x, sets.member, at))
+        y = _transformed(spec, inputs, sets.member, at)
         return y, lax.stop_gradient(m)
 
     # The policy saves the moments of the sets; y and all that each example has is computed again.
@@ -85,7 +84,7 @@ def normalized_by_set(spec: Spec, inputs: Inputs, sets: Sets) -> tuple[Array, Sh
 @functools.partial(jax.jit, static_argnums=0)
 def moments_by_set(spec: Spec, inputs: Inputs, member: Array) -> ShiftedMoments:
     """Computes the moments of each set, [sets, C], without a gradient."""
-    inputs = lax.stop_gradient(_clean(spec.axes, inputs, member))
+    inputs = lax.stop_gradient(_widened(inputs))
     return _measure(spec, inputs.x, inputs.weights, member)
 
 
@@ -94,12 +93,12 @@ def infer_by_set(spec: Spec, inputs: Inputs, sets: Sets, stats: RunningStats) ->
     """Computes y by the statistics of each example's set, [sets, C]."""
 
     def run(inputs: Inputs, sets: Sets, stats: RunningStats) -> Array:
-        inputs = _clean(spec.axes, inputs._replace(weights=None), sets.member)
+        inputs = _widened(inputs._replace(weights=None))
         var = stats.var.astype(accumulator(stats.var.dtype))  # epsilon may be none of float16
         mean, rstd = location(stats.mean.astype(inputs.x.dtype), var, spec.epsilon)
         # The mean takes the place of the shift, and that of x - mean is 0.
         at = affine(mean, jnp.zeros_like(mean), rstd, *_affine_of(sets, rstd))
-        return _transformed(spec, inputs, _of_examples(spec.axes, inputs.x, sets.member, at))
+        return _transformed(spec, inputs, sets.member, at)
 
     return recomputed(run)(inputs, sets, stats)
 
@@ -112,14 +111,22 @@ def pooled_by_set(m: ShiftedMoments, sets: int) -> Moments:
     return Moments(m.count + jnp.zeros_like(m.var), m.mean + m.shift, m.var)
 
 
-def _clean(axes: Axes, inputs: Inputs, member: Array) -> Inputs:
-    """Widens x, and makes it and the residual harmless where they take no part."""
+def _widened(inputs: Inputs) -> Inputs:
+    """Widens x, and makes the residual harmless where masked."""
     x, _, _, weights, residual = inputs
-    some = axes.expand_examples(jnp.any(member, 1).reshape(-1, *(1 for _ in axes.features)))
-    x = harmless(x.astype(accumulator(x.dtype)), x, alongside(some, x))
     if residual is not None:
         residual = harmless(residual, residual, weights)
-    return inputs._replace(x=x, residual=residual)
+    return inputs._replace(x=x.astype(accumulator(x.dtype)), residual=residual)
+
+
+def _only_of_sets(axes: Axes, values: Array, member: Array) -> Array:
+    """Sets `values`, of x's shape, to 0 in examples of no set, in which x may hold anything.
+
+    Not x is replaced, but what depends on it: a compiler would store the new x.
+    """
+    some = jnp.any(member, 1).reshape(-1, *(1 for _ in axes.features))
+    some = alongside(axes.expand_examples(some), values)
+    return jnp.where(some, values, jnp.zeros_like(values))
 
 
 def _affine_of(sets: Sets, rstd: Array) -> tuple[Array, Array]:
@@ -154,9 +161,13 @@ def _chosen(x: Array, member: Array, *tables: Array) -> list[Array]:
     ]
 
 
-def _transformed(spec: Spec, inputs: Inputs, at: Affine) -> Array:
+def _transformed(spec: Spec, inputs: Inputs, member: Array, at: Affine) -> Array:
+    """Computes y by the affine map of each example's set; `at` is [sets, C]."""
     x, _, _, weights, residual = inputs
-    y = transform(displaced(x, weights, at), at.a, at.c, residual)
+    at = _of_examples(spec.axes, x, member, at)
+    z = displaced(x, weights, at)
+    y = _only_of_sets(spec.axes, transform(z, at.a, at.c), member)
+    y = y if residual is None else lax.add(y, widened(residual, y.dtype))
     return (y if spec.activation is None else spec.activation(y)).astype(spec.dtype)
 
 
@@ -176,7 +187,7 @@ def _measure_jvp(spec: Spec, primals, tangents):
     x, weights, member = primals
     m = _measure(spec, x, weights, member)
     each = spec.axes.split(len(member))
-    dx = divide(alongside(tangents[0], x), each)
+    dx = divide(_only_of_sets(spec.axes, alongside(tangents[0], x), member), each)
     weights = None if weights is None else divide(weights, each)
     shift, count = (each.unsqueeze(v) for v in _chosen(x, member, m.shift, m.count))
     count = jnp.where(count > 0, count, jnp.ones_like(count))
