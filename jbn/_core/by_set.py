@@ -68,7 +68,7 @@ def normalized_by_set(spec: Spec, inputs: Inputs, sets: Sets) -> tuple[Array, Sh
 
     def run(inputs: Inputs, sets: Sets) -> tuple[Array, ShiftedMoments]:
         inputs = _widened(inputs)  # before all else, so that the gradient of x is rounded once
-        m = named(_measure(spec, inputs.x, inputs.weights, sets.member))
+        m = _measure(spec, inputs.x, inputs.weights, sets.member)
         mean, rstd = location(m.mean, m.var, spec.epsilon)
         scale, bias = _affine_of(sets, rstd)
         if inputs.weights is not None:
@@ -185,7 +185,8 @@ def _measure(spec: Spec, x: Array, weights: Array | None, member: Array) -> Shif
 @_measure.defjvp
 def _measure_jvp(spec: Spec, primals, tangents):
     x, weights, member = primals
-    m = _measure(spec, x, weights, member)
+    # The moments have a name, by which the checkpoint policy saves them.
+    m = named(_measure(spec, x, weights, member))
     each = spec.axes.split(len(member))
     dx = divide(_only_of_sets(spec.axes, alongside(tangents[0], x), member), each)
     weights = None if weights is None else divide(weights, each)
