@@ -146,7 +146,8 @@ def split_batch_norm(
         statistics, and is normalised by those of its set.
       weights: real and not negative, broadcasts like `mask`.
       axis_name: share the statistics of each set over these named axes (of vmap, pmap, shard_map).
-        With one set for the call, it has to be the same on all instances.
+        One set for the call has to be the same on all instances. If each instance has one example
+        of a set of its own, give it a batch axis: x[None] and index[None].
       axis_index_groups: as in `jax.lax.psum`.
       groups: normalise each of this many equal, consecutive parts of the batch by statistics of its
         own, in each set.

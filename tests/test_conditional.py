@@ -69,6 +69,7 @@ def expected_of(rows):
     return scale * xhat + bias, gradients, m
 
 
+QUICK = ("whole", "vmap", "shard_map", "jit", "jit_explicit")
 KINDS = {
     "plain": {},
     "offset": {"offset": 1e4},
@@ -80,8 +81,14 @@ KINDS = {
 }
 
 
+MODES = [
+    pytest.param(mode, marks=() if mode.name in QUICK else pytest.mark.slow)
+    for mode in (executions.WHOLE, *executions.ALL)
+]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", [executions.WHOLE, *executions.ALL], ids=str)
+@pytest.mark.parametrize("mode", MODES, ids=str)
 def test_y_statistics_and_gradients_are_those_of_the_oracle(mode, kind):
     options = KINDS[kind]
     rows = make(**options)
@@ -465,7 +472,6 @@ LAYERS = pytest.mark.parametrize("skin", [linen_layer, nnx_layer], ids=["linen",
 
 
 @LAYERS
-@pytest.mark.quick
 @pytest.mark.parametrize("update", [None, jbn.cumulative()], ids=["momentum", "update"])
 def test_a_layer_computes_the_pure_function(skin, update):
     stats, step = skin(momentum=0.9, update=update, activation=jnp.tanh, one_plus_scale=True)
@@ -487,7 +493,6 @@ def test_a_layer_computes_the_pure_function(skin, update):
 
 
 @LAYERS
-@pytest.mark.quick
 def test_dtypes_of_a_layer(skin):
     x = Z.astype(jnp.bfloat16)
     stats, step = skin()
@@ -501,7 +506,6 @@ def test_dtypes_of_a_layer(skin):
 
 
 @LAYERS
-@pytest.mark.quick
 def test_a_layer_under_scan_and_named_axes(skin):
     stats, step = skin(update=jbn.cumulative())
     after, _ = jax.lax.scan(
@@ -518,7 +522,6 @@ def test_a_layer_under_scan_and_named_axes(skin):
 
 
 @LAYERS
-@pytest.mark.quick
 def test_errors_of_a_layer(skin):
     stats, step = skin()
     with pytest.raises(ValueError, match=r"scale of shape \(5, 3\)"):

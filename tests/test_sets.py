@@ -53,6 +53,7 @@ def support(rows, part=slice(None)):
 
 # --- an index per example ------------------------------------------------------------------------
 
+QUICK = ("whole", "vmap", "shard_map", "jit", "jit_explicit")
 KINDS = {
     "plain": {},
     "offset": {"offset": 1e4},
@@ -63,8 +64,14 @@ KINDS = {
 }
 
 
+MODES = [
+    pytest.param(mode, marks=() if mode.name in QUICK else pytest.mark.slow)
+    for mode in (executions.WHOLE, *executions.ALL)
+]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", [executions.WHOLE, *executions.ALL], ids=str)
+@pytest.mark.parametrize("mode", MODES, ids=str)
 def test_each_set_is_that_of_its_examples_alone(mode, kind):
     options = KINDS[kind]
     rows, params, stats = make(**options)
@@ -195,6 +202,15 @@ def test_sets_of_a_named_axis_and_groups_of_instances():
             chex.assert_trees_all_close(
                 jax.tree.map(lambda v, i=i: v[i], new), after, rtol=1e-5, atol=1e-5
             )
+
+
+def test_an_instance_may_be_one_example():
+    rows, params, stats = make()
+    run = functools.partial(sets.split_batch_norm, params=params, stats=stats, axis_name=AXIS)
+    y, new = jax.vmap(lambda x, i: run(x[None], index=i[None]), axis_name=AXIS)(rows["x"], INDEX)
+    expected, after = sets.split_batch_norm(rows["x"], params, stats, INDEX)
+    tolerance.assert_close(y[:, 0], expected, "float32", ROWS * PLACES)
+    chex.assert_trees_all_close(jax.tree.map(lambda v: v[0], new), after, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("axis", [1, (1, 3), 0])
@@ -643,7 +659,6 @@ LAYERS = pytest.mark.parametrize("skin", [linen_layer, nnx_layer], ids=["linen",
 
 
 @LAYERS
-@pytest.mark.quick
 @pytest.mark.parametrize("index", ["adversarial", 1, "traced", "each"])
 @pytest.mark.parametrize("update", [None, jbn.cumulative()], ids=["momentum", "update"])
 def test_a_layer_computes_the_pure_function(skin, index, update):
@@ -669,7 +684,6 @@ def test_a_layer_computes_the_pure_function(skin, index, update):
 
 
 @LAYERS
-@pytest.mark.quick
 @pytest.mark.parametrize("shared", [True, False])
 def test_parameters_of_a_layer(skin, shared):
     with jax.numpy_dtype_promotion("standard"):
@@ -687,7 +701,6 @@ def test_parameters_of_a_layer(skin, shared):
 
 
 @LAYERS
-@pytest.mark.quick
 def test_a_layer_under_jit_scan_and_named_axes(skin):
     variables, step = skin(update=jbn.cumulative())
     index = jnp.stack([TWO] * 2)
@@ -710,7 +723,6 @@ def test_a_layer_under_jit_scan_and_named_axes(skin):
 
 
 @LAYERS
-@pytest.mark.quick
 def test_errors_of_a_layer(skin):
     variables, step = skin()
     with pytest.raises(ValueError, match=r"'dirty' is not the name.*clean"):
