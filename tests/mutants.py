@@ -1609,6 +1609,13 @@ MUTANTS = [
         "test_sets.py::test_each_set_is_that_of_its_examples_alone",
     ),
     Mutant(
+        "a backward pass computes no moments of sets again",
+        BY_SET,
+        "m = named(_measure(spec, x, weights, member))",
+        "m = _measure(spec, x, weights, member)",
+        "test_sets.py::test_one_collective_each_way_serves_all_sets",
+    ),
+    Mutant(
         "an example of no set takes no part, whatever it holds",
         BY_SET,
         "some = alongside(axes.expand_examples(some), values)",
