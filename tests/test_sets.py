@@ -264,6 +264,33 @@ def test_a_value_that_is_not_finite_stays_in_its_set():
         np.testing.assert_array_equal(value[1:], healthy[1:])
 
 
+@pytest.mark.parametrize("junk", ["inf", "overflow", "nan under a mask", "outlier"])
+def test_what_the_core_does_with_hard_data(junk):
+    rows, params, stats = make()
+    x, mask = jnp.asarray(rows["x"]), jnp.ones((ROWS, PLACES, CHANNELS), bool)
+    if junk == "overflow":
+        x = x * 1e25
+    else:
+        bad = {"inf": jnp.inf, "outlier": 1e6}.get(junk, jnp.nan)
+        x = x.at[0, 0, 1].set(bad)
+    if junk == "nan under a mask":
+        mask = mask.at[0, 0, 1].set(False)
+
+    def run(f, x, dy, mask):
+        y, pull, new = jax.vjp(lambda x: f(x, mask=mask), x, has_aux=True)
+        return y, pull(jnp.where(mask, dy, 0))[0], new
+
+    split = functools.partial(sets.split_batch_norm, params=params, stats=stats, index=INDEX)
+    y, dx, new = run(split, x, rows["dy"], mask)
+    for s in 0, 1:
+        own = s == INDEX
+        one = jax.tree.map(lambda v, s=s: v[s], {"params": params, "stats": stats})
+        f = functools.partial(jbn.batch_norm, **one)
+        expected = run(f, x[own], jnp.asarray(rows["dy"])[own], mask[own])
+        got = y[own], dx[own], jax.tree.map(lambda v, s=s: v[s], new)
+        chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(3, 2), (1, 4, 2)])
 def test_a_set_of_one_example(shape):
     """Normalises a single value to the bias, and lets only its mean enter, as the core does."""

@@ -82,7 +82,7 @@ def join_sets(axes: Axes, m: ShiftedMoments, member: Array) -> ShiftedMoments:
         return pool_sets(m, member)
     # First within blocks, each of which lies on one device: then one collective is enough.
     part, member = jax.tree.map(lambda v: v.reshape(blocks, -1, *v.shape[1:]), (m, member))
-    return pool_blocks(axes, jax.vmap(pool_sets)(part, member), counts_differ=True)
+    return pool_blocks(axes, jax.vmap(pool_sets)(part, member), counts_differ=True, gaps=True)
 
 
 def spread(axes: Axes, x: Array, values: Array) -> Array:
