@@ -141,7 +141,8 @@ def split_batch_norm(
       names: of the sets, in the order of their index.
       axis: the feature axis or axes, C.
       epsilon: is added to the variance, inside the root.
-      update: how the batch enters the running statistics of its sets.
+      update: how the batch enters the running statistics of its sets. A function of your own is
+        given the statistics and moments of one set, [C], at a time.
       mask: bool, of x's rank, broadcasts against x. False: the value takes no part in the
         statistics, and is normalised by those of its set.
       weights: real and not negative, broadcasts like `mask`.
