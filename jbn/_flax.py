@@ -20,7 +20,7 @@ from jbn._core.batch_norm import batch_norm_inference, train
 from jbn._core.deferral import absorb, fixed, read
 from jbn._core.normalize import Params
 from jbn._core.plan import Inputs, Spec, plan
-from jbn._core.running import RunningStats, UpdateRule, ema_of_flax
+from jbn._core.running import RunningStats, UpdateRule, ema, ema_of_flax
 from jbn._core.types import Moments
 from jbn._devices.named_axes import AxisName, Scope, scope
 from jbn._devices.placement import join
@@ -103,6 +103,40 @@ def call(
         y, moments = by(spec, inputs, old)
     y = join(y, x, spec.axes).reshape(shape)
     return y, absorb(rule, old, moments, given=stats, over=spec.over)
+
+
+def run(
+    module: Any,
+    functions: tuple[Callable[..., Any], Callable[..., Array]],
+    given: Given,
+    others: tuple[Any, ...],
+    *,
+    inference: bool,
+    **options: Any,
+) -> tuple[Array, RunningStats | None]:
+    """Calls the functions of a variant, for training and for inference, by a module's fields.
+
+    Args:
+      module: has the fields of `Layer`.
+      functions: (training, inference); they take x, `others` and keywords.
+      given: x, and the arrays that are given by keyword.
+      others: what comes behind x.
+      inference: which function.
+      options: further keywords of both.
+
+    Returns:
+      y, and the new statistics; None in inference.
+    """
+    layer, (x, mask, weights, residual) = Layer.of(module), given
+    train, infer = functions
+    options |= {field: getattr(layer, field) for field in ("axis", "epsilon", "activation")}
+    if inference:
+        return infer(x, *others, residual=residual, **options), None
+    fields = ("axis_name", "axis_index_groups", "groups")
+    options |= {field: getattr(layer, field) for field in fields}
+    rule = layer.update or ema(layer.momentum)
+    support = {"mask": mask, "weights": weights, "residual": residual}
+    return train(x, *others, update=rule, **support, **options)
 
 
 def _able_to_hold(x: Array, stats: RunningStats) -> RunningStats:

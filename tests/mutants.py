@@ -47,6 +47,7 @@ DEFERRED, POPULATION = "_core/deferral.py", "population.py"
 RENORM = "renorm.py"
 STEP, UPDATE, MICROBATCHES = (f"training/{name}.py" for name in ("step", "update", "microbatches"))
 LOSS_SCALE, ACCUMULATION = "training/loss_scale.py", "training/accumulation.py"
+CONDITIONAL, SETS, BY_SET = "conditional.py", "sets.py", "_core/by_set.py"
 ACTIVE = "active(weights)"
 
 MUTANTS = [
@@ -693,8 +694,8 @@ MUTANTS = [
     Mutant(
         "the Flax layers store the variance of a single value, as Flax does",
         "_flax.py",
-        "from jbn._core.running import RunningStats, UpdateRule, ema_of_flax\n",
-        "from jbn._core.running import RunningStats, UpdateRule, ema as ema_of_flax\n",
+        "rule = ema_of_flax(layer.momentum) if",
+        "rule = ema(layer.momentum) if",
         "test_flax_layers.py::test_a_single_value_enters_as_in_flax",
     ),
     Mutant(
@@ -1634,6 +1635,120 @@ MUTANTS = [
         "    if not module.is_initializing():\n        steps",
         "    if True:\n        steps",
         "test_renorm_layers.py::test_init_computes_batch_norm_and_makes_no_step",
+    ),
+    # Scale and bias at the call.
+    Mutant(
+        "a scale for each example has a gradient of its own",
+        "_core/axes.py",
+        "if values.ndim == len(self.shape):\n            return values",
+        "if values.ndim == len(self.shape):\n            return values[:1]",
+        "test_conditional.py::test_y_statistics_and_gradients_are_those_of_the_oracle",
+    ),
+    Mutant(
+        "N of [N, C] runs along the first axis that is not a feature axis",
+        "_core/axes.py",
+        "self.split(1).unsqueeze(values), self.reduction[0] + 1)",
+        "self.split(1).unsqueeze(values[::-1]), self.reduction[0] + 1)",
+        "test_conditional.py::test_features_and_examples_along_any_axes",
+    ),
+    Mutant(
+        "1 + scale is added in the accumulator's dtype",
+        CONDITIONAL,
+        "scale + np.asarray(1, dtype) if plus else scale",
+        "(scale + np.asarray(1, dtype)).astype(x.dtype).astype(dtype) if plus else scale",
+        "test_conditional.py::test_one_plus_scale_is_added_without_rounding",
+    ),
+    Mutant(
+        "a scale as large as x is saved as it was given",
+        CONDITIONAL,
+        "return all(shape[i] == 1 for shape in given for i in places)",
+        "return True",
+        "test_conditional.py::test_a_backward_pass_keeps_x_and_what_was_given",
+    ),
+    Mutant(
+        "a scale that is not finite where x is masked reaches no gradient",
+        CONDITIONAL,
+        "(v if v is None else harmless(v, v, weights) for v in (scale, bias))",
+        "(v for v in (scale, bias))",
+        "test_conditional.py::test_masked_values_reach_no_gradient",
+    ),
+    Mutant(
+        "the moments are not computed a second time for a scale at each place",
+        CONDITIONAL,
+        "policy=checkpoint_policy, prevent_cse=False",
+        "prevent_cse=True",
+        "test_conditional.py::test_one_collective_each_way",
+    ),
+    # Several sets of statistics.
+    Mutant(
+        "each example is normalised by its own set",
+        BY_SET,
+        "rows = jnp.sum(jnp.where(own, stacked[:, None], jnp.zeros((), dtype)), 2)",
+        "rows = jnp.sum(jnp.where(own[:, ::-1], stacked[:, None], jnp.zeros((), dtype)), 2)",
+        "test_sets.py::test_each_set_is_that_of_its_examples_alone",
+    ),
+    Mutant(
+        "the derivative of a set's moments sums its own examples",
+        BY_SET,
+        "return jnp.sum(jnp.where(own, values[:, None], jnp.zeros((), values.dtype)), 0)",
+        "return jnp.sum(values[:, None] + jnp.zeros(own.shape, values.dtype), 0)",
+        "test_sets.py::test_each_set_is_that_of_its_examples_alone",
+    ),
+    Mutant(
+        "the derivative of a set's moments sums over the devices",
+        BY_SET,
+        "spec.over.sum(tuple(",
+        "Scope().sum(tuple(",
+        "test_sets.py::test_each_set_is_that_of_its_examples_alone",
+    ),
+    Mutant(
+        "a backward pass computes no moments of sets again",
+        BY_SET,
+        "m = named(_measure(spec, x, weights, member))",
+        "m = _measure(spec, x, weights, member)",
+        "test_sets.py::test_one_collective_each_way_serves_all_sets",
+    ),
+    Mutant(
+        "an example of no set takes no part, whatever it holds",
+        BY_SET,
+        "some = alongside(axes.expand_examples(some), values)",
+        "some = jnp.ones_like(values, bool)",
+        "test_sets.py::test_what_belongs_to_no_set_may_be_anything",
+    ),
+    Mutant(
+        "one set for the call moves no other set",
+        SETS,
+        "own.reshape(-1, *(1 for _ in v.shape)), v[None]",
+        "jnp.ones_like(own).reshape(-1, *(1 for _ in v.shape)), v[None]",
+        "test_sets.py::test_one_set_is_batch_norm_bit_for_bit_and_the_others_stay",
+    ),
+    Mutant(
+        "y is 0 where a traced index is out of range",
+        SETS,
+        "jnp.where(some, v, jnp.zeros_like(v))",
+        "v",
+        "test_sets.py::test_a_traced_index_out_of_range_is_no_set",
+    ),
+    Mutant(
+        "groups have statistics of their own in each set",
+        SETS,
+        "own = jnp.repeat(jnp.eye(groups, dtype=bool), len(member) // groups, 0)",
+        "own = jnp.tile(jnp.eye(groups, dtype=bool), (len(member) // groups, 1))",
+        "test_sets.py::test_groups_have_statistics_of_their_own_in_each_set",
+    ),
+    Mutant(
+        "a rule sees the statistics of one set",
+        RUNNING,
+        "return rule if own or not callable(rule) else _ForSets(rule)",
+        "return rule",
+        "test_sets.py::test_a_rule_of_the_users_sees_one_set_at_a_time",
+    ),
+    Mutant(
+        "the examples of a set are pooled within a device first",
+        DEVICES,
+        "blocks = math.gcd(len(member), _automatic_devices(axes))",
+        "blocks = 1",
+        "test_sets.py::test_sharded_arrays_gather_once_forward",
     ),
 ]
 

@@ -10,11 +10,13 @@ import sys
 import pytest
 
 import jbn
+import jbn.conditional
 import jbn.linen
 import jbn.native
 import jbn.nnx
 import jbn.population
 import jbn.renorm
+import jbn.sets
 import jbn.training
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -128,6 +130,8 @@ def test_types_are_shipped():
     "name",
     [f"jbn.{name}" for name in jbn.__all__]
     + [f"jbn.training.{name}" for name in jbn.training.__all__]
+    + [f"jbn.conditional.{name}" for name in jbn.conditional.__all__]
+    + [f"jbn.sets.{name}" for name in jbn.sets.__all__]
     + [f"jbn.population.{name}" for name in jbn.population.__all__]
     + [f"jbn.renorm.{name}" for name in jbn.renorm.__all__]
     + ["jbn.linen.crossq.BatchRenorm"]

@@ -67,12 +67,16 @@ class Axes(NamedTuple):
     def expand(self, values: Array) -> Array:
         """Reshapes values of feature shape, or one for all features, to broadcast against x.
 
-        Values of x's rank do so already.
+        Values of x's rank, such as one scale per example and feature, already do.
         """
         if values.ndim == len(self.shape):
             return values
         where = (n if i in self.features else 1 for i, n in enumerate(self.shape))
         return values.reshape(tuple(where) if values.ndim else (1,) * len(self.shape))
+
+    def expand_examples(self, values: Array) -> Array:
+        """Reshapes [N, *feature_shape] to broadcast against x; N is its first reduction axis."""
+        return jnp.squeeze(self.split(1).unsqueeze(values), self.reduction[0] + 1)
 
     def squeeze(self, values: Array) -> Array:
         """Inverts `expand`; with groups the result is [groups, *feature_shape]."""

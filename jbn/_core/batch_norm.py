@@ -1,7 +1,7 @@
 """The composition of all parts: batch_norm for training, batch_norm_inference for inference."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jax import Array
@@ -121,13 +121,7 @@ def batch_norm(
     )
     old = check.stats(read(stats), spec.axes, training=True)
     check.same_field(old, inputs.x, training=True)
-    if not (spec.over.names or fixed(stats)):
-        check.several_values(spec.axes)
-    y, m = train(spec, inputs, old if fixed(stats) else None)
-    if not waits(stats):
-        check.as_replicated_as(old.mean, m.mean)
-    new = absorb(update, old, m, given=stats, over=spec.over)
-    return join(y, x, spec.axes), new
+    return step(x, spec, old, stats, update, functools.partial(train, spec, inputs))
 
 
 def batch_norm_inference(
@@ -196,6 +190,34 @@ def train(spec: Spec, inputs: Inputs, given: RunningStats | None = None) -> tupl
     m = jax.lax.stop_gradient(measure(spec.of_moments, inputs.x, inputs.weights))
     moments = restore_pooled(m, spec.axes, counts_differ=inputs.weights is not None)
     return infer(spec, inputs, given), moments
+
+
+def step(
+    x: Array,
+    spec: Spec,
+    old: RunningStats,
+    stats: RunningStats,
+    update: UpdateRule,
+    compute: Callable[[RunningStats | None], tuple[Array, Moments]],
+) -> tuple[Array, RunningStats]:
+    """Computes y, of x's shape, and the new statistics, by what a variant computes.
+
+    Args:
+      x: as the user gave it.
+      spec: of the planned x.
+      old: `read(stats)`, checked.
+      stats: as the user gave them.
+      update: the rule.
+      compute: returns y, of the planned x's shape, and moments of the shape of `old`. Its argument
+        are the statistics by which to normalise, or None for those of the batch.
+    """
+    if not (spec.over.names or fixed(stats)):
+        check.several_values(spec.axes)
+    y, m = compute(old if fixed(stats) else None)
+    if not waits(stats):
+        check.as_replicated_as(old.mean, m.mean)
+    new = absorb(update, old, m, given=stats, over=spec.over)
+    return join(y, x, spec.axes), new
 
 
 def infer(spec: Spec, inputs: Inputs, stats: RunningStats) -> Array:

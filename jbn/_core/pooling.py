@@ -140,25 +140,50 @@ def _checked(m: Moments, name: str) -> Moments:
     return Moments(count, mean, var)
 
 
-def pool_blocks(axes: Axes, m: ShiftedMoments, counts_differ: bool) -> ShiftedMoments:
-    """Pools [groups * blocks, C] to [groups, C], or to [C] if x has no groups."""
+def pool_blocks(
+    axes: Axes, m: ShiftedMoments, counts_differ: bool, *, gaps: bool = False
+) -> ShiftedMoments:
+    """Pools [groups * blocks, C] to [groups, C], or to [C] if x has no groups.
+
+    `gaps` are as for `_pool`.
+    """
     m = _send(collect, 1, m, counts_differ)
 
     def blocks_first(v: Array) -> Array:
         v = v.reshape(axes.groups, -1, *v.shape[1:])
         return v[0] if axes.group is None else jnp.moveaxis(v, 1, 0)
 
-    return _pool(jax.tree.map(blocks_first, m))
+    return _pool(jax.tree.map(blocks_first, m), gaps=gaps)
 
 
-def pool_instances(over: Any, m: ShiftedMoments, counts_differ: bool) -> ShiftedMoments:
-    """Pools the moments of all program instances in the scope; shapes do not change."""
+def pool_instances(
+    over: Any, m: ShiftedMoments, counts_differ: bool, *, gaps: bool = False
+) -> ShiftedMoments:
+    """Pools the moments of all program instances in the scope; shapes do not change.
+
+    `gaps` are as for `_pool`.
+    """
     m = _send(over.gather, 0, m, counts_differ)
     member = over.members()
     if member is not None:
         member = member.reshape(-1, *(1 for _ in m.count.shape[1:]))
         m = m._replace(count=jnp.where(member, m.count, jnp.zeros_like(m.count)))
-    return _pool(m)
+    return _pool(m, gaps=gaps)
+
+
+def pool_sets(m: ShiftedMoments, member: Array) -> ShiftedMoments:
+    """Pools [parts, C] to [sets, C]: those parts of each set for which `member` is true.
+
+    Args:
+      m: the moments of the parts; count may be [parts, 1].
+      member: [parts, sets], bool. A part of no set may hold anything, also NaN.
+    """
+
+    def one(own: Array) -> ShiftedMoments:
+        own = own.reshape(-1, *(1 for _ in m.mean.shape[1:]))
+        return _pool(jax.tree.map(lambda v: jnp.where(own, v, jnp.zeros_like(v)), m), gaps=True)
+
+    return jax.vmap(one, in_axes=1)(member)
 
 
 def _send(
@@ -178,8 +203,11 @@ def _send(
     return ShiftedMoments(shift, count, mean, var)
 
 
-def _pool(m: ShiftedMoments) -> ShiftedMoments:
-    """Pools moments of parts that have different shifts; the best of these shifts stays."""
+def _pool(m: ShiftedMoments, *, gaps: bool = False) -> ShiftedMoments:
+    """Pools moments of parts that have different shifts; the best of these shifts stays.
+
+    With `gaps`, parts without data are expected, and var is right where squares overflow, too.
+    """
 
     def total(values: Array) -> Array:
         return jnp.sum(values, axis=0, keepdims=True)
@@ -196,6 +224,8 @@ def _pool(m: ShiftedMoments) -> ShiftedMoments:
     mean = total(share * offset)
     between = square(offset - mean)
     between = jnp.where(jnp.isnan(between), jnp.zeros_like(between), between)  # of inf - inf
+    if gaps:  # else a part without a share would make 0 inf
+        between = jnp.where(m.count > 0, between, jnp.zeros_like(between))
     var = total(share * (m.var + between))
     return ShiftedMoments(shift[0], count[0], mean[0], var[0])
 

@@ -250,6 +250,23 @@ def has_traced_decay(rule: UpdateRule) -> bool:
     return isinstance(rule, _Ema) and isinstance(rule.decay, Array)
 
 
+def for_sets(rule: UpdateRule) -> UpdateRule:
+    """Makes the rule for several sets, [sets, C], that applies `rule` to each of them.
+
+    An average does so already, because it treats each number by itself.
+    """
+    own = isinstance(rule, _Ema | _Cumulative) or rule is ema or rule is cumulative
+    return rule if own or not callable(rule) else _ForSets(rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ForSets:
+    rule: UpdateRule
+
+    def __call__(self, stats: RunningStats, moments: Moments) -> RunningStats:
+        return jax.vmap(functools.partial(absorb, self.rule))(stats, moments)
+
+
 def split(rule: UpdateRule) -> tuple[Callable[..., RunningStats], tuple[Any, ...]]:
     """Splits a rule, so that rule(stats, moments) = function(stats, moments, *numbers).
 

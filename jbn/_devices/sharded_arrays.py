@@ -38,7 +38,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 
 from jbn._core.axes import Axes
-from jbn._core.pooling import pool_blocks, pool_instances
+from jbn._core.pooling import pool_blocks, pool_instances, pool_sets
 from jbn._core.types import ShiftedMoments
 from jbn._devices import placement
 from jbn._devices.named_axes import Scope, vary_as
@@ -60,6 +60,25 @@ def measure_everywhere(local: Local, axes: Axes, x: Array, weights: Array | None
     return ShiftedMoments(*_bind(_measure, _Measure(local), axes, *args))
 
 
+def join_sets(axes: Axes, m: ShiftedMoments, member: Array) -> ShiftedMoments:
+    """Applies `pool_sets` to the moments of the examples of x, wherever the examples lie.
+
+    Args:
+      axes: those of x.
+      m: the moments of each example, [N, C].
+      member: [N, sets], bool, the same on all devices.
+    """
+    if placement.is_explicitly_sharded(m.mean):
+        fields = placement.together(placement.collect, 1, *m)
+        return pool_sets(ShiftedMoments(*fields), member)
+    blocks = math.gcd(len(member), _automatic_devices(axes))
+    if blocks == 1:
+        return pool_sets(m, member)
+    # First within blocks, each of which lies on one device: then one collective is enough.
+    part, member = jax.tree.map(lambda v: v.reshape(blocks, -1, *v.shape[1:]), (m, member))
+    return pool_blocks(axes, jax.vmap(pool_sets)(part, member), counts_differ=True, gaps=True)
+
+
 def spread(axes: Axes, x: Array, values: Array) -> Array:
     """Prepares `values`, (1, ..., C), for a pass over x, as large as x if that saves collectives.
 
@@ -67,9 +86,11 @@ def spread(axes: Axes, x: Array, values: Array) -> Array:
     all-reduce for each sharded axis, although one is enough for all. In a shard_map with check_vma
     each instance must sum before the devices sum, or they would send arrays of x's size: so
     `values` become device-varying before they are broadcast.
+
+    Values of each example, (N, 1, ..., C), have sums of their own, and are returned.
     """
     values = vary_as(x, values)
-    if len(axes.reduction) < 2:
+    if len(axes.reduction) < 2 or any(values.shape[i] > 1 for i in axes.reduction):
         return values
     if placement.is_explicitly_sharded(x):
         where = _Explicit.of(x, axes)

@@ -3,6 +3,8 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 _NAME = "jbn.moments"
@@ -14,7 +16,13 @@ _policy = jax.checkpoint_policies.save_from_both_policies(
 
 def named(moments: Any) -> Any:
     """Gives `moments`, any tree of arrays, the name by which checkpoint policies know them."""
-    return jax.tree.map(lambda values: checkpoint_name(values, _NAME), moments)
+
+    def name(values: Array) -> Array:
+        if jnp.iscomplexobj(values):  # jax.checkpoint (to 0.12) can save real arrays only
+            return lax.complex(name(values.real), name(values.imag))
+        return checkpoint_name(values, _NAME)
+
+    return jax.tree.map(name, moments)
 
 
 def checkpoint_policy(primitive: Any, *args: Any, **params: Any) -> Any:

@@ -2,12 +2,16 @@
 
 Change one import, `from jbn.linen import BatchNorm`; models and checkpoints stay as they are.
 `BatchRenorm` is Batch Renormalization with the same arguments and variables, and `steps`.
+`ConditionalBatchNorm` takes scale and bias at the call, and `SplitBatchNorm` has several sets of
+statistics.
 """
 
 from jbn.linen.batch_norm import BatchNorm
+from jbn.linen.conditional import ConditionalBatchNorm
 from jbn.linen.renorm import BatchRenorm
+from jbn.linen.sets import SplitBatchNorm
 
-__all__ = ["BatchNorm", "BatchRenorm"]
+__all__ = ["BatchNorm", "BatchRenorm", "ConditionalBatchNorm", "SplitBatchNorm"]
 
-for _class in (BatchNorm, BatchRenorm):
+for _class in (BatchNorm, BatchRenorm, ConditionalBatchNorm, SplitBatchNorm):
     _class.__module__ = __name__  # pickle finds the class by this name, not by its file

@@ -18,6 +18,7 @@ from jbn._core.deferral import read
 from jbn._core.normalize import Params
 from jbn._core.running import RunningStats, UpdateRule
 from jbn._devices.named_axes import AxisName
+from jbn.nnx.statistics import store
 
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
@@ -176,18 +177,9 @@ class BatchNorm(nnx.BatchNorm):
         options: Any = {"inference": inference, "dtype": dtype, "by": self._by()}
         y, stats = _flax.call(layer, given, params, stats, **options)
         if not inference:
-            for variable, value in zip(variables, stats, strict=False):
-                store(variable, value)
+            store(variables, stats)
         return y
 
     def _by(self) -> _flax.Train | None:
         """Returns what normalises in training in the place of the core, in a subclass."""
         return None
-
-
-def store(variable: nnx.BatchStat, value: Array) -> None:
-    """Sets the value of a variable."""
-    if isinstance(value, Array) and variable.dtype == value.dtype:
-        variable[...] = value
-    else:  # the mean of the first complex batch, or a deferred update
-        variable.set_value(value)

@@ -11,7 +11,8 @@ from jbn._core.deferral import advanced
 from jbn._core.plan import Inputs, Spec
 from jbn._core.running import RunningStats
 from jbn._core.types import Moments
-from jbn.nnx.batch_norm import BatchNorm, store
+from jbn.nnx.batch_norm import BatchNorm
+from jbn.nnx.statistics import store
 
 
 class BatchRenorm(BatchNorm):
@@ -58,5 +59,5 @@ class BatchRenorm(BatchNorm):
     def _train(self, spec: Spec, inputs: Inputs, old: RunningStats) -> tuple[Array, Moments]:
         clips = renorm.Clips(self.r_max, self.d_max, self.warmup_steps)
         steps = self.steps.get_value()
-        store(self.steps, advanced(steps))
+        store([self.steps], [advanced(steps)])
         return renorm.train(clips, steps, spec, inputs, old)
