@@ -28,9 +28,9 @@ import numpy as np
 from jax import Array, lax
 
 from jbn._core.axes import Axes
-from jbn._core.types import Moments, ShiftedMoments, square
+from jbn._core.types import Moments, ShiftedMoments, has_covariance, square
 from jbn._devices.named_axes import Scope, vary
-from jbn._devices.placement import collect, together
+from jbn._devices.placement import collect, side_by_side, together
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -165,8 +165,12 @@ def _send(
 ) -> ShiftedMoments:
     """Sends the moments of all parts, [n, ...], by one collective; equal counts are not sent."""
     # Adding zeros gives the count the shape and sharding of the variance.
-    sent = (m.shift, m.mean, m.var, *((m.count + jnp.zeros_like(m.var),) if counts_differ else ()))
-    shift, mean, var, *counts = together(collective, at, *sent)
+    like = m.mean if has_covariance(m) else m.var
+    sent = (m.shift, m.mean, m.var, *((m.count + jnp.zeros_like(like),) if counts_differ else ()))
+    if has_covariance(m):
+        shift, mean, var, *counts = side_by_side(collective, *sent)
+    else:
+        shift, mean, var, *counts = together(collective, at, *sent)
     rest = m.count.shape[at:]
     if counts:
         # A count that all features share was sent once for each feature.
@@ -193,10 +197,15 @@ def _pool(m: ShiftedMoments) -> ShiftedMoments:
     offset = (m.shift - shift) + m.mean
     offset = jnp.where(m.count > 0, offset, jnp.zeros_like(offset))
     mean = total(share * offset)
-    between = square(offset - mean)
+    between = _product(offset - mean) if has_covariance(m) else square(offset - mean)
     between = jnp.where(jnp.isnan(between), jnp.zeros_like(between), between)  # of inf - inf
     var = total(share * (m.var + between))
     return ShiftedMoments(shift[0], count[0], mean[0], var[0])
+
+
+def _product(offset: Array) -> Array:
+    """Computes offset offset^T, (..., s, s), of real column vectors, (..., s, 1)."""
+    return lax.mul(*jnp.broadcast_arrays(offset, jnp.swapaxes(offset, -1, -2)))
 
 
 def pool_by_sums(moments: list[Moments], names: tuple[Any, ...]) -> list[Moments]:

@@ -29,7 +29,7 @@ from jax.typing import DTypeLike
 
 from jbn._core import check
 from jbn._core.shift import accumulator
-from jbn._core.types import Moments
+from jbn._core.types import Moments, has_covariance
 from jbn._devices.placement import is_explicitly_sharded
 
 
@@ -312,6 +312,7 @@ def _keep_sound(
     """Chooses `new` where the batch has data and all is finite, else `old`, for each feature.
 
     `new` must be finite in the dtype of `old`: 1e5 is infinite in float16, and would stay so.
+    Where `var` is a covariance, [..., s, s], its s features enter together or not at all.
 
     A single value moves only the mean, unless `single_values`. Its variance is exactly 0 (the shift
     is the value itself) and its count 1. Many values whose weights add up to 1 have a variance,
@@ -322,11 +323,17 @@ def _keep_sound(
     """
     stored = RunningStats(*(jnp.asarray(n).astype(o.dtype) for n, o in zip(new, old, strict=True)))
     sound = lax.ge(stored.var, np.asarray(0, stored.var.dtype))
+    if has_covariance(old):  # only the diagonal holds variances
+        sound |= ~jnp.eye(stored.var.shape[-1], dtype=bool)
     for values in (*seen, *stored):
         is_finite = lax.is_finite if jnp.issubdtype(values.dtype, jnp.floating) else jnp.isfinite
-        sound = lax.bitwise_and(sound, is_finite(values))
+        finite = is_finite(values)
+        sound = sound & finite if has_covariance(old) else lax.bitwise_and(sound, finite)
     sound = lax.bitwise_and(sound, moments.count > 0)
-    spread = sound if single_values else sound & ~((moments.var == 0) & (moments.count < _FEW))
+    constant = moments.var == 0
+    if has_covariance(old):
+        sound, constant = (jnp.all(v, (-2, -1), keepdims=True) for v in (sound, constant))
+    spread = sound if single_values else sound & ~(constant & (moments.count < _FEW))
 
     def choose(where: Array, new: Array, old: Array) -> Array:
         where, new = (jnp.broadcast_to(v, old.shape) for v in (where, new))

@@ -1,0 +1,127 @@
+"""Covariance -> whitening matrix W = (Cov + epsilon I)^(-1/2), by eigenvalues or by iteration.
+
+**By eigenvalues.** With Cov + epsilon I = V diag(l) V^T, the root is S = V diag(sqrt l) V^T and its
+inverse is W. Differentiating S S = Cov + epsilon I gives a Lyapunov equation, which is solved in
+the same eigenbasis:
+
+    S dS + dS S = dCov,    dS_ij = dCov_ij / (s_i + s_j),    dW = -W dS W
+
+The textbook derivative goes through dV and divides by differences of eigenvalues: it is NaN where
+two of them coincide. This one divides by sums. Derivatives of any order follow, because that of a
+Lyapunov equation is again one, with the same S:
+
+    S X + X S = R    =>    S dX + dX S = dR - dS X - X dS
+
+**By iteration** (Newton-Schulz). `newton_schulz_root` multiplies matrices only, and autodiff does
+the rest.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+multiply = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+class Roots(NamedTuple):
+    """The root of a symmetric matrix A, its inverse, and the eigenbasis of both.
+
+    Attributes:
+      root: [..., s, s], A^(1/2).
+      inverse: [..., s, s], A^(-1/2).
+      vectors: [..., s, s], the eigenvectors, which derivatives take as constants.
+      rates: [..., s], the eigenvalues of `inverse`, constants too; 0 in a dropped direction.
+    """
+
+    root: Array
+    inverse: Array
+    vectors: Array
+    rates: Array
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def roots(cov: Array, epsilon: float) -> Roots:
+    """Computes the roots of cov + epsilon I, [..., s, s], differentiable to any order.
+
+    Rounding may make eigenvalues of a covariance negative; these count as 0. With epsilon = 0 a
+    direction whose eigenvalue is 0 up to rounding is dropped: its rate is 0, and no derivative goes
+    through it. The result is NaN where cov is not finite.
+    """
+    size, info = cov.shape[-1], jnp.finfo(cov.dtype)
+    finite = jnp.all(jnp.isfinite(cov), (-2, -1), keepdims=True)
+    values, vectors = jnp.linalg.eigh(jnp.where(finite, cov, jnp.eye(size, dtype=cov.dtype)))
+    values = jnp.maximum(values, 0) + jnp.asarray(epsilon, cov.dtype)
+    least = values[..., -1:] * (size * float(info.eps)) if epsilon == 0 else 0.0
+    dropped = values <= least
+    rates = jnp.where(dropped, 0.0, lax.rsqrt(jnp.where(dropped, jnp.ones_like(values), values)))
+    root = jnp.where(dropped, jnp.zeros_like(values), jnp.sqrt(values))
+    return Roots(
+        _compose(vectors, root),
+        jnp.where(finite, _compose(vectors, rates), jnp.nan),
+        vectors,
+        rates,
+    )
+
+
+@roots.defjvp
+def _roots_jvp(epsilon: float, primals, tangents):
+    ((cov,), (dcov,)) = primals, tangents
+    r = roots(cov, epsilon)
+    droot = _lyapunov(r, (dcov + _transpose(dcov)) / 2)
+    dinverse = -multiply(multiply(r.inverse, droot), r.inverse)
+    constants = jnp.zeros_like(r.vectors), jnp.zeros_like(r.rates)
+    return r, Roots(droot, dinverse, *constants)
+
+
+def _lyapunov(r: Roots, right: Array) -> Array:
+    """Solves S X + X S = right for X, S = r.root; in a dropped direction X is 0.
+
+    `custom_linear_solve` differentiates by the equation, which only needs this solution again, and
+    knows that the map is its own transpose. The eigenbasis is a constant for it.
+    """
+
+    def equation(x: Array) -> Array:
+        return multiply(r.root, x) + multiply(x, r.root)
+
+    def solve(_, right: Array) -> Array:
+        own, other = r.rates[..., :, None], r.rates[..., None, :]
+        total = own + other
+        # 1 / (s_i + s_j) in terms of the rates 1 / s.
+        factor = own * other / jnp.where(total > 0, total, jnp.ones_like(total))
+        inside = multiply(multiply(_transpose(r.vectors), right), r.vectors)
+        return multiply(multiply(r.vectors, factor * inside), _transpose(r.vectors))
+
+    return lax.custom_linear_solve(equation, right, solve, symmetric=True)
+
+
+def newton_schulz_root(cov: Array, epsilon: float, iterations: int) -> Array:
+    """Computes (cov + epsilon I)^(-1/2), [..., s, s], by Newton-Schulz iterations.
+
+        A = (cov + epsilon I) / t,   t = tr(cov + epsilon I),
+        P_0 = I,   P_k = (3 P_{k-1} - P_{k-1}^3 A) / 2,   result P_T / sqrt(t)
+
+    (Huang et al. 2019, arXiv 1904.03441, algorithm 1.) The result is 0 where t = 0.
+    """
+    eye = jnp.eye(cov.shape[-1], dtype=cov.dtype)
+    shifted = cov + jnp.asarray(epsilon, cov.dtype) * eye
+    trace = jnp.sum(shifted * eye, (-2, -1), keepdims=True)
+    some = trace > 0
+    # A NaN stays: only a trace of 0 or below, from rounding, gives 0.
+    trace = jnp.where(trace <= 0, jnp.ones_like(trace), trace)
+    shifted = shifted / trace
+    p = (3 * eye - shifted) / 2  # P_1, because P_0 is the identity
+    for _ in range(iterations - 1):
+        p = (3 * p - multiply(multiply(p, multiply(p, p)), shifted)) / 2
+    return jnp.where(some | jnp.isnan(trace), p * lax.rsqrt(trace), jnp.zeros_like(p))
+
+
+def _compose(vectors: Array, values: Array) -> Array:
+    """Computes V diag(values) V^T."""
+    return multiply(vectors * values[..., None, :], _transpose(vectors))
+
+
+def _transpose(matrix: Array) -> Array:
+    return jnp.swapaxes(matrix, -1, -2)
