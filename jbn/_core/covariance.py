@@ -29,6 +29,7 @@ from jbn._devices import placement
 from jbn._devices.named_axes import vary_as
 from jbn._devices.sharded_arrays import join_instances, measure_everywhere
 from jbn._sums.protocol import Sums
+from jbn._sums.xla import of_moderate_size, only_active
 from jbn._xla.hints import recomputed
 
 
@@ -50,8 +51,8 @@ def _covariance_jvp(spec: Spec, primals, tangents):
     x, weights = primals
     m = covariance(spec, x, weights)
     dx = placement.alongside(tangents[0], x).astype(m.shift.dtype)
-    dmean_and_dproduct = recomputed(functools.partial(_average, spec))
-    along = dmean_and_dproduct(x, weights, m.shift, m.count, dx)
+    # Rematerialised, so that only x is saved for backward, in its own dtype.
+    along = recomputed(functools.partial(_along, spec))(x, weights, m.shift, m.count, dx)
     dmean = along[..., -1:]
     half = along[..., :-1] - dmean * jnp.swapaxes(m.mean, -1, -2)
     dcov = half + jnp.swapaxes(half, -1, -2)
@@ -77,33 +78,26 @@ def usable(z: Array, weights: Array) -> Array:
 def _of_part(sums: Sums, axes: Axes, x: Array, weights: Array | None) -> ShiftedMoments:
     """Computes the moments on one device, in two passes: a covariance of centred values."""
     m = moments_by_shift(sums, axes, x, weights)
-    z = x.astype(m.shift.dtype) - m.shift - m.mean
-    cov = _products(axes, _weighted(z, weights), z if weights is None else _clean(z, weights))
-    return m._replace(var=cov / _some(m.count))
+    z = only_active(x.astype(m.shift.dtype) - m.shift - m.mean, weights)
+    return m._replace(var=_average(Spec(axes), z, z, weights, m.count))
 
 
-def _average(
+def _along(
     spec: Spec, x: Array, weights: Array | None, shift: Array, count: Array, dx: Array
 ) -> Array:
     """Computes E[dx (z, 1)^T], (1, ..., G, s, s + 1), over batch and scope; linear in dx."""
-    z = _weighted(with_one(x, weights, vary_as(x, shift)), weights)
-    dx = dx if weights is None else _clean(dx, weights)
-    return spec.over.sum(_products(spec.axes, dx, z)) / _some(count)
+    z = with_one(x, weights, vary_as(x, shift))
+    return _average(spec, only_active(dx, weights), only_active(z, weights), weights, count)
 
 
-def _weighted(z: Array, weights: Array | None) -> Array:
-    if weights is None:
-        return z
-    z = _clean(z, weights)
-    return z if weights.dtype == jnp.bool_ else z * weights.astype(z.dtype)
-
-
-def _clean(z: Array, weights: Array) -> Array:
-    return jnp.where(active(weights), z, jnp.zeros_like(z))
-
-
-def _some(count: Array) -> Array:
-    return jnp.where(count > 0, count, jnp.ones_like(count))
+def _average(spec: Spec, a: Array, b: Array, weights: Array | None, count: Array) -> Array:
+    """Computes E[a b^T] over batch and scope. Both are 0 where masked."""
+    count = lax.stop_gradient(count)
+    count = jnp.where(count > 0, count, jnp.ones_like(count))
+    if weights is not None and weights.dtype != jnp.bool_:
+        weights, count = of_moderate_size(weights, count)
+        b = b * weights.astype(b.dtype)
+    return spec.over.sum(_products(spec.axes, a, b)) / count
 
 
 def _products(axes: Axes, a: Array, b: Array) -> Array:

@@ -324,7 +324,8 @@ def _keep_sound(
     stored = RunningStats(*(jnp.asarray(n).astype(o.dtype) for n, o in zip(new, old, strict=True)))
     sound = lax.ge(stored.var, np.asarray(0, stored.var.dtype))
     if has_covariance(old):  # only the diagonal holds variances
-        sound |= ~jnp.eye(stored.var.shape[-1], dtype=bool)
+        off = ~jnp.eye(stored.var.shape[-1], dtype=bool)
+        sound |= jnp.broadcast_to(off, stored.var.shape)
     for values in (*seen, *stored):
         is_finite = lax.is_finite if jnp.issubdtype(values.dtype, jnp.floating) else jnp.isfinite
         finite = is_finite(values)
