@@ -263,16 +263,7 @@ def whiten(
     layout = _Layout(axes, *_divide(axes, group_size))
     old = _statistics(stats, layout, training=True)
     taking_part = check.participation(axes, mask, weights, accumulator(x.dtype))
-    spec, inputs = _plan(
-        layout,
-        x,
-        params,
-        method=method,
-        epsilon=epsilon,
-        activation=activation,
-        residual=residual,
-        dtype=dtype,
-    )
+    spec, inputs = _plan(layout, x, params, method, epsilon, activation, residual, dtype)
     if taking_part is not None:
         _same_for_all_features(taking_part, axes)
         taking_part = lax.stop_gradient(layout.split(placement.alongside(taking_part, x)))
@@ -328,16 +319,7 @@ def whiten_inference(
     cov = getattr(stats, "cov", None)
     size = cov.shape[-1] if getattr(cov, "ndim", 0) == 3 else None
     layout = _Layout(axes, *_divide(axes, size, "stats.cov has groups of"))
-    spec, inputs = _plan(
-        layout,
-        x,
-        params,
-        method=method,
-        epsilon=epsilon,
-        activation=activation,
-        residual=residual,
-        dtype=dtype,
-    )
+    spec, inputs = _plan(layout, x, params, method, epsilon, activation, residual, dtype)
     return _infer(spec, inputs, _statistics(stats, layout, training=False))
 
 
@@ -509,7 +491,6 @@ def _plan(
     layout: _Layout,
     x: Array,
     params: Any,
-    *,
     method: Method,
     epsilon: float,
     activation: Activation | None,

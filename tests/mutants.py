@@ -46,6 +46,7 @@ DEVICES, SUMS = "_devices/sharded_arrays.py", "_sums/xla.py"
 DEFERRED, POPULATION = "_core/deferral.py", "population.py"
 STEP, UPDATE, MICROBATCHES = (f"training/{name}.py" for name in ("step", "update", "microbatches"))
 LOSS_SCALE, ACCUMULATION = "training/loss_scale.py", "training/accumulation.py"
+COVARIANCE, ROOTS = "_core/covariance.py", "_core/inverse_root.py"
 ACTIVE = "active(weights)"
 
 MUTANTS = [
@@ -692,8 +693,8 @@ MUTANTS = [
     Mutant(
         "the Flax layers store the variance of a single value, as Flax does",
         "_flax.py",
-        "from jbn._core.running import RunningStats, UpdateRule, ema_of_flax\n",
-        "from jbn._core.running import RunningStats, UpdateRule, ema as ema_of_flax\n",
+        "from jbn._core.running import RunningStats, UpdateRule, ema, ema_of_flax\n",
+        "from jbn._core.running import RunningStats, UpdateRule, ema, ema as ema_of_flax\n",
         "test_flax_layers.py::test_a_single_value_enters_as_in_flax",
     ),
     Mutant(
@@ -925,8 +926,8 @@ MUTANTS = [
     Mutant(
         "counts that differ between devices are sent",
         POOL,
-        "*((m.count + jnp.zeros_like(m.var),) if counts_differ else ()))",
-        "*((m.count + jnp.zeros_like(m.var),) if False else ()))",
+        "*((m.count + jnp.zeros_like(like),) if counts_differ else ()))",
+        "*((m.count + jnp.zeros_like(like),) if False else ()))",
         "devices/test_named_axes.py",
     ),
     Mutant(
@@ -1541,6 +1542,84 @@ MUTANTS = [
         "    return multihost_utils.process_allgather(tree, tiled=True)",
         "    return jax.device_get(tree)",
         "test_population.py::test_two_processes",
+    ),
+    # Whitening.
+    Mutant(
+        "whitening divides by sums of roots of eigenvalues, not by their differences",
+        ROOTS,
+        "total = own + other",
+        "total = own - other",
+        "test_whitening.py::test_derivatives_of_orders_one_to_three_against_float64",
+    ),
+    Mutant(
+        "higher derivatives of whitening differentiate its equation, not its eigenbasis",
+        ROOTS,
+        "return lax.custom_linear_solve(equation, right, solve, symmetric=True)",
+        "return solve(None, right)",
+        "test_whitening.py::test_derivatives_of_orders_one_to_three_against_float64",
+    ),
+    Mutant(
+        "the derivative of a covariance includes that of its mean",
+        COVARIANCE,
+        "along[..., :-1] - dmean * jnp.swapaxes(m.mean, -1, -2)",
+        "along[..., :-1]",
+        "test_whitening.py::test_derivatives_of_orders_one_to_three_against_float64",
+    ),
+    Mutant(
+        "ZCA whitens with the symmetric root, which changes x least",
+        ROOTS,
+        "jnp.where(finite, _compose(vectors, rates), jnp.nan)",
+        "jnp.where(finite, _transpose(vectors * rates[..., None, :]), jnp.nan)",
+        "test_whitening.py::test_zca_changes_x_least_of_all_whitenings",
+    ),
+    Mutant(
+        "with epsilon = 0 whitening drops directions without variance",
+        ROOTS,
+        "if epsilon == 0 else 0.0",
+        "if False else 0.0",
+        "test_whitening.py::test_y_and_gradient_are_finite_without_variance",
+    ),
+    Mutant(
+        "Newton-Schulz scales by the trace of the covariance",
+        ROOTS,
+        "p * lax.rsqrt(trace)",
+        "p",
+        "test_whitening.py::test_newton_schulz_is_the_printed_algorithm",
+    ),
+    Mutant(
+        "whitening takes no masked value into the covariance",
+        COVARIANCE,
+        "only_active(x.astype(m.shift.dtype) - m.shift - m.mean, weights)",
+        "x.astype(m.shift.dtype) - m.shift - m.mean",
+        "test_whitening.py::test_masked_values_take_no_part",
+    ),
+    Mutant(
+        "a pooled covariance includes the products of the differences between means",
+        POOL,
+        "else _product(between)",
+        "else 0 * _product(between)",
+        "devices/test_whitening_over_devices.py::test_every_execution_gives_the_oracles_results",
+    ),
+    Mutant(
+        "no device takes the covariance of a part of a group",
+        DEVICES,
+        "free = range(ndim - together)",
+        "free = range(ndim)",
+        "devices/test_whitening_over_devices.py::test_features_over_devices",
+    ),
+    Mutant(
+        "running covariances may be negative off their diagonal",
+        RUNNING,
+        "sound |= jnp.broadcast_to(off, stored.var.shape)",
+        "pass",
+        "test_whitening.py::test_updates_follow_the_rules_of_the_core",
+    ),
+    Mutant(
+        "the features of a group enter the running statistics together",
+        RUNNING,
+        "sound = jnp.all(sound, (-2, -1), keepdims=True)",
+        "sound = jnp.any(sound, (-2, -1), keepdims=True)",
+        "test_whitening.py::test_a_group_that_is_not_finite_keeps_its_statistics",
     ),
 ]
 

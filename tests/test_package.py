@@ -15,6 +15,7 @@ import jbn.native
 import jbn.nnx
 import jbn.population
 import jbn.training
+import jbn.whitening
 
 ROOT = pathlib.Path(__file__).parent.parent
 JBN = ROOT / "jbn"
@@ -129,6 +130,7 @@ def test_types_are_shipped():
     + [f"jbn.training.{name}" for name in jbn.training.__all__]
     + [f"jbn.population.{name}" for name in jbn.population.__all__]
     + [f"jbn.native.{name}" for name in jbn.native.__all__]
+    + [f"jbn.whitening.{name}" for name in jbn.whitening.__all__]
     + [f"jbn.linen.{name}" for name in jbn.linen.__all__]
     + [f"jbn.nnx.{name}" for name in jbn.nnx.__all__],
 )

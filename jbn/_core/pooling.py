@@ -28,7 +28,7 @@ import numpy as np
 from jax import Array, lax
 
 from jbn._core.axes import Axes
-from jbn._core.types import Moments, ShiftedMoments, has_covariance, square
+from jbn._core.types import Moments, ShiftedMoments, square
 from jbn._devices.named_axes import Scope, vary
 from jbn._devices.placement import collect, side_by_side, together
 
@@ -165,9 +165,10 @@ def _send(
 ) -> ShiftedMoments:
     """Sends the moments of all parts, [n, ...], by one collective; equal counts are not sent."""
     # Adding zeros gives the count the shape and sharding of the variance.
-    like = m.mean if has_covariance(m) else m.var
+    covariances = m.var.shape != m.mean.shape
+    like = m.mean if covariances else m.var
     sent = (m.shift, m.mean, m.var, *((m.count + jnp.zeros_like(like),) if counts_differ else ()))
-    if has_covariance(m):
+    if covariances:
         shift, mean, var, *counts = side_by_side(collective, *sent)
     else:
         shift, mean, var, *counts = together(collective, at, *sent)
@@ -197,7 +198,8 @@ def _pool(m: ShiftedMoments) -> ShiftedMoments:
     offset = (m.shift - shift) + m.mean
     offset = jnp.where(m.count > 0, offset, jnp.zeros_like(offset))
     mean = total(share * offset)
-    between = _product(offset - mean) if has_covariance(m) else square(offset - mean)
+    between = offset - mean
+    between = square(between) if m.var.shape == m.mean.shape else _product(between)
     between = jnp.where(jnp.isnan(between), jnp.zeros_like(between), between)  # of inf - inf
     var = total(share * (m.var + between))
     return ShiftedMoments(shift[0], count[0], mean[0], var[0])

@@ -29,7 +29,7 @@ from jax.typing import DTypeLike
 
 from jbn._core import check
 from jbn._core.shift import accumulator
-from jbn._core.types import Moments, has_covariance
+from jbn._core.types import Moments
 from jbn._devices.placement import is_explicitly_sharded
 
 
@@ -322,19 +322,22 @@ def _keep_sound(
     finite, so its moments are checked; the rules of jbn never do.
     """
     stored = RunningStats(*(jnp.asarray(n).astype(o.dtype) for n, o in zip(new, old, strict=True)))
+    covariances = old.var.shape != old.mean.shape
     sound = lax.ge(stored.var, np.asarray(0, stored.var.dtype))
-    if has_covariance(old):  # only the diagonal holds variances
+    if covariances:  # only the diagonal holds variances
         off = ~jnp.eye(stored.var.shape[-1], dtype=bool)
         sound |= jnp.broadcast_to(off, stored.var.shape)
     for values in (*seen, *stored):
         is_finite = lax.is_finite if jnp.issubdtype(values.dtype, jnp.floating) else jnp.isfinite
-        finite = is_finite(values)
-        sound = sound & finite if has_covariance(old) else lax.bitwise_and(sound, finite)
+        if covariances:
+            values = jnp.broadcast_to(values, sound.shape)
+        sound = lax.bitwise_and(sound, is_finite(values))
     sound = lax.bitwise_and(sound, moments.count > 0)
-    constant = moments.var == 0
-    if has_covariance(old):
-        sound, constant = (jnp.all(v, (-2, -1), keepdims=True) for v in (sound, constant))
-    spread = sound if single_values else sound & ~(constant & (moments.count < _FEW))
+    if covariances:
+        sound = jnp.all(sound, (-2, -1), keepdims=True)
+    spread = sound if single_values else sound & ~((moments.var == 0) & (moments.count < _FEW))
+    if covariances:
+        spread = jnp.any(spread, (-2, -1), keepdims=True)
 
     def choose(where: Array, new: Array, old: Array) -> Array:
         where, new = (jnp.broadcast_to(v, old.shape) for v in (where, new))

@@ -1,6 +1,6 @@
 """Containers for the moments of x and of x - shift, and the products that they average."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -31,21 +31,13 @@ class ShiftedMoments(NamedTuple):
       count: as in `Moments`.
       mean: E[x - shift], small beside the standard deviation.
       var: the variance, the same for x and x - shift. Where features are whitened together it is
-        their covariance, (..., s, s), beside a mean of (..., s, 1).
+        their covariance, (..., s, s), beside a mean of (..., s, 1); for s = 1 both are the same.
     """
 
     shift: Array
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (of tuple.count)
     mean: Array
     var: Array
-
-
-def has_covariance(m: Any) -> bool:
-    """Returns whether the `var` of these moments or statistics is a covariance, (..., s, s).
-
-    For s = 1 it is a variance, and there is no difference.
-    """
-    return m.var.shape != m.mean.shape
 
 
 def square(x: Array) -> Array:

@@ -134,4 +134,5 @@ def of_moderate_size(weights: Array, count: Array) -> tuple[Array, Array]:
     numbers = jnp.finfo(count.dtype)
     inverse = lax.reduce_precision(1 / count, exponent_bits=numbers.nexp, mantissa_bits=0)
     inverse = jnp.maximum(inverse, numbers.tiny)
-    return weights * inverse, count * inverse
+    weights, count = weights * inverse, count * inverse
+    return weights, count

@@ -127,6 +127,24 @@ def test_one_collective_each_way(axis_type, shape, spec, back):
     assert found[1].sent == 4 * 6 * (3 + 1) // parts  # the gradient of a matrix and of its offset
 
 
+@pytest.mark.parametrize("group_size", [None, 4])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_features_over_devices(axis_type, group_size):
+    where = executions.mesh((2, 4), ("a", "b"), axis_type)
+    x = data((16, 8))
+    expected = oracle.whiten(x.astype(np.float64), group_size=group_size)
+    with jax.set_mesh(where):
+        placed = jax.device_put(x, NamedSharding(where, P("a", "b")))
+        stats = init_stats(8, group_size=group_size)
+        y, stats = jax.jit(lambda x: whiten(x, NONE, stats, group_size=group_size, update=KEEP))(
+            placed
+        )
+        if axis_type == AxisType.Explicit:
+            assert jax.typeof(y).sharding.spec == P("a", "b")
+    assert_close(y, expected, "float32", 16)
+    assert_close(stats.cov, oracle.covariance(x, group_size).cov, "float32", 16)
+
+
 def test_statistics_of_instances_do_not_leave_shard_map_as_if_they_agreed():
     f = jax.shard_map(
         lambda x: whiten(x, NONE, init_stats(6))[1],
