@@ -24,11 +24,11 @@ from jax import Array, lax
 from jax.sharding import reshard
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn._core import check, running
+from jbn._core import check
 from jbn._core.affine import Activation, where_data
 from jbn._core.axes import Axes, integer, resolve
 from jbn._core.covariance import covariance, with_one
-from jbn._core.deferral import is_waiting
+from jbn._core.deferral import Deferred, Update, absorb, waits
 from jbn._core.export import serializable
 from jbn._core.inverse_root import multiply, newton_schulz_root, roots
 from jbn._core.normalize import Params
@@ -247,8 +247,8 @@ def whiten(
 
     Raises:
       NameError: no vmap, pmap or shard_map binds axis_name.
-      TypeError: x is not real floating point, stats are not WhiteningStats, are narrower than
-        float32 or deferred, method is no function, or an argument is of another kind.
+      TypeError: x is not real floating point, stats are not WhiteningStats or narrower than
+        float32, method is no function, or an argument is of another kind.
       ValueError: axis, group_size, params, stats, mask, weights or residual do not fit x's shape;
         the mask differs between features; epsilon < 0; or x has one value per feature.
 
@@ -269,8 +269,10 @@ def whiten(
         taking_part = lax.stop_gradient(layout.split(placement.alongside(taking_part, x)))
     moments_of = Spec(layout.split_axes, over)
     y, m = _train(spec, moments_of, inputs, taking_part)
-    check.as_replicated_as(old.mean, m.mean)
-    return y, layout.stats(running.absorb(update, old, m))
+    if not waits(stats):
+        check.as_replicated_as(old.mean, m.mean)
+    new = absorb(update, old, m, given=stats, over=over, features=axes.feature_shape)
+    return y, new if waits(stats) else layout.stats(new)
 
 
 def whiten_inference(
@@ -582,12 +584,10 @@ def _statistics(stats: Any, layout: _Layout, *, training: bool) -> RunningStats:
             f"stats must be WhiteningStats(mean, cov, count), such as "
             f"jbn.whitening.init_stats(C, group_size=...); got {type(stats).__name__}."
         )
-    if any(map(is_waiting, stats)):
-        raise TypeError(
-            "whitening cannot defer its statistics: a step that pools those of microbatches or "
-            "devices, or a pass over a data set, has none of covariances. Pass pool_stats=False to "
-            "jbn.training.make_train_step, so that each microbatch updates the statistics in turn."
-        )
+    for cell in stats:
+        if isinstance(cell, Update):  # of an earlier call in the same step
+            return cell.settled()
+    stats = WhiteningStats(*(v.value if isinstance(v, Deferred) else v for v in stats))
     groups, size = layout.groups, layout.size
     shapes = {
         "mean": layout.axes.feature_shape,

@@ -16,6 +16,7 @@ from flax import nnx
 import jbn
 import jbn.linen
 import jbn.nnx
+import jbn.population
 from jbn.training import init, make_train_step
 from jbn.whitening import (
     WhiteningStats,
@@ -654,7 +655,7 @@ def test_train_and_eval_switch_an_nnx_layer():
     np.testing.assert_array_equal(layer.count[...], 1)
 
 
-def test_a_network_trains_and_deferral_is_refused():
+def test_a_network_trains():
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x, train):
@@ -673,11 +674,63 @@ def test_a_network_trains_and_deferral_is_refused():
     variables = net.init(jax.random.key(0), x, True)
     optimizer = optax.sgd(0.05)
     state = init(variables["params"], variables["batch_stats"], optimizer)
-    step = jax.jit(make_train_step(loss_fn, optimizer, pool_stats=False))
+    step = jax.jit(make_train_step(loss_fn, optimizer))
     losses = []
     for _ in range(50):
         state, metrics = step(state, x)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.5 * losses[0]
-    deferred = make_train_step(loss_fn, optimizer, microbatches=2)
-    fails(TypeError, lambda: deferred(state, x), "pool_stats=False", "covariances")
+
+
+@LAYERS
+@pytest.mark.parametrize("rule", [jbn.ema(0.9), jbn.cumulative(unbiased=True)], ids=str)
+def test_microbatches_pool(skin, rule):
+    x = data((12, 4), offset=3.0)
+    optimizer = optax.sgd(0.1)
+    if skin is linen_layer:
+        layer = jbn.linen.Whitening(group_size=2, update=rule)
+        variables = layer.init(jax.random.key(0), x, use_running_average=False)
+
+        def loss_fn(params, stats, x):
+            variables = {"params": params, "batch_stats": stats}
+            y, new = layer.apply(variables, x, False, mutable=["batch_stats"])
+            return jnp.sin(y).mean(), new["batch_stats"], {}
+
+        state = init(variables["params"], variables["batch_stats"], optimizer)
+    else:
+        layer = jbn.nnx.Whitening(4, group_size=2, update=rule, rngs=nnx.Rngs(0))
+        graph, params, stats = nnx.split(layer, nnx.Param, nnx.BatchStat)
+
+        def loss_fn(params, stats, x):
+            layer = nnx.merge(graph, params, stats)
+            y = layer(x)
+            return jnp.sin(y).mean(), nnx.state(layer, nnx.BatchStat), {}
+
+        state = init(params, stats, optimizer)
+    new, _ = jax.jit(make_train_step(loss_fn, optimizer, microbatches=3))(state, x)
+    found = new.stats if skin is linen_layer else nnx.to_pure_dict(new.stats)
+    _, expected = whiten(x, NONE, init_stats(4, group_size=2), group_size=2, update=rule)
+    assert_close(found["mean"], np.asarray(expected.mean, np.float64), "float32", 12)
+    assert_close(found["cov"], np.asarray(expected.cov, np.float64), "float32", 12)
+    np.testing.assert_array_equal(found["count"], [1, 1])
+
+
+def test_two_calls_in_a_deferred_step_and_a_pass_over_a_data_set():
+    x, rule = data((12, 4)), jbn.ema(0.9)
+
+    def loss_fn(params, stats, x):
+        y, stats = whiten(x, params, stats, group_size=2, update=rule)
+        y, stats = whiten(2 * y, params, stats, group_size=2, update=rule)
+        return jnp.sin(y).mean(), stats, {}
+
+    optimizer, old = optax.sgd(0.1), init_stats(4, group_size=2)
+    state = init(jbn.init_params(4), old, optimizer)
+    new, _ = make_train_step(loss_fn, optimizer, pool_stats=True)(state, x)
+    expected = loss_fn(jbn.init_params(4), old, x)[1]
+    chex.assert_trees_all_close(new.stats, expected, rtol=1e-6, atol=1e-6)
+
+    def apply_fn(params, stats, x):
+        return whiten(x, params, stats, group_size=2)[1]
+
+    estimate = jbn.population.estimate
+    fails(TypeError, lambda: estimate(apply_fn, jbn.init_params(4), old, [x]), "cov", "cumulative")

@@ -128,7 +128,10 @@ def _checked(m: Moments, name: str) -> Moments:
             and all(n in (1, k) for n, k in zip(count.shape, mean.shape, strict=True))
         )
     )
-    if var.shape != mean.shape or not fits:
+    covariances = (
+        mean.ndim > 1 and mean.shape[-1] == 1 and var.shape == (*mean.shape[:-1], mean.shape[-2])
+    )  # of features that are whitened together
+    if not (var.shape == mean.shape or covariances) or not fits:
         raise ValueError(
             f"{name} has a mean of shape {mean.shape}, a variance of shape {var.shape} and a count "
             f"of shape {count.shape}: the first two must be the same, and the count that or one "
@@ -198,15 +201,16 @@ def _pool(m: ShiftedMoments) -> ShiftedMoments:
     offset = (m.shift - shift) + m.mean
     offset = jnp.where(m.count > 0, offset, jnp.zeros_like(offset))
     mean = total(share * offset)
-    between = offset - mean
-    between = square(between) if m.var.shape == m.mean.shape else _product(between)
+    between = _between(m, offset - mean)
     between = jnp.where(jnp.isnan(between), jnp.zeros_like(between), between)  # of inf - inf
     var = total(share * (m.var + between))
     return ShiftedMoments(shift[0], count[0], mean[0], var[0])
 
 
-def _product(offset: Array) -> Array:
-    """Computes offset offset^T, (..., s, s), of real column vectors, (..., s, 1)."""
+def _between(m: ShiftedMoments | Moments, offset: Array) -> Array:
+    """Computes the part of `var` between means: |offset|^2, or for covariances offset offset^T."""
+    if m.var.shape == m.mean.shape:
+        return square(offset)
     return lax.mul(*jnp.broadcast_arrays(offset, jnp.swapaxes(offset, -1, -2)))
 
 
@@ -220,7 +224,7 @@ def pool_by_sums(moments: list[Moments], names: tuple[Any, ...]) -> list[Moments
     counts = [jnp.where(n > 0, n, jnp.ones_like(n)) for n, _ in totals]
     means = [s / n.astype(s.dtype) for (_, s), n in zip(totals, counts, strict=True)]
     parts = [
-        m.count / n * (m.var + square(m.mean - mean))
+        m.count / n * (m.var + _between(m, m.mean - mean))
         for m, n, mean in zip(moments, counts, means, strict=True)
     ]
     variances = lax.psum(vary(parts, names), names)

@@ -332,7 +332,10 @@ def _keep_sound(
         if covariances:
             values = jnp.broadcast_to(values, sound.shape)
         sound = lax.bitwise_and(sound, is_finite(values))
-    sound = lax.bitwise_and(sound, moments.count > 0)
+    some = moments.count > 0
+    if covariances:
+        some = jnp.broadcast_to(some, sound.shape)
+    sound = lax.bitwise_and(sound, some)
     if covariances:
         sound = jnp.all(sound, (-2, -1), keepdims=True)
     spread = sound if single_values else sound & ~((moments.var == 0) & (moments.count < _FEW))

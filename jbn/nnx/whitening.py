@@ -136,5 +136,8 @@ class Whitening(nnx.Module):
         )
         if not inference:
             for variable, value in zip(variables, stats, strict=True):
-                variable[...] = value
+                if isinstance(value, Array):
+                    variable[...] = value
+                else:  # a deferred update
+                    variable.set_value(value)
         return y

@@ -6,12 +6,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jbn
 from experiments.common import hlo
+from jbn.training import init, make_train_step
 from jbn.whitening import WhiteningStats, init_stats, whiten
 from tests import executions, oracle
 from tests.test_whitening import KEEP, NONE, assert_close, data
@@ -143,6 +145,27 @@ def test_features_over_devices(axis_type, group_size):
             assert jax.typeof(y).sharding.spec == P("a", "b")
     assert_close(y, expected, "float32", 16)
     assert_close(stats.cov, oracle.covariance(x, group_size).cov, "float32", 16)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("sharing", ["instance", "all"])
+def test_a_step_pools_the_statistics_of_devices(sharing, microbatches):
+    x, axis_name = _rows()["x"][:, 0], "batch" if sharing == "all" else None
+
+    def loss_fn(params, stats, x):
+        y, stats = whiten(x, params, stats, group_size=3, update=KEEP, axis_name=axis_name)
+        return jnp.sin(y).mean(), stats, {}
+
+    optimizer, stats = optax.sgd(0.1), init_stats(6, group_size=3)
+    state = init(jbn.init_params(6), stats, optimizer)
+    step = make_train_step(loss_fn, optimizer, axis_name="batch", microbatches=microbatches)
+    where = executions.mesh()
+    run = jax.shard_map(step, mesh=where, in_specs=(P(), P("batch")), out_specs=P())
+    new, _ = jax.jit(run)(state, x)
+    own = oracle.covariance(x.astype(np.float64), 3)
+    assert_close(new.stats.cov, own.cov, "float32", 16)
+    assert_close(new.stats.mean, own.mean, "float32", 16, condition=1.0)
+    np.testing.assert_array_equal(new.stats.count, [1, 1])
 
 
 def test_statistics_of_instances_do_not_leave_shard_map_as_if_they_agreed():
