@@ -149,10 +149,12 @@ def call_whitening(
     )
 
 
-def identity_init(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
+def identity_init(
+    key: Array, shape: Sequence[Any], dtype: Any = None, out_sharding: Any = None
+) -> Array:
     """Initialises a coloring matrix, [C, C], with the identity."""
-    del key
-    return jnp.eye(*shape, dtype=dtype)
+    del key, out_sharding
+    return jnp.eye(*shape, dtype=jnp.float32 if dtype is None else dtype)
 
 
 def _able_to_hold(x: Array, stats: RunningStats) -> RunningStats:

@@ -318,8 +318,8 @@ def whiten_inference(
     """
     x = _real(check.floating(x))
     axes = resolve(x.shape, axis)
-    cov = getattr(stats, "cov", None)
-    size = cov.shape[-1] if getattr(cov, "ndim", 0) == 3 else None
+    shape = getattr(getattr(stats, "cov", None), "shape", ())
+    size = shape[-1] if len(shape) == 3 else None
     layout = _Layout(axes, *_divide(axes, size, "stats.cov has groups of"))
     spec, inputs = _plan(layout, x, params, method, epsilon, activation, residual, dtype)
     return _infer(spec, inputs, _statistics(stats, layout, training=False))
@@ -540,7 +540,7 @@ def _divide(features: int | Axes, size: int | None, what: str = "group_size=") -
     return features // number, number
 
 
-def _method(method: Any) -> Method:
+def _method(method: Any) -> Any:
     if method is zca or method is newton_schulz:
         raise TypeError(
             f"method is what {method.__name__} returns: write jbn.whitening.{method.__name__}()."

@@ -62,10 +62,11 @@ def _errors(factor: float, batch: int, steps: int, seed: jax.Array) -> tuple[jax
     start = jbn.whitening.init_stats(FEATURES), jnp.zeros((FEATURES, FEATURES)), jnp.zeros(())
     (stats, matrix, weight), _ = jax.lax.scan(body, start, jnp.arange(steps))
     true = scale(jnp.asarray(steps)) ** 2 * mix.T @ mix
-    return tuple(
+    first, second = (
         jnp.sqrt(jnp.mean((jnp.linalg.eigvalsh(w @ true @ w.T) - 1) ** 2))
         for w in (whitening(stats.cov[0], EPSILON), matrix / weight)
     )
+    return first, second
 
 
 def table(rows: list[Row]) -> str:

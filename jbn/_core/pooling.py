@@ -201,16 +201,14 @@ def _pool(m: ShiftedMoments) -> ShiftedMoments:
     offset = (m.shift - shift) + m.mean
     offset = jnp.where(m.count > 0, offset, jnp.zeros_like(offset))
     mean = total(share * offset)
-    between = _between(m, offset - mean)
+    between = (square if m.var.shape == m.mean.shape else _product)(offset - mean)
     between = jnp.where(jnp.isnan(between), jnp.zeros_like(between), between)  # of inf - inf
     var = total(share * (m.var + between))
     return ShiftedMoments(shift[0], count[0], mean[0], var[0])
 
 
-def _between(m: ShiftedMoments | Moments, offset: Array) -> Array:
-    """Computes the part of `var` between means: |offset|^2, or for covariances offset offset^T."""
-    if m.var.shape == m.mean.shape:
-        return square(offset)
+def _product(offset: Array) -> Array:
+    """Computes offset offset^T, (..., s, s), of real column vectors, (..., s, 1)."""
     return lax.mul(*jnp.broadcast_arrays(offset, jnp.swapaxes(offset, -1, -2)))
 
 
@@ -224,7 +222,7 @@ def pool_by_sums(moments: list[Moments], names: tuple[Any, ...]) -> list[Moments
     counts = [jnp.where(n > 0, n, jnp.ones_like(n)) for n, _ in totals]
     means = [s / n.astype(s.dtype) for (_, s), n in zip(totals, counts, strict=True)]
     parts = [
-        m.count / n * (m.var + _between(m, m.mean - mean))
+        m.count / n * (m.var + (square if m.var.shape == mean.shape else _product)(m.mean - mean))
         for m, n, mean in zip(moments, counts, means, strict=True)
     ]
     variances = lax.psum(vary(parts, names), names)
