@@ -106,8 +106,9 @@ def zca() -> Method:
     Of all matrices that whiten, this one changes x least: E[|W (x - mean) - (x - mean)|^2] is
     smallest. Its derivative divides by sums of roots of eigenvalues, never by differences. So it is
     finite and right where eigenvalues coincide, for constant channels and for fewer examples than
-    channels, as long as epsilon > 0. With epsilon = 0, directions without variance, up to rounding,
-    are dropped: xhat is 0 along them, and no gradient goes through them.
+    channels, as long as epsilon > 0. An eigenvalue below 1e-7 of the largest (2e-16 in float64) is
+    a rounding error, and counts as that much. With epsilon = 0, directions without variance, up to
+    rounding, are dropped: xhat is 0 along them, and no gradient goes through them.
 
     >>> import jax.numpy as jnp, jbn.whitening
     >>> jbn.whitening.zca()(jnp.diag(jnp.array([4.0, 0.0])), 0.0)

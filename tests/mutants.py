@@ -1555,7 +1555,7 @@ MUTANTS = [
         "higher derivatives of whitening differentiate its equation, not its eigenbasis",
         ROOTS,
         "return lax.custom_linear_solve(equation, right, solve, symmetric=True)",
-        "return solve(None, right)",
+        "return solve(equation, right)",
         "test_whitening.py::test_derivatives_of_orders_one_to_three_against_float64",
     ),
     Mutant(
@@ -1575,9 +1575,23 @@ MUTANTS = [
     Mutant(
         "with epsilon = 0 whitening drops directions without variance",
         ROOTS,
-        "if epsilon == 0 else 0.0",
-        "if False else 0.0",
+        "values <= size * unit if epsilon == 0 else",
+        "values <= unit - unit if epsilon == 0 else",
         "test_whitening.py::test_y_and_gradient_are_finite_without_variance",
+    ),
+    Mutant(
+        "the derivative of whitening multiplies W only in the eigenbasis",
+        ROOTS,
+        "_solve(of_inverse, r.vectors, -own * other * shares, dcov)",
+        "-multiply(multiply(r.inverse, droot), r.inverse)",
+        "test_whitening.py::test_float32_keeps_its_digits_with_fewer_examples_than_features",
+    ),
+    Mutant(
+        "eigenvalues that are rounding errors have a bound",
+        ROOTS,
+        "jnp.maximum(values, unit)",
+        "jnp.maximum(values, 0)",
+        "test_whitening.py::test_float32_keeps_its_digits_with_fewer_examples_than_features",
     ),
     Mutant(
         "Newton-Schulz scales by the trace of the covariance",

@@ -17,6 +17,7 @@ the rest.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -46,16 +47,17 @@ class Roots(NamedTuple):
 def roots(cov: Array, epsilon: float) -> Roots:
     """Computes the roots of cov + epsilon I, [..., s, s], differentiable to any order.
 
-    Rounding may make eigenvalues of a covariance negative; these count as 0. With epsilon = 0 a
-    direction whose eigenvalue is 0 up to rounding is dropped: its rate is 0, and no derivative goes
-    through it. The result is NaN where cov is not finite.
+    An eigenvalue below eps (of the dtype) times the largest is a rounding error, perhaps negative,
+    and counts as this bound. With epsilon = 0 a direction whose eigenvalue is 0 up to rounding is
+    dropped: its rate is 0, and no derivative goes through it. The result is NaN where cov is not
+    finite.
     """
     size, info = cov.shape[-1], jnp.finfo(cov.dtype)
     finite = jnp.all(jnp.isfinite(cov), (-2, -1), keepdims=True)
     values, vectors = jnp.linalg.eigh(jnp.where(finite, cov, _eye(cov)))
-    values = jnp.maximum(values, 0) + jnp.asarray(epsilon, cov.dtype)
-    least = values[..., -1:] * (size * float(info.eps)) if epsilon == 0 else 0.0
-    dropped = values <= least
+    unit = jnp.maximum(values[..., -1:], 0) * float(info.eps)
+    dropped = values <= size * unit if epsilon == 0 else jnp.zeros_like(values, bool)
+    values = jnp.maximum(values, unit) + jnp.asarray(epsilon, cov.dtype)
     rates = jnp.where(dropped, 0.0, lax.rsqrt(jnp.where(dropped, jnp.ones_like(values), values)))
     root = jnp.where(dropped, jnp.zeros_like(values), jnp.sqrt(values))
     return Roots(
@@ -70,29 +72,37 @@ def roots(cov: Array, epsilon: float) -> Roots:
 def _roots_jvp(epsilon: float, primals, tangents):
     ((cov,), (dcov,)) = primals, tangents
     r = roots(cov, epsilon)
-    droot = _lyapunov(r, (dcov + _transpose(dcov)) / 2)
-    dinverse = -multiply(multiply(r.inverse, droot), r.inverse)
-    constants = jnp.zeros_like(r.vectors), jnp.zeros_like(r.rates)
-    return r, Roots(droot, dinverse, *constants)
+    dcov = (dcov + _transpose(dcov)) / 2
+    own, other = r.rates[..., :, None], r.rates[..., None, :]
+    total = own + other
+    # 1 / (s_i + s_j) in terms of the rates 1 / s; 0 in dropped directions.
+    shares = own * other / jnp.where(total > 0, total, jnp.ones_like(total))
+    s = r.root
+
+    def of_root(x: Array) -> Array:
+        return multiply(s, x) + multiply(x, s)
+
+    def of_inverse(x: Array) -> Array:  # -dS = S dW S in the equation of dS
+        return -multiply(s, multiply(of_root(x), s))
+
+    droot = _solve(of_root, r.vectors, shares, dcov)
+    # Multiplying W dS W out would lose digits: W may be 1 / sqrt(epsilon) times as large as dS.
+    dinverse = _solve(of_inverse, r.vectors, -own * other * shares, dcov)
+    return r, Roots(droot, dinverse, jnp.zeros_like(r.vectors), jnp.zeros_like(r.rates))
 
 
-def _lyapunov(r: Roots, right: Array) -> Array:
-    """Solves S X + X S = right for X, S = r.root; in a dropped direction X is 0.
+def _solve(
+    equation: Callable[[Array], Array], vectors: Array, factors: Array, right: Array
+) -> Array:
+    """Solves equation(X) = right, whose solution in the eigenbasis is factors * right.
 
     `custom_linear_solve` differentiates by the equation, which only needs this solution again, and
-    knows that the map is its own transpose. The eigenbasis is a constant for it.
+    knows that the map is its own transpose. Basis and factors are constants for it.
     """
 
-    def equation(x: Array) -> Array:
-        return multiply(r.root, x) + multiply(x, r.root)
-
     def solve(_, right: Array) -> Array:
-        own, other = r.rates[..., :, None], r.rates[..., None, :]
-        total = own + other
-        # 1 / (s_i + s_j) in terms of the rates 1 / s.
-        factor = own * other / jnp.where(total > 0, total, jnp.ones_like(total))
-        inside = multiply(multiply(_transpose(r.vectors), right), r.vectors)
-        return multiply(multiply(r.vectors, factor * inside), _transpose(r.vectors))
+        inside = multiply(multiply(_transpose(vectors), right), vectors)
+        return multiply(multiply(vectors, factors * inside), _transpose(vectors))
 
     return lax.custom_linear_solve(equation, right, solve, symmetric=True)
 
