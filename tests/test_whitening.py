@@ -225,8 +225,14 @@ DERIVATIVES = {
 METHODS = {"zca": (zca(), oracle.zca), "newton_schulz": (newton_schulz(5), None)}
 
 
+# A third derivative takes seconds to compile.
+RARE = ("groups", "a constant feature", "all constant", "weights")
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("case", DERIVATIVES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c in RARE else ()) for c in DERIVATIVES]
+)
 def test_derivatives_of_orders_one_to_three_against_float64(case, method, x64):
     x, options, epsilon = DERIVATIVES[case]
     ours, plain = METHODS[method]
