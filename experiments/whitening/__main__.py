@@ -11,7 +11,7 @@ serves inference better than the mean matrix, most of all for small batches.
 
 Command::
 
-    python -m experiments.whitening                  # both, about two minutes on two CPU cores
+    python -m experiments.whitening                  # both, about a minute on two CPU cores
     python -m experiments.whitening --part cost
     python -m experiments.whitening --smoke          # seconds: does it run?
 
