@@ -226,7 +226,7 @@ METHODS = {"zca": (zca(), oracle.zca), "newton_schulz": (newton_schulz(5), None)
 
 
 # A third derivative takes seconds to compile.
-RARE = ("groups", "a constant feature", "all constant", "weights")
+RARE = ("groups", "a constant feature", "all constant", "weights", "mask")
 
 
 @pytest.mark.parametrize("method", METHODS)

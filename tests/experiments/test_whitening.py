@@ -1,9 +1,12 @@
 """experiments.whitening runs, and its measurements say what the guide says."""
 
+import pytest
+
 from experiments.whitening import __main__ as whitening
 from experiments.whitening import cost, state
 
 
+@pytest.mark.slow
 def test_the_command_prints_both_tables(capsys):
     whitening.main(["--smoke"])
     text = capsys.readouterr().out
