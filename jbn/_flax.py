@@ -1,4 +1,4 @@
-"""The common part of the two Flax skins, which accept all that Flax accepts.
+"""The common part of the modules of linen and of nnx, which accept all that Flax accepts.
 
 The core refuses integer x, one value per feature, and a mask of lower rank than x. Flax computes a
 result for them, and so does a module that replaces Flax's.
@@ -24,6 +24,7 @@ from jbn._core.running import RunningStats, UpdateRule, ema, ema_of_flax
 from jbn._core.types import Moments
 from jbn._devices.named_axes import AxisName, Scope, scope
 from jbn._devices.placement import join
+from jbn.whitening import Method, WhiteningStats, whiten, whiten_inference
 
 
 class Layer(NamedTuple):
@@ -137,6 +138,67 @@ def run(
     rule = layer.update or ema(layer.momentum)
     support = {"mask": mask, "weights": weights, "residual": residual}
     return train(x, *others, update=rule, **support, **options)
+
+
+class WhiteningLayer(NamedTuple):
+    """The fields that the Whitening modules of linen and of nnx have in common, and document."""
+
+    axis: int | Sequence[int]
+    group_size: int | None
+    method: Method
+    momentum: float
+    epsilon: float
+    update: UpdateRule | None
+    axis_name: AxisName | None
+    axis_index_groups: Sequence[Sequence[int]] | None
+    activation: Activation | None
+
+    @classmethod
+    def of(cls, module: Any) -> "WhiteningLayer":
+        """Reads the fields from a module."""
+        return cls(*(getattr(module, field) for field in cls._fields))
+
+
+def call_whitening(
+    layer: WhiteningLayer,
+    given: Given,
+    params: Params,
+    stats: WhiteningStats,
+    *,
+    inference: bool,
+    dtype: DTypeLike,
+) -> tuple[Array, WhiteningStats]:
+    """Computes `whiten` or `whiten_inference`; inference does not change the statistics."""
+    options: dict[str, Any] = {
+        "axis": layer.axis,
+        "epsilon": layer.epsilon,
+        "method": layer.method,
+        "activation": layer.activation,
+        "residual": given.residual,
+        "dtype": dtype,
+    }
+    if inference:
+        return whiten_inference(given.x, params, stats, **options), stats
+    return whiten(
+        given.x,
+        params,
+        stats,
+        group_size=layer.group_size,
+        update=ema(layer.momentum) if layer.update is None else layer.update,
+        mask=given.mask,
+        weights=given.weights,
+        axis_name=layer.axis_name,
+        axis_index_groups=None if layer.axis_name is None else layer.axis_index_groups,
+        **options,
+    )
+
+
+def identity_init(
+    key: Array, shape: Sequence[Any], dtype: Any = None, out_sharding: Any = None
+) -> Array:
+    """Initialises a coloring matrix, [C, C], with the identity."""
+    del key, out_sharding
+    return jnp.eye(*shape, dtype=jnp.float32 if dtype is None else dtype)
 
 
 def _able_to_hold(x: Array, stats: RunningStats) -> RunningStats:

@@ -260,6 +260,8 @@ def _step(
         new = fitted("apply_fn", called(apply_fn, params, waiting, batch), waiting)
         found = dict(enumerate(cells(new, axis_name=way.axis_name, deferred=only)))
         updates = {at: _bare(cell) for at, cell in found.items() if isinstance(cell, Update)}
+        for update in updates.values():
+            _check_has_variance(update)
         if way.paper:
             updates = {at: _unbiased(update) for at, update in updates.items()}
         return updates, {at: v for at, v in found.items() if not is_waiting(v)}
@@ -368,6 +370,15 @@ def _check_batch(batch: T, way: _Way) -> T:
             "alone pass a mesh of jax.local_devices()."
         )
     return batch
+
+
+def _check_has_variance(update: Update) -> None:
+    if update.features is not None:
+        raise TypeError(
+            f"the statistics at {update.path or 'the root'} are a covariance, of a whitening "
+            f"layer: jbn.population takes means and variances. Train with "
+            f"update=jbn.cumulative() there, or run the training mode over the data set."
+        )
 
 
 def _check_first(found: _Pass) -> None:

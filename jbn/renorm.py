@@ -25,7 +25,7 @@ from jbn._core import batch_norm as core
 from jbn._core import check, running
 from jbn._core.affine import Activation, expanded, location, where_data
 from jbn._core.axes import integer
-from jbn._core.deferral import absorb, advanced, fixed, is_waiting, number, read, waits
+from jbn._core.deferral import advanced, is_waiting, number, read
 from jbn._core.export import serializable
 from jbn._core.moments import measure
 from jbn._core.normalize import Params, normalized
@@ -34,7 +34,6 @@ from jbn._core.running import RunningStats, UpdateRule, ema
 from jbn._core.shift import accumulator
 from jbn._core.types import Moments, ShiftedMoments
 from jbn._devices.named_axes import AxisName, scope
-from jbn._devices.placement import join
 from jbn._xla.checkpoint import named
 from jbn._xla.materialize import materialize
 
@@ -259,24 +258,17 @@ def batch_renorm(
     )
     stats = _checked(stats)
     clips = Clips(r_max, d_max, warmup_steps)
-    y, new = _step(
-        spec, inputs, stats.running, update, functools.partial(train, clips, stats.steps)
-    )
-    return join(y, x, spec.axes), RenormStats(*new, advanced(stats.steps))
-
-
-def _step(
-    spec: Spec, inputs: Inputs, given: RunningStats, update: UpdateRule, by: Callable[..., Any]
-) -> tuple[Array, RunningStats]:
-    """Computes y and the new statistics; `by` normalises unless the statistics are fixed."""
-    old = check.stats(read(given), spec.axes, training=True)
+    before = stats.running
+    old = check.stats(read(before), spec.axes, training=True)
     check.same_field(old, inputs.x, training=True)
-    if not (spec.over.names or fixed(given)):
-        check.several_values(spec.axes)
-    y, m = (core.train if fixed(given) else by)(spec, inputs, old)
-    if not waits(given):
-        check.as_replicated_as(old.mean, m.mean)
-    return y, absorb(update, old, m, given=given, over=spec.over)
+
+    def compute(given: RunningStats | None) -> tuple[Array, Moments]:
+        if given is not None:
+            return core.train(spec, inputs, given)
+        return train(clips, stats.steps, spec, inputs, old)
+
+    y, new = core.step(x, spec, old, before, update, compute)
+    return y, RenormStats(*new, advanced(stats.steps))
 
 
 def batch_renorm_inference(

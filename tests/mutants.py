@@ -48,6 +48,7 @@ RENORM = "renorm.py"
 STEP, UPDATE, MICROBATCHES = (f"training/{name}.py" for name in ("step", "update", "microbatches"))
 LOSS_SCALE, ACCUMULATION = "training/loss_scale.py", "training/accumulation.py"
 CONDITIONAL, SETS, BY_SET = "conditional.py", "sets.py", "_core/by_set.py"
+COVARIANCE, ROOTS = "_core/covariance.py", "_core/inverse_root.py"
 ACTIVE = "active(weights)"
 
 MUTANTS = [
@@ -596,8 +597,8 @@ MUTANTS = [
     Mutant(
         "an empty batch changes no statistics",
         RUNNING,
-        "sound = lax.bitwise_and(sound, moments.count > 0)",
-        "sound = lax.bitwise_and(sound, moments.count >= 0)",
+        "some = moments.count > 0",
+        "some = moments.count >= 0",
         "core/test_running.py",
     ),
     Mutant(
@@ -927,8 +928,8 @@ MUTANTS = [
     Mutant(
         "counts that differ between devices are sent",
         POOL,
-        "*((m.count + jnp.zeros_like(m.var),) if counts_differ else ()))",
-        "*((m.count + jnp.zeros_like(m.var),) if False else ()))",
+        "*((m.count + jnp.zeros_like(like),) if counts_differ else ()))",
+        "*((m.count + jnp.zeros_like(like),) if False else ()))",
         "devices/test_named_axes.py",
     ),
     Mutant(
@@ -1175,7 +1176,7 @@ MUTANTS = [
     Mutant(
         "pooled variances are within and between devices",
         POOL,
-        "(m.var + square(m.mean - mean))",
+        "(m.var + _between(offset, m))",
         "m.var",
         "core/test_deferral.py::test_devices_pool",
     ),
@@ -1203,7 +1204,7 @@ MUTANTS = [
     Mutant(
         "deferred counts have all axes of the variance",
         DEFERRED,
-        "count=moments.count + jnp.zeros_like(moments.var)",
+        "count=moments.count + jnp.zeros_like(like)",
         "count=moments.count",
         "core/test_deferral.py::test_linen",
     ),
@@ -1749,6 +1750,105 @@ MUTANTS = [
         "blocks = math.gcd(len(member), _automatic_devices(axes))",
         "blocks = 1",
         "test_sets.py::test_sharded_arrays_gather_once_forward",
+    ),
+    # Whitening.
+    Mutant(
+        "whitening divides by sums of roots of eigenvalues, not by their differences",
+        ROOTS,
+        "total = own + other",
+        "total = own - other",
+        "test_whitening.py::test_derivatives_of_orders_one_to_three_against_float64",
+    ),
+    Mutant(
+        "higher derivatives of whitening differentiate its equation, not its eigenbasis",
+        ROOTS,
+        "return lax.custom_linear_solve(equation, right, solve, symmetric=True)",
+        "return solve(equation, right)",
+        "test_whitening.py::test_derivatives_of_orders_one_to_three_against_float64",
+    ),
+    Mutant(
+        "the derivative of a covariance includes that of its mean",
+        COVARIANCE,
+        "along[..., :-1] - dmean * jnp.swapaxes(m.mean, -1, -2)",
+        "along[..., :-1]",
+        "test_whitening.py::test_derivatives_of_orders_one_to_three_against_float64",
+    ),
+    Mutant(
+        "ZCA whitens with the symmetric root, which changes x least",
+        ROOTS,
+        "jnp.where(finite, _compose(vectors, rates), jnp.nan)",
+        "jnp.where(finite, _transpose(vectors * rates[..., None, :]), jnp.nan)",
+        "test_whitening.py::test_zca_changes_x_least_of_all_whitenings",
+    ),
+    Mutant(
+        "with epsilon = 0 whitening drops directions without variance",
+        ROOTS,
+        "values <= size * unit if epsilon == 0 else",
+        "values <= unit - unit if epsilon == 0 else",
+        "test_whitening.py::test_y_and_gradient_are_finite_without_variance",
+    ),
+    Mutant(
+        "the derivative of whitening multiplies W only in the eigenbasis",
+        ROOTS,
+        "_solve(of_inverse, r.vectors, -own * other * shares, dcov)",
+        "-multiply(multiply(r.inverse, droot), r.inverse)",
+        "test_whitening.py::test_float32_keeps_its_digits_with_fewer_examples_than_features",
+    ),
+    Mutant(
+        "eigenvalues that are rounding errors have a bound",
+        ROOTS,
+        "jnp.maximum(values, unit)",
+        "jnp.maximum(values, 0)",
+        "test_whitening.py::test_float32_keeps_its_digits_with_fewer_examples_than_features",
+    ),
+    Mutant(
+        "Newton-Schulz scales by the trace of the covariance",
+        ROOTS,
+        "p * lax.rsqrt(trace)",
+        "p",
+        "test_whitening.py::test_newton_schulz_is_the_printed_algorithm",
+    ),
+    Mutant(
+        "whitening takes no masked value into the covariance",
+        COVARIANCE,
+        "only_active(x.astype(m.shift.dtype) - m.shift - m.mean, weights)",
+        "x.astype(m.shift.dtype) - m.shift - m.mean",
+        "test_whitening.py::test_masked_values_take_no_part",
+    ),
+    Mutant(
+        "a pooled covariance includes the products of the differences between means",
+        POOL,
+        "return lax.mul(*jnp.broadcast_arrays(offset, jnp.swapaxes(offset, -1, -2)))",
+        "return 0 * lax.mul(*jnp.broadcast_arrays(offset, jnp.swapaxes(offset, -1, -2)))",
+        "devices/test_whitening_over_devices.py::test_every_execution_gives_the_oracles_results",
+    ),
+    Mutant(
+        "no device takes the covariance of a part of a group",
+        DEVICES,
+        "free = range(ndim - together)",
+        "free = range(ndim)",
+        "devices/test_whitening_over_devices.py::test_features_over_devices",
+    ),
+    Mutant(
+        "running covariances may be negative off their diagonal",
+        RUNNING,
+        "sound |= jnp.broadcast_to(off, stored.var.shape)",
+        "pass",
+        "test_whitening.py::test_updates_follow_the_rules_of_the_core",
+    ),
+    Mutant(
+        "the features of a group enter the running statistics together",
+        RUNNING,
+        "sound = jnp.all(sound, (-2, -1), keepdims=True)",
+        "sound = jnp.any(sound, (-2, -1), keepdims=True)",
+        "test_whitening.py::test_a_group_that_is_not_finite_keeps_its_statistics",
+    ),
+    Mutant(
+        "a deferred step returns whitening statistics in the shapes of the layer",
+        DEFERRED,
+        "return new if cell.features is None else new.reshape(cell.shape)",
+        "return new",
+        "test_whitening.py::test_microbatches_pool",
     ),
 ]
 

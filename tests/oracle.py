@@ -222,3 +222,70 @@ def population(batches, layers, *, paper=False, layer_by_layer=False, epsilon=1e
         outputs = [affine(x, *u, scale, bias, epsilon=epsilon) for x, u in zip(h, use, strict=True)]
         batches = [(np.maximum(y, 0), mask) for y, (_, mask) in zip(outputs, batches, strict=True)]
     return found
+
+
+class Covariance(NamedTuple):
+    """The weighted count [], the mean [C] and the biased covariance [G, s, s] of groups."""
+
+    count: np.ndarray
+    mean: np.ndarray
+    cov: np.ndarray
+
+
+def rows(x, axis=-1):
+    """Reshapes x to [positions, C], features in the order of its axes."""
+    features, reduced = axes(x.ndim, axis)
+    moved = np.moveaxis(x, (*reduced, *features), range(x.ndim))
+    return moved.reshape(-1, int(np.prod([x.shape[i] for i in features])))
+
+
+def covariance(x, group_size=None, axis=-1, mask=None, weights=None) -> Covariance:
+    """Computes Cov = sum p (x - mean)(x - mean)^T of each group of consecutive features."""
+    w = rows(position_weights(x, mask, weights), axis)[:, :1]
+    x = np.where(w > 0, rows(np.asarray(x, np.float64), axis), 0.0)
+    count = w.sum()
+    p = w / (count if count > 0 else 1.0)
+    mean = (p * x).sum(0)
+    groups = np.split(x - mean, x.shape[1] // (group_size or x.shape[1]), axis=1)
+    return Covariance(count, mean, np.stack([(p * z).T @ z for z in groups]))
+
+
+def zca(cov, epsilon):
+    """Computes (cov + epsilon I)^(-1/2), [s, s]; with epsilon = 0 without the null space."""
+    values, vectors = np.linalg.eigh(cov)
+    values = np.maximum(values, 0) + epsilon
+    kept = values > (1e-6 * values.max() if epsilon == 0 else 0)
+    return (vectors[:, kept] / np.sqrt(values[kept])) @ vectors[:, kept].T
+
+
+def newton_schulz(cov, epsilon, iterations):
+    """Computes algorithm 1 of IterNorm (arXiv 1904.03441) as printed."""
+    p, cov = np.eye(len(cov)), cov + epsilon * np.eye(len(cov))
+    trace = np.trace(cov)
+    for _ in range(iterations):
+        p = (3 * p - p @ p @ p @ (cov / trace)) / 2
+    return p / np.sqrt(trace)
+
+
+def whiten(
+    x, scale=None, bias=None, group_size=None, axis=-1, epsilon=1e-5, mask=None, weights=None,
+    method=zca, stats=None,
+):  # fmt: skip
+    """Computes scale W (x - mean) + bias by the moments of x, or by `stats`; scale may be [C, C].
+
+    Where a group of a masked position is not finite, y is the bias. Without any weight it is, too.
+    """
+    own = covariance(x, group_size, axis, mask, weights) if stats is None else stats
+    flat, size = rows(np.asarray(x, np.float64), axis), own.cov.shape[-1]
+    y = np.zeros(flat.shape)
+    for i, cov in enumerate(own.cov):
+        z = flat[:, i * size : (i + 1) * size]
+        dead = ~np.isfinite(z).all(1) & (rows(position_weights(x, mask, weights), axis)[:, 0] == 0)
+        z = np.where(dead[:, None], 0.0, z - own.mean[i * size : (i + 1) * size])
+        y[:, i * size : (i + 1) * size] = z @ method(cov, epsilon).T * (own.count > 0)
+    if scale is not None:
+        y = y @ scale.T if scale.ndim == 2 else y * scale
+    y = y if bias is None else y + np.reshape(bias, -1)
+    features, reduced = axes(x.ndim, axis)
+    y = y.reshape([x.shape[i] for i in (*reduced, *features)])
+    return np.moveaxis(y, range(x.ndim), (*reduced, *features))

@@ -18,6 +18,7 @@ import jbn.population
 import jbn.renorm
 import jbn.sets
 import jbn.training
+import jbn.whitening
 
 ROOT = pathlib.Path(__file__).parent.parent
 JBN = ROOT / "jbn"
@@ -136,6 +137,7 @@ def test_types_are_shipped():
     + [f"jbn.renorm.{name}" for name in jbn.renorm.__all__]
     + ["jbn.linen.crossq.BatchRenorm"]
     + [f"jbn.native.{name}" for name in jbn.native.__all__]
+    + [f"jbn.whitening.{name}" for name in jbn.whitening.__all__]
     + [f"jbn.linen.{name}" for name in jbn.linen.__all__]
     + [f"jbn.nnx.{name}" for name in jbn.nnx.__all__],
 )

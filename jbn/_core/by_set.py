@@ -179,7 +179,7 @@ def _measure(spec: Spec, x: Array, weights: Array | None, member: Array) -> Shif
     own = jax.tree.map(each.squeeze, measure(Spec(each), divide(x, each), weights))
     own = own._replace(count=jnp.broadcast_to(own.count, (len(member), *own.count.shape[1:])))
     m = join_sets(spec.axes, own, member)
-    return pool_instances(spec.over, m, True, gaps=True) if spec.over.names else m
+    return pool_instances(spec.over, m, True) if spec.over.names else m
 
 
 @_measure.defjvp

@@ -331,6 +331,14 @@ def stats(values: Any, axes: Axes, *, training: bool = False) -> Any:
     return values._replace(**checked)
 
 
+def real_statistic(name: str, value: Array, *, training: bool) -> None:
+    """Checks that a statistic is real and, in training, at least float32."""
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"{name} must be real floating point; got {value.dtype}.")
+    if training:
+        _not_narrow(name, value.dtype)
+
+
 def same_field(values: Any, x: Array, *, training: bool) -> None:
     """Refuses a complex mean for real x, and in training a real mean for complex x."""
     mean = values.mean.dtype

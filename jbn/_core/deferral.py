@@ -14,8 +14,8 @@ data, so that they can leave a scan. If they differ between the parts, each part
 to the pooled moments, and the new statistics are the mean of the results.
 
 `batch_stats` may also hold the state of other layers, which read arrays. `chosen` separates them:
-it defers what layers of jbn update, and what is named mean or var (with a count beside them), which
-it takes for the statistics of a normalisation. All other arrays pass through unchanged.
+it defers what layers of jbn update, and what is named mean, var or cov (with a count beside them),
+which it takes for the statistics of a normalisation. All other arrays pass through unchanged.
 
 `jbn.population` needs the moments themselves, and takes the `cells` instead. With
 `defer(tree, fixed=True)` layers normalise by the given statistics, as in inference, and still
@@ -133,6 +133,8 @@ class Update(_Waiting):
       path: the path of the array in the tree.
       fixed: whether the layer normalised by `stats`.
       stacked: whether the values of the rules have a leading axis of microbatches.
+      features: the shape of the layer's own mean, where `stats` has means [G, s, 1], covariances in
+        the place of variances, and counts [G, 1, 1], which the layer has as [G]; or None.
     """
 
     stats: RunningStats
@@ -143,11 +145,16 @@ class Update(_Waiting):
     path: str = ""
     fixed: bool = False
     stacked: bool = False
+    features: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the array."""
-        return getattr(self.stats, self.field).shape
+        shape = getattr(self.stats, self.field).shape
+        if self.features is None or self.field == "var":
+            return shape
+        own = self.features if self.field == "mean" else shape[-3:-2]
+        return (*shape[:-3], *own)
 
     @property
     def dtype(self) -> Any:
@@ -180,7 +187,7 @@ class Update(_Waiting):
 jax.tree_util.register_dataclass(Deferred, ["value"], ["path", "fixed"])
 jax.tree_util.register_dataclass(Rule, ["values"], ["function", "ndim"])
 jax.tree_util.register_dataclass(
-    Update, ["stats", "moments", "rules"], ["over", "field", "path", "fixed", "stacked"]
+    Update, ["stats", "moments", "rules"], ["over", "field", "path", "fixed", "stacked", "features"]
 )
 
 
@@ -283,14 +290,19 @@ def _named(path: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
 
 
 def _is_statistic(where: str, leaves: Mapping[str, tuple[Any, Any]]) -> bool:
-    """Returns whether this array is named mean or var, or is the count beside these two."""
+    """Returns whether this array is named mean, var or cov, or is the count beside them.
+
+    A cov is one only beside a mean.
+    """
     path, leaf = leaves[where]
     layer, name = _named(path)
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
         return False
-    if name != "count":
+    if name not in ("count", "cov"):
         return name in ("mean", "var")
     beside = {own[1]: v for p, v in leaves.values() if (own := _named(p))[0] == layer}
+    if name == "cov" or {"mean", "cov"} <= set(beside):
+        return "mean" in beside and (name == "cov" or jnp.ndim(leaf) + 2 == jnp.ndim(beside["cov"]))
     return {"mean", "var"} <= set(beside) and jnp.shape(beside["var"]) == jnp.shape(leaf)
 
 
@@ -353,23 +365,26 @@ def absorb(
     rule: UpdateRule,
     stats: RunningStats,
     moments: Moments,
-    given: RunningStats,
+    given: Any,
     over: Scope,
-) -> RunningStats:
+    features: tuple[int, ...] | None = None,
+) -> Any:
     """Applies `running.absorb`, or returns Updates if the statistics `given` are deferred.
 
     Args:
       rule: as for `running.absorb`.
       stats: `read(given)`.
       moments: of the batch that this call saw.
-      given: arrays, Deferred, or the Updates of an earlier call in the same step.
+      given: RunningStats of arrays, Deferred, or the Updates of an earlier call in the same step.
       over: the program instances that share these moments.
+      features: as for `Update`; `given` and the Updates are then a tuple of the layer's own.
     """
     new = running.absorb(rule, stats, moments)  # checks rule and result early
     if not waits(given):
         return _marked(new)
     # The count gets the full shape, so that every field has a leading axis such as nn.scan's.
-    moments = moments._replace(count=moments.count + jnp.zeros_like(moments.var))
+    like = moments.var if features is None else moments.mean
+    moments = moments._replace(count=moments.count + jnp.zeros_like(like))
     mine = _portable(rule, lax.stop_gradient(stats), moments)
     earlier = next((v for v in given if isinstance(v, Update)), None)
     if earlier is None:
@@ -378,11 +393,12 @@ def absorb(
         stats = earlier.stats
         calls = (*earlier.moments, moments), (*earlier.rules, mine), (*earlier.over, over)
     stats = lax.stop_gradient(stats)
+    paths = (getattr(value, "path", "") for value in given)
     updates: Any = [  # instead of arrays
-        Update(stats, *calls, field, getattr(getattr(given, field), "path", ""), fixed(given))
-        for field in RunningStats._fields
+        Update(stats, *calls, field, path, fixed(given), features=features)
+        for field, path in zip(RunningStats._fields, paths, strict=True)
     ]
-    return RunningStats(*updates)
+    return RunningStats(*updates) if features is None else type(given)(*updates)
 
 
 def number(steps: Array) -> Array:
@@ -437,7 +453,8 @@ def settle(
 def _value(cell: Any) -> Array:
     """Computes the new value of one array, deferred or not."""
     if isinstance(cell, Update):
-        return getattr(cell.settled(), cell.field)
+        new = getattr(cell.settled(), cell.field)
+        return new if cell.features is None else new.reshape(cell.shape)
     return cell.value if isinstance(cell, Deferred) else cell
 
 

@@ -85,7 +85,7 @@ def moments(
 def measure(spec: Spec, x: Array, weights: Array | None) -> ShiftedMoments:
     """Computes the moments of x over the batch and the scope, differentiable to any order."""
     blocks = spec.sums.in_blocks and x.dtype == jnp.bfloat16 and weights is None
-    local = functools.partial(_moments_by_blocks if blocks else _moments_by_shift, spec.sums)
+    local = functools.partial(_moments_by_blocks if blocks else moments_by_shift, spec.sums)
     m = measure_everywhere(local, spec.axes, x, weights)
     return pool_instances(spec.over, m, weights is not None) if spec.over.names else m
 
@@ -115,12 +115,12 @@ def _moments_by_blocks(
     sums: Sums, axes: Axes, x: Array, weights: Array | None = None
 ) -> ShiftedMoments:
     """Computes the moments of bfloat16 x on one device, by exact sums of blocks if blocks fit."""
-    by_shift = functools.partial(_moments_by_shift, sums, axes)
+    by_shift = functools.partial(moments_by_shift, sums, axes)
     inner = bfloat16.block(axes)
     return bfloat16.moments(x, axes, inner, by_shift) if inner else by_shift(x, weights)
 
 
-def _moments_by_shift(
+def moments_by_shift(
     sums: Sums, axes: Axes, x: Array, weights: Array | None = None
 ) -> ShiftedMoments:
     """Computes the moments of x on one device, by sums of x - shift and of its square."""

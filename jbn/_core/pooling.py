@@ -31,7 +31,7 @@ from jax import Array, lax
 from jbn._core.axes import Axes
 from jbn._core.types import Moments, ShiftedMoments, square
 from jbn._devices.named_axes import vary
-from jbn._devices.placement import collect, together
+from jbn._devices.placement import collect, side_by_side, together
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -97,7 +97,7 @@ def pool(m: Moments) -> Moments:
         m, count = jax.tree.map(lambda v: jnp.zeros((1, *v.shape[1:]), v.dtype), (m, count))
     some = count > 0
     mean, var = (jnp.where(some, v, jnp.zeros_like(v)) for v in m[1:])
-    pooled = _pool(ShiftedMoments(mean, count, jnp.zeros_like(mean), var))
+    pooled = _pool(ShiftedMoments(mean, count, jnp.zeros_like(mean), var), gaps=True)
     total = pooled.count.reshape(()) if one else pooled.count
     return Moments(total, pooled.shift + pooled.mean, pooled.var)
 
@@ -129,7 +129,10 @@ def _checked(m: Moments, name: str) -> Moments:
             and all(n in (1, k) for n, k in zip(count.shape, mean.shape, strict=True))
         )
     )
-    if var.shape != mean.shape or not fits:
+    covariances = (
+        mean.ndim > 1 and mean.shape[-1] == 1 and var.shape == (*mean.shape[:-1], mean.shape[-2])
+    )  # of features that are whitened together
+    if not (var.shape == mean.shape or covariances) or not fits:
         raise ValueError(
             f"{name} has a mean of shape {mean.shape}, a variance of shape {var.shape} and a count "
             f"of shape {count.shape}: the first two must be the same, and the count that or one "
@@ -140,35 +143,25 @@ def _checked(m: Moments, name: str) -> Moments:
     return Moments(count, mean, var)
 
 
-def pool_blocks(
-    axes: Axes, m: ShiftedMoments, counts_differ: bool, *, gaps: bool = False
-) -> ShiftedMoments:
-    """Pools [groups * blocks, C] to [groups, C], or to [C] if x has no groups.
-
-    `gaps` are as for `_pool`.
-    """
+def pool_blocks(axes: Axes, m: ShiftedMoments, counts_differ: bool) -> ShiftedMoments:
+    """Pools [groups * blocks, C] to [groups, C], or to [C] if x has no groups."""
     m = _send(collect, 1, m, counts_differ)
 
     def blocks_first(v: Array) -> Array:
         v = v.reshape(axes.groups, -1, *v.shape[1:])
         return v[0] if axes.group is None else jnp.moveaxis(v, 1, 0)
 
-    return _pool(jax.tree.map(blocks_first, m), gaps=gaps)
+    return _pool(jax.tree.map(blocks_first, m), gaps=counts_differ)
 
 
-def pool_instances(
-    over: Any, m: ShiftedMoments, counts_differ: bool, *, gaps: bool = False
-) -> ShiftedMoments:
-    """Pools the moments of all program instances in the scope; shapes do not change.
-
-    `gaps` are as for `_pool`.
-    """
+def pool_instances(over: Any, m: ShiftedMoments, counts_differ: bool) -> ShiftedMoments:
+    """Pools the moments of all program instances in the scope; shapes do not change."""
     m = _send(over.gather, 0, m, counts_differ)
     member = over.members()
     if member is not None:
         member = member.reshape(-1, *(1 for _ in m.count.shape[1:]))
         m = m._replace(count=jnp.where(member, m.count, jnp.zeros_like(m.count)))
-    return _pool(m, gaps=gaps)
+    return _pool(m, gaps=counts_differ or member is not None)
 
 
 def pool_sets(m: ShiftedMoments, member: Array) -> ShiftedMoments:
@@ -191,8 +184,13 @@ def _send(
 ) -> ShiftedMoments:
     """Sends the moments of all parts, [n, ...], by one collective; equal counts are not sent."""
     # Adding zeros gives the count the shape and sharding of the variance.
-    sent = (m.shift, m.mean, m.var, *((m.count + jnp.zeros_like(m.var),) if counts_differ else ()))
-    shift, mean, var, *counts = together(collective, at, *sent)
+    covariances = m.var.shape != m.mean.shape
+    like = m.mean if covariances else m.var
+    sent = (m.shift, m.mean, m.var, *((m.count + jnp.zeros_like(like),) if counts_differ else ()))
+    if covariances:
+        shift, mean, var, *counts = side_by_side(collective, *sent)
+    else:
+        shift, mean, var, *counts = together(collective, at, *sent)
     rest = m.count.shape[at:]
     if counts:
         # A count that all features share was sent once for each feature.
@@ -203,10 +201,10 @@ def _send(
     return ShiftedMoments(shift, count, mean, var)
 
 
-def _pool(m: ShiftedMoments, *, gaps: bool = False) -> ShiftedMoments:
+def _pool(m: ShiftedMoments, *, gaps: bool) -> ShiftedMoments:
     """Pools moments of parts that have different shifts; the best of these shifts stays.
 
-    With `gaps`, parts without data are expected, and var is right where squares overflow, too.
+    With `gaps`, parts may be without data, and var is right where squares overflow, too.
     """
 
     def total(values: Array) -> Array:
@@ -222,12 +220,19 @@ def _pool(m: ShiftedMoments, *, gaps: bool = False) -> ShiftedMoments:
     offset = (m.shift - shift) + m.mean
     offset = jnp.where(m.count > 0, offset, jnp.zeros_like(offset))
     mean = total(share * offset)
-    between = square(offset - mean)
+    between = _between(offset - mean, m)
     between = jnp.where(jnp.isnan(between), jnp.zeros_like(between), between)  # of inf - inf
     if gaps:  # else a part without a share would make 0 inf
         between = jnp.where(m.count > 0, between, jnp.zeros_like(between))
     var = total(share * (m.var + between))
     return ShiftedMoments(shift[0], count[0], mean[0], var[0])
+
+
+def _between(offset: Array, m: Moments | ShiftedMoments) -> Array:
+    """Computes |offset|^2, or with covariances offset offset^T, (..., s, s), of (..., s, 1)."""
+    if m.var.shape == m.mean.shape:
+        return square(offset)
+    return lax.mul(*jnp.broadcast_arrays(offset, jnp.swapaxes(offset, -1, -2)))
 
 
 def pool_by_sums(moments: list[Moments], names: tuple[Any, ...]) -> list[Moments]:
@@ -239,10 +244,10 @@ def pool_by_sums(moments: list[Moments], names: tuple[Any, ...]) -> list[Moments
     totals = lax.psum(vary(sums, names), names)
     counts = [jnp.where(n > 0, n, jnp.ones_like(n)) for n, _ in totals]
     means = [s / n.astype(s.dtype) for (_, s), n in zip(totals, counts, strict=True)]
-    parts = [
-        m.count / n * (m.var + square(m.mean - mean))
-        for m, n, mean in zip(moments, counts, means, strict=True)
-    ]
+    parts = []
+    for m, n, mean in zip(moments, counts, means, strict=True):
+        offset = jnp.where(m.count > 0, m.mean - mean, jnp.zeros_like(mean))
+        parts.append(m.count / n * (m.var + _between(offset, m)))
     variances = lax.psum(vary(parts, names), names)
     return [Moments(n, *mv) for (n, _), *mv in zip(totals, means, variances, strict=True)]
 

@@ -333,6 +333,7 @@ def _keep_sound(
     """Chooses `new` where the batch has data and all is finite, else `old`, for each feature.
 
     `new` must be finite in the dtype of `old`: 1e5 is infinite in float16, and would stay so.
+    Where `var` is a covariance, [..., s, s], its s features enter together or not at all.
 
     A single value moves only the mean, unless `single_values`. Its variance is exactly 0 (the shift
     is the value itself) and its count 1. Many values whose weights add up to 1 have a variance,
@@ -342,12 +343,25 @@ def _keep_sound(
     finite, so its moments are checked; the rules of jbn never do.
     """
     stored = RunningStats(*(jnp.asarray(n).astype(o.dtype) for n, o in zip(new, old, strict=True)))
+    covariances = old.var.shape != old.mean.shape
     sound = lax.ge(stored.var, np.asarray(0, stored.var.dtype))
+    if covariances:  # only the diagonal holds variances
+        off = ~jnp.eye(stored.var.shape[-1], dtype=bool)
+        sound |= jnp.broadcast_to(off, stored.var.shape)
     for values in (*seen, *stored):
         is_finite = lax.is_finite if jnp.issubdtype(values.dtype, jnp.floating) else jnp.isfinite
+        if covariances:
+            values = jnp.broadcast_to(values, sound.shape)
         sound = lax.bitwise_and(sound, is_finite(values))
-    sound = lax.bitwise_and(sound, moments.count > 0)
+    some = moments.count > 0
+    if covariances:
+        some = jnp.broadcast_to(some, sound.shape)
+    sound = lax.bitwise_and(sound, some)
+    if covariances:
+        sound = jnp.all(sound, (-2, -1), keepdims=True)
     spread = sound if single_values else sound & ~((moments.var == 0) & (moments.count < _FEW))
+    if covariances:
+        spread = jnp.any(spread, (-2, -1), keepdims=True)
 
     def choose(where: Array, new: Array, old: Array) -> Array:
         where, new = (jnp.broadcast_to(v, old.shape) for v in (where, new))

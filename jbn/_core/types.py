@@ -30,7 +30,8 @@ class ShiftedMoments(NamedTuple):
       shift: a number near the mean that is the same for all values of a feature.
       count: as in `Moments`.
       mean: E[x - shift], small beside the standard deviation.
-      var: the variance, the same for x and x - shift.
+      var: the variance, the same for x and x - shift. Where features are whitened together it is
+        their covariance, (..., s, s), beside a mean of (..., s, 1); for s = 1 both are the same.
     """
 
     shift: Array

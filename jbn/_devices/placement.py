@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
@@ -99,6 +100,23 @@ def together(operation: Callable[[Array], Array], at: int, *arrays: Array) -> li
     return [
         lax.complex(next(rows), next(rows)) if jnp.iscomplexobj(a) else next(rows) for a in arrays
     ]
+
+
+def side_by_side(operation: Callable[[Array], Array], *arrays: Array) -> list[Array]:
+    """Applies `operation` to arrays joined along their last axis, in which their sizes differ."""
+    ends = np.cumsum([a.shape[-1] for a in arrays])[:-1]
+    return jnp.split(operation(jnp.concatenate(arrays, axis=-1)), ends, axis=-1)
+
+
+def regroup(values: Array, last: int, tail: Sequence[int]) -> Array:
+    """Reshapes the last axes, `last` of them, to `tail`; no device divides them afterwards."""
+    shape = (*values.shape[: values.ndim - last], *tail)
+    if (spec := full_spec(values)) is None:
+        return values.reshape(shape)
+    mesh, rest = jax.typeof(values).sharding.mesh, spec[: values.ndim - last]
+    values = reshard(values, NamedSharding(mesh, PartitionSpec(*rest, *[None] * last)))
+    whole = PartitionSpec(*rest, *[None] * len(tail))
+    return jnp.reshape(values, shape, out_sharding=NamedSharding(mesh, whole))
 
 
 def is_explicitly_sharded(x: Array) -> bool:

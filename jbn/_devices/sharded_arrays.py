@@ -47,8 +47,14 @@ from jbn._devices.named_axes import Scope, vary_as
 Local = Callable[[Axes, Array, Array | None], ShiftedMoments]
 
 
-def measure_everywhere(local: Local, axes: Axes, x: Array, weights: Array | None) -> ShiftedMoments:
-    """Applies `local` to x, however x is sharded; results broadcast against x, (1, ..., C)."""
+def measure_everywhere(
+    local: Local, axes: Axes, x: Array, weights: Array | None, *, together: int = 0
+) -> ShiftedMoments:
+    """Applies `local` to x, however x is sharded; results broadcast against x, (1, ..., C).
+
+    `local` needs the last axes, `together` of them, undivided; in Explicit meshes the caller sees
+    to that.
+    """
     if placement.is_explicitly_sharded(x):
         return _measure_over_explicit_axes(local, axes, x, weights)
     devices = _automatic_devices(axes)
@@ -57,7 +63,7 @@ def measure_everywhere(local: Local, axes: Axes, x: Array, weights: Array | None
     if not _partitions(x):
         return _in_blocks(local, axes, devices, x, weights)
     args = (x,) if weights is None else (x, weights)
-    return ShiftedMoments(*_bind(_measure, _Measure(local), axes, *args))
+    return ShiftedMoments(*_bind(_measure, _Measure(local, together), axes, *args))
 
 
 def join_sets(axes: Axes, m: ShiftedMoments, member: Array) -> ShiftedMoments:
@@ -76,7 +82,7 @@ def join_sets(axes: Axes, m: ShiftedMoments, member: Array) -> ShiftedMoments:
         return pool_sets(m, member)
     # First within blocks, each of which lies on one device: then one collective is enough.
     part, member = jax.tree.map(lambda v: v.reshape(blocks, -1, *v.shape[1:]), (m, member))
-    return pool_blocks(axes, jax.vmap(pool_sets)(part, member), counts_differ=True, gaps=True)
+    return pool_blocks(axes, jax.vmap(pool_sets)(part, member), counts_differ=True)
 
 
 def spread(axes: Axes, x: Array, values: Array) -> Array:
@@ -188,9 +194,15 @@ def _partitions(x: Array) -> bool:
 
 
 class _Measure(NamedTuple):
-    """The reduction to moments. All results are (1, ..., C)."""
+    """The reduction to moments. All results are (1, ..., C).
+
+    Attributes:
+      local: the moments of one device.
+      together: the number of last axes of x that no device may divide, as a covariance needs.
+    """
 
     local: Local
+    together: int = 0
 
     def of_part(self, axes: Axes, *args: Array) -> tuple[Array, ...]:
         return tuple(self.local(axes, args[0], args[1] if args[1:] else None))
@@ -205,6 +217,8 @@ class _Measure(NamedTuple):
 
 class _Sum(NamedTuple):
     """The reduction to a sum."""
+
+    together: int = 0
 
     def of_part(self, axes: Axes, x: Array) -> tuple[Array, ...]:
         return (jnp.sum(x, axes.reduction, keepdims=True),)
@@ -253,7 +267,7 @@ def _partitioned(reduction: Any, axes: Axes, args: Sequence[Array]) -> Callable[
 
     whole.def_partition(
         functools.partial(_partition, reduction, axes),
-        functools.partial(_result_shardings, axes),
+        functools.partial(_result_shardings, reduction, axes),
         decode_shardings=False,  # shardings may use parts of a mesh axis
         sharding_rule=SdyShardingRule(tuple(map(mapping, args)), tuple(map(mapping, results))),
     )
@@ -262,7 +276,7 @@ def _partitioned(reduction: Any, axes: Axes, args: Sequence[Array]) -> Callable[
 
 def _partition(reduction: Any, axes: Axes, mesh: Any, args: Any, results: Any) -> Any:
     """Returns (mesh, program of one device, shardings of its results, and of its arguments)."""
-    like, layout = args[0].sharding, _layout(axes, args[0])
+    like, layout = args[0].sharding, _layout(axes, args[0], reduction.together)
     members = np.moveaxis(layout, axes.reduction, range(-len(axes.reduction), 0))
     members = members.reshape(-1, math.prod(members.shape[-len(axes.reduction) :]))
     over = _Devices(tuple(map(tuple, members.tolist())))
@@ -276,26 +290,28 @@ def _partition(reduction: Any, axes: Axes, mesh: Any, args: Any, results: Any) -
 
     every = Mesh(np.array(like._device_assignment), (_Devices.NAME,))
     into = tuple(_sharding_of(a.shape, axes.shape, layout, like) for a in args)
-    return every, device, _result_shardings(axes, mesh, args, results), into
+    return every, device, _result_shardings(reduction, axes, mesh, args, results), into
 
 
-def _result_shardings(axes: Axes, mesh: Any, args: Any, results: Any) -> Any:
-    layout = _restrict(_layout(axes, args[0]), set(range(len(axes.shape))) - set(axes.reduction))
+def _result_shardings(reduction: Any, axes: Axes, mesh: Any, args: Any, results: Any) -> Any:
+    layout = _layout(axes, args[0], reduction.together)
+    layout = _restrict(layout, set(range(len(axes.shape))) - set(axes.reduction))
     return tuple(_sharding_of(r.shape, axes.shape, layout, args[0].sharding) for r in results)
 
 
-def _layout(axes: Axes, x: Any) -> np.ndarray:
+def _layout(axes: Axes, x: Any, together: int) -> np.ndarray:
     """Returns the devices that have each part of x: [parts along each axis of x ..., copies].
 
-    An axis that cannot be divided evenly is not divided: the compiler would pad it with values that
-    do not belong to the batch.
+    The last axes, `together` of them, are not divided, nor is an axis that cannot be divided
+    evenly: the compiler would pad it with values that do not belong to the batch.
     """
     ndim, hlo = len(axes.shape), x.sharding._to_xla_hlo_sharding(len(axes.shape))
     if not hlo.is_tiled():
         return np.arange(x.sharding.num_devices).reshape(*(1,) * ndim, -1)
     parts = hlo.tile_assignment_dimensions()
     layout = np.reshape(hlo.tile_assignment_devices(), (*parts[:ndim], -1))
-    return _restrict(layout, {i for i in range(ndim) if axes.shape[i] % parts[i] == 0})
+    free = range(ndim - together)
+    return _restrict(layout, {i for i in free if axes.shape[i] % parts[i] == 0})
 
 
 def _restrict(layout: np.ndarray, kept: set[int]) -> np.ndarray:

@@ -117,16 +117,15 @@ def _average(
     if weights is not None or not isinstance(axes.size, int) or axes.size == 0:
         count = jnp.where(count > 0, count, jnp.ones_like(count))
     if weights is not None and weights.dtype != jnp.bool_:
-        inverse = _inverse(count)
-        weights, count = weights * inverse, count * inverse
+        weights, count = of_moderate_size(weights, count)
         values = tuple(v * weights.astype(v.dtype) for v in values)
     sums = (lax.expand_dims(lax.reduce_sum(v, axes.reduction), axes.reduction) for v in values)
     first, second = over.sum(tuple(sums))
     return lax.div(first, count.astype(first.dtype)), lax.div(second, count.astype(second.dtype))
 
 
-def _inverse(count: Array) -> Array:
-    """Computes 1 / count, rounded to a power of two, which multiplies weights without an error.
+def of_moderate_size(weights: Array, count: Array) -> tuple[Array, Array]:
+    """Divides weights and count by about the count: a power of two, which makes no error.
 
     So weights with any common factor, such as 1e30, neither overflow nor vanish in w z^2. The code
     does not divide by a power of two, because XLA turns a / (b / c) into a c / b, which may
@@ -134,4 +133,6 @@ def _inverse(count: Array) -> Array:
     """
     numbers = jnp.finfo(count.dtype)
     inverse = lax.reduce_precision(1 / count, exponent_bits=numbers.nexp, mantissa_bits=0)
-    return jnp.maximum(inverse, numbers.tiny)
+    inverse = jnp.maximum(inverse, numbers.tiny)
+    weights, count = weights * inverse, count * inverse
+    return weights, count

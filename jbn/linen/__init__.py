@@ -3,15 +3,16 @@
 Change one import, `from jbn.linen import BatchNorm`; models and checkpoints stay as they are.
 `BatchRenorm` is Batch Renormalization with the same arguments and variables, and `steps`.
 `ConditionalBatchNorm` takes scale and bias at the call, and `SplitBatchNorm` has several sets of
-statistics.
+statistics. `Whitening` whitens features jointly.
 """
 
 from jbn.linen.batch_norm import BatchNorm
 from jbn.linen.conditional import ConditionalBatchNorm
 from jbn.linen.renorm import BatchRenorm
 from jbn.linen.sets import SplitBatchNorm
+from jbn.linen.whitening import Whitening
 
-__all__ = ["BatchNorm", "BatchRenorm", "ConditionalBatchNorm", "SplitBatchNorm"]
+__all__ = ["BatchNorm", "BatchRenorm", "ConditionalBatchNorm", "SplitBatchNorm", "Whitening"]
 
-for _class in (BatchNorm, BatchRenorm, ConditionalBatchNorm, SplitBatchNorm):
+for _class in (BatchNorm, BatchRenorm, ConditionalBatchNorm, SplitBatchNorm, Whitening):
     _class.__module__ = __name__  # pickle finds the class by this name, not by its file

@@ -1,0 +1,1 @@
+"""What whitening costs and brings beside Batch Normalization of each feature."""
