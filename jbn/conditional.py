@@ -27,7 +27,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jbn._core import check
 from jbn._core.affine import Activation, expanded, harmless, transform
 from jbn._core.axes import Axes
-from jbn._core.batch_norm import infer, step, train
+from jbn._core.batch_norm import finish, fixed_statistics, infer, train
 from jbn._core.deferral import read
 from jbn._core.normalize import normalized
 from jbn._core.plan import Inputs, Spec, plan, plan_inference
@@ -128,8 +128,9 @@ def conditional_batch_norm(
     inputs = _conditioned(spec, inputs, x, scale, bias)
     old = check.stats(read(stats), spec.axes, training=True)
     check.same_field(old, inputs.x, training=True)
-    compute = functools.partial(_modulated, spec, bool(one_plus_scale), inputs)
-    return step(x, spec, old, stats, update, compute)
+    fixed = fixed_statistics(spec, old, stats)
+    y, m = _modulated(spec, bool(one_plus_scale), inputs, fixed)
+    return finish(x, spec, y, m, old, stats, update)
 
 
 def conditional_batch_norm_inference(

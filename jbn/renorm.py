@@ -261,13 +261,11 @@ def batch_renorm(
     before = stats.running
     old = check.stats(read(before), spec.axes, training=True)
     check.same_field(old, inputs.x, training=True)
-
-    def compute(given: RunningStats | None) -> tuple[Array, Moments]:
-        if given is not None:
-            return core.train(spec, inputs, given)
-        return train(clips, stats.steps, spec, inputs, old)
-
-    y, new = core.step(x, spec, old, before, update, compute)
+    if core.fixed_statistics(spec, old, before) is None:
+        y, m = train(clips, stats.steps, spec, inputs, old)
+    else:
+        y, m = core.train(spec, inputs, old)
+    y, new = core.finish(x, spec, y, m, old, before, update)
     return y, RenormStats(*new, advanced(stats.steps))
 
 

@@ -12,7 +12,6 @@ axis of k sets, and each call says which set its examples belong to:
 Examples of one set never move the statistics of another: those stay bit for bit as they are.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jbn._core import check
 from jbn._core.affine import Activation
 from jbn._core.axes import Axes, integer, resolve
-from jbn._core.batch_norm import infer, step, train
+from jbn._core.batch_norm import finish, fixed_statistics, infer, train
 from jbn._core.by_set import (
     Sets,
     infer_by_set,
@@ -190,8 +189,8 @@ def split_batch_norm(
         dtype=dtype,
     )
     run = _train_each if each else _train_one
-    compute = functools.partial(run, spec, inputs, sets, groups)
-    return step(x, spec, old, stats, for_sets(update), compute)
+    y, m = run(spec, inputs, sets, groups, fixed_statistics(spec, old, stats))
+    return finish(x, spec, y, m, old, stats, for_sets(update))
 
 
 def split_batch_norm_inference(

@@ -1181,6 +1181,13 @@ MUTANTS = [
         "core/test_deferral.py::test_devices_pool",
     ),
     Mutant(
+        "a part without data adds no variance, whatever the mean of the other parts is",
+        POOL,
+        "gaps=counts_differ or member is not None",
+        "gaps=False",
+        "core/test_degenerate.py::test_a_part_without_data_beside_squares_that_overflow",
+    ),
+    Mutant(
         "moments that a layer synchronised are not pooled again",
         DEFERRED,
         "return names if over.groups else tuple(n for n in names if n not in over.names)",
@@ -1422,15 +1429,16 @@ MUTANTS = [
     Mutant(
         "a single value enters the population in a pass with fixed statistics",
         "_core/batch_norm.py",
-        "if not (spec.over.names or fixed(stats)):",
-        "if not spec.over.names:",
+        "    if fixed(stats):\n        return old\n    if not spec.over.names:\n",
+        "    if not spec.over.names:\n        check.several_values(spec.axes)\n"
+        "    if fixed(stats):\n        return old\n    if False:\n",
         "test_population.py::test_a_last_batch_of_one_example",
     ),
     Mutant(
         "a pass that normalises by the batch refuses a single value",
         "_core/batch_norm.py",
-        "if not (spec.over.names or fixed(stats)):",
-        "if not (spec.over.names or waits(stats)):",
+        "    if not spec.over.names:\n",
+        "    if not (spec.over.names or waits(stats)):\n",
         "test_population.py::test_one_example_normalises_nothing",
     ),
     Mutant(
@@ -1513,8 +1521,8 @@ MUTANTS = [
     Mutant(
         "core layers with fixed statistics normalise by the given statistics",
         "_core/batch_norm.py",
-        "old if fixed(stats) else None",
-        "None",
+        "    if fixed(stats):\n        return old\n",
+        "",
         "test_population.py::test_inference_normalises_every_layer",
     ),
     Mutant(

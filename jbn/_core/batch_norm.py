@@ -1,7 +1,7 @@
 """The composition of all parts: batch_norm for training, batch_norm_inference for inference."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 from jax import Array
@@ -121,7 +121,8 @@ def batch_norm(
     )
     old = check.stats(read(stats), spec.axes, training=True)
     check.same_field(old, inputs.x, training=True)
-    return step(x, spec, old, stats, update, functools.partial(train, spec, inputs))
+    y, m = train(spec, inputs, fixed_statistics(spec, old, stats))
+    return finish(x, spec, y, m, old, stats, update)
 
 
 def batch_norm_inference(
@@ -192,32 +193,41 @@ def train(spec: Spec, inputs: Inputs, given: RunningStats | None = None) -> tupl
     return infer(spec, inputs, given), moments
 
 
-def step(
+def fixed_statistics(spec: Spec, old: RunningStats, stats: RunningStats) -> RunningStats | None:
+    """Returns `old`, the arrays of `stats`, if a layer normalises by them in training, too.
+
+    Otherwise None, and the batch must have several values.
+    """
+    if fixed(stats):
+        return old
+    if not spec.over.names:
+        check.several_values(spec.axes)
+    return None
+
+
+def finish(
     x: Array,
     spec: Spec,
+    y: Array,
+    m: Moments,
     old: RunningStats,
     stats: RunningStats,
     update: UpdateRule,
-    compute: Callable[[RunningStats | None], tuple[Array, Moments]],
 ) -> tuple[Array, RunningStats]:
-    """Computes y, of x's shape, and the new statistics, by what a variant computes.
+    """Returns y in x's shape, and the new statistics.
 
     Args:
       x: as the user gave it.
       spec: of the planned x.
-      old: `read(stats)`, checked.
+      y: of the planned x's shape.
+      m: the moments of the batch.
+      old: the arrays of `stats`, checked.
       stats: as the user gave them.
       update: the rule.
-      compute: returns y, of the planned x's shape, and moments of the shape of `old`. Its argument
-        are the statistics by which to normalise, or None for those of the batch.
     """
-    if not (spec.over.names or fixed(stats)):
-        check.several_values(spec.axes)
-    y, m = compute(old if fixed(stats) else None)
     if not waits(stats):
         check.as_replicated_as(old.mean, m.mean)
-    new = absorb(update, old, m, given=stats, over=spec.over)
-    return join(y, x, spec.axes), new
+    return join(y, x, spec.axes), absorb(update, old, m, given=stats, over=spec.over)
 
 
 def infer(spec: Spec, inputs: Inputs, stats: RunningStats) -> Array:

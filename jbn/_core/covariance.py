@@ -23,11 +23,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jbn._core.axes import Axes
 from jbn._core.moments import moments_by_shift
 from jbn._core.plan import Spec
+from jbn._core.pooling import pool_instances
 from jbn._core.shift import active
 from jbn._core.types import ShiftedMoments
 from jbn._devices import placement
 from jbn._devices.named_axes import vary_as
-from jbn._devices.sharded_arrays import join_instances, measure_everywhere
+from jbn._devices.sharded_arrays import measure_everywhere
 from jbn._sums.protocol import Sums
 from jbn._sums.xla import of_moderate_size, only_active
 from jbn._xla.hints import recomputed
@@ -43,7 +44,7 @@ def covariance(spec: Spec, x: Array, weights: Array | None) -> ShiftedMoments:
     """
     local = functools.partial(_of_part, spec.sums)
     m = measure_everywhere(local, spec.axes, x, weights, together=2)
-    return join_instances(spec.over, spec.axes, m, weights is not None) if spec.over.names else m
+    return pool_instances(spec.over, m, weights is not None) if spec.over.names else m
 
 
 @covariance.defjvp

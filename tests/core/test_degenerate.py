@@ -1,12 +1,16 @@
 """Results stay finite for input that leaves nothing to normalise, forward and backward."""
 
+import functools
+
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jbn
-from tests import cases, compiled, oracle, tolerance
+from jbn._core import pooling
+from tests import cases, compiled, executions, oracle, tolerance
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -241,3 +245,63 @@ def test_epsilon_zero_is_finite_for_a_constant(epsilon):
     y, _, gradient = compiled.vjp(x, scale, bias, dy, epsilon=epsilon)
     chex.assert_tree_all_finite((y, gradient))
     np.testing.assert_array_equal(y[:, 1], np.broadcast_to(bias[1], 8))
+
+
+def overflowing():
+    """Returns x, [4, 8, 3], whose channel 1 overflows when squared, and a mask without part 0."""
+    x = np.random.default_rng(0).normal(size=(4, 8, 3)).astype(np.float32)
+    x[..., 1] = 1e25
+    x[1, :, 1] = -1e25
+    return x, np.broadcast_to((np.arange(4) > 0)[:, None, None], (4, 8, 1))
+
+
+@pytest.mark.parametrize("where", ["instances", "devices", "groups"])
+def test_a_part_without_data_beside_squares_that_overflow(where):
+    """The variance of the parts that have data is infinite, and 0 times that would be NaN."""
+    x, mask = overflowing()
+    params, old = jbn.Params(jnp.ones(3), jnp.arange(3.0)), jbn.init_stats(3)
+    if where == "instances":
+        layer = functools.partial(jbn.batch_norm, axis_name="parts")
+        run = jax.vmap(lambda x, mask: layer(x, params, old, mask=mask), axis_name="parts")
+        y, stats = jax.jit(run)(x, mask)
+        stats = jax.tree.map(lambda s: s[0], stats)
+    else:
+        groups = 4 if where == "groups" else None
+        flat = x.reshape(32, 3), mask.reshape(32, 1)
+        run = jax.jit(lambda x, mask: jbn.batch_norm(x, params, old, mask=mask, groups=groups))
+        with jax.set_mesh(executions.mesh((4,), ("parts",))):
+            y, stats = jax.device_get(run(*flat))
+    chex.assert_tree_all_finite((y, stats))
+    if where != "groups":
+        np.testing.assert_array_equal(y[..., 1], 1)
+    for new, before in zip(stats, old, strict=True):
+        assert new[1] == before[1]
+
+
+def test_an_index_group_beside_one_whose_squares_overflow():
+    x, _ = overflowing()
+    x[2:, :, 1] = x[2:, :, 0]
+
+    def layer(x):
+        m = jbn.moments(x, axis_name="parts", axis_index_groups=[[0, 1], [2, 3]])
+        return m.mean, m.var
+
+    mean, var = jax.jit(jax.vmap(layer, axis_name="parts"))(x)
+    chex.assert_tree_all_finite((mean[2:], var[2:]))
+    assert (var[:2, 1] == np.inf).all()
+
+
+def test_moments_without_data_beside_a_mean_whose_square_overflows():
+    count, mean = jnp.float32([0, 4]), jnp.float32([[0], [1e25]])
+    parts = jbn.Moments(count, mean, jnp.ones((2, 1)))
+    expected = jbn.Moments(jnp.float32(4), jnp.float32([1e25]), jnp.ones(1))
+    chex.assert_trees_all_equal(jax.jit(jbn.pool)(parts), expected)
+    empty, full = (jbn.Moments(count[i], mean[i], jnp.ones(1)) for i in (0, 1))
+    chex.assert_trees_all_equal(jax.jit(jbn.merge)(empty, full), expected)
+
+    def by_sums(m):
+        return pooling.pool_by_sums([m._replace(count=m.count[None])], ("parts",))[0]
+
+    found = jax.jit(jax.vmap(by_sums, axis_name="parts"))(parts)
+    np.testing.assert_array_equal(found.mean, np.float32(1e25))
+    np.testing.assert_array_equal(found.var, 1)
