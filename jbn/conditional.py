@@ -240,7 +240,7 @@ def _ready(spec: Spec, one_plus_scale: bool, inputs: Inputs) -> tuple[Array, Any
 
     At masked positions they and the residual become 0 where they are not finite.
     """
-    x, scale, bias, weights, residual = inputs
+    x, scale, bias, weights, residual, _ = inputs
     dtype, plus = accumulator(x.dtype), one_plus_scale and scale is not None
     if residual is not None:
         residual = harmless(residual, residual, weights)

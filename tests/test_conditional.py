@@ -120,6 +120,7 @@ def test_y_statistics_and_gradients_are_those_of_the_oracle(mode, kind):
         close(var, m.var, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -195,6 +196,7 @@ def test_one_plus_scale_is_added_without_rounding(dtype):
             np.testing.assert_array_equal(without, run(scale=None)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "orders"),
     [
@@ -280,6 +282,7 @@ def test_masked_values_reach_no_gradient():
         chex.assert_trees_all_equal(results, expected)
 
 
+@pytest.mark.slow
 def test_without_data_y_is_the_bias():
     rows = make()
     y, new = layer({**rows, "mask": np.zeros((ROWS, 1, 1), bool)})
@@ -296,6 +299,7 @@ def pulled(x, dy, scale, bias, axis_name=None):
     return y, pull(dy), new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [P("a"), P(("a", "b")), P("a", "b")], ids=str)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_sharded_arrays(axis_type, spec):
@@ -334,6 +338,7 @@ def test_one_collective_each_way(way):
     assert [c.kind for c in hlo.collectives(text)] == ["all-gather", "all-reduce"]
 
 
+@pytest.mark.slow
 def test_an_instance_may_be_one_example_without_a_batch_axis():
     rows = make()
     run = jax.vmap(
@@ -355,6 +360,7 @@ def test_inference(dtype):
     tolerance.assert_close(y, expected, dtype, 1, ratio=4)
 
 
+@pytest.mark.slow
 def test_inference_exports_with_a_symbolic_batch():
     rows = make()
     run = jax.jit(lambda x, s: conditional_batch_norm_inference(x, s, None, STATS))
@@ -365,6 +371,7 @@ def test_inference_exports_with_a_symbolic_batch():
     chex.assert_trees_all_close(exported.call(*at), run(*at), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_microbatches_pool(x64):
     rows = make("float64")
     batch = {name: rows[name] for name in ("x", "scale", "bias")}
@@ -383,6 +390,7 @@ def test_microbatches_pool(x64):
     chex.assert_trees_all_close(new, whole, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_by_fixed_statistics_y_is_that_of_inference_and_the_moments_are_of_the_batch():
     rows = make()
     stats = STATS._replace(mean=jnp.arange(5.0))
@@ -472,6 +480,7 @@ def nnx_layer(**options):
 LAYERS = pytest.mark.parametrize("skin", [linen_layer, nnx_layer], ids=["linen", "nnx"])
 
 
+@pytest.mark.slow
 @LAYERS
 @pytest.mark.parametrize("update", [None, jbn.cumulative()], ids=["momentum", "update"])
 def test_a_layer_computes_the_pure_function(skin, update):
@@ -493,6 +502,7 @@ def test_a_layer_computes_the_pure_function(skin, update):
     chex.assert_trees_all_equal(same, new)
 
 
+@pytest.mark.slow
 @LAYERS
 def test_dtypes_of_a_layer(skin):
     x = Z.astype(jnp.bfloat16)
@@ -506,6 +516,7 @@ def test_dtypes_of_a_layer(skin):
     chex.assert_trees_all_equal_shapes_and_dtypes(new, stats)
 
 
+@pytest.mark.slow
 @LAYERS
 def test_a_layer_under_scan_and_named_axes(skin):
     stats, step = skin(update=jbn.cumulative())

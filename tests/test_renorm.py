@@ -102,6 +102,7 @@ def test_y_statistics_and_gradient_are_those_of_the_oracle(case):
     tolerance.assert_close(dparams.bias, grads[2], "float32", n, magnitude=size)
 
 
+@pytest.mark.slow
 def test_the_oracle_of_the_gradient_is_the_slope_of_its_formula():
     data, params, stats = layer()
     _, _, r, d = expected(data, params, stats, **LIMITS)
@@ -170,6 +171,7 @@ def test_both_limits_count():
     np.testing.assert_allclose(y, [[-0.5, -0.48], [0.5, 0.52]], rtol=1e-6)  # r = 1 / 2
 
 
+@pytest.mark.slow
 def test_groups_have_an_r_and_a_d_of_their_own():
     data, params, stats = layer(cases.Case((32, 5), mask="features"))
     y, new = batch_renorm(data.x, params, stats, groups=4, mask=data.mask, **LIMITS)
@@ -182,6 +184,7 @@ def test_groups_have_an_r_and_a_d_of_their_own():
     chex.assert_shape(new.var, (5,))
 
 
+@pytest.mark.slow
 def test_groups_add_up_the_gradients_of_the_parameters():
     data, params, stats = layer()
 
@@ -198,6 +201,7 @@ def test_groups_add_up_the_gradients_of_the_parameters():
     tolerance.assert_close(got.bias, want[1], "float32", 32, magnitude=32)
 
 
+@pytest.mark.slow
 def test_complex_x():
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(32, 3, 2)) @ [1, 1j] + 2).astype(np.complex64)
@@ -212,6 +216,7 @@ def test_complex_x():
     chex.assert_trees_all_close(y, want.astype(np.complex64), **tolerance.tol("float32", 32))
 
 
+@pytest.mark.slow
 def test_activation_and_residual():
     data, params, stats = layer()
     residual = jnp.asarray(data.dy)
@@ -252,7 +257,7 @@ def never(least):
         (cases.Case((64, 5), dtype="bfloat16", weights="examples"), {"activation": jax.nn.relu}),
         (cases.Case((8, 3), values="constant", offset=-3.0), {"epsilon": 0.0}),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) or "plain" if isinstance(value, dict) else str(value),
 )
 def test_without_correction_it_is_batch_norm_bit_for_bit(case, options, limits, usual_programs):
     data, params, stats = layer(case)
@@ -285,6 +290,7 @@ def test_without_limits_it_is_inference(dtype, offset):
     chex.assert_trees_all_equal(same, jbn.batch_norm_inference(data.x, params, stats.running))
 
 
+@pytest.mark.slow
 def test_inference_of_an_exported_program():
     data, params, stats = layer()
     options = {"activation": jnp.tanh, "epsilon": 1e-3}
@@ -324,6 +330,7 @@ def test_an_empty_batch_gives_the_bias_and_makes_a_step():
     chex.assert_trees_all_equal(new, stats._replace(steps=jnp.int32(8)))
 
 
+@pytest.mark.slow
 def test_masked_values_reach_nothing():
     case = cases.Case((32, 5), mask="features")
     (clean, params, stats), dirty = layer(case), cases.make(case, masked=np.nan)
@@ -343,6 +350,7 @@ def test_masked_values_reach_nothing():
     tolerance.assert_close(np.asarray(y)[~clean.valid], want, "float32", 32)
 
 
+@pytest.mark.slow
 def test_a_constant_feature_without_epsilon():
     x, stats = jnp.full((4, 2), 3.0), renorm.init_stats(2)._replace(var=jnp.array([4.0, 0.0]))
     params = jbn.init_params(2)._replace(bias=jnp.array([1.0, 1.0]))
@@ -362,6 +370,7 @@ def test_the_schedules_of_the_paper():
     np.testing.assert_array_equal(d_max, [0, 0, 2.5, 4.375, 5, 5, 5])
 
 
+@pytest.mark.slow
 def test_a_schedule_goes_through_its_points():
     schedule = renorm.piecewise_linear((10, 20, 40), (1, 3, 2))
     values = [float(schedule(step)) for step in (0, 10, 15, 20, 30, 40, 50)]
@@ -376,6 +385,7 @@ def closure(steps):
     return jnp.where(steps < 5, 1.0, 2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule",
     [optax.linear_schedule(1.0, 2.0, 2, 3), closure, renorm.piecewise_linear([4, 5], [1, 2])],
@@ -415,6 +425,7 @@ def test_a_schedule_that_turns_to_nonsense_gives_batch_norm():
             run(data.x, params, stats)  # where values are known
 
 
+@pytest.mark.slow
 def test_limits_may_be_traced():
     data, params, stats = layer()
     run = jax.jit(lambda r, d: renorm.batch_renorm(data.x, params, stats, r_max=r, d_max=d)[0])
@@ -528,6 +539,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.slow
 @test_named_axes.matrix(KINDS, quick=("vmap", "shard_map", "jit_explicit"))
 def test_y_statistics_and_gradient_in_every_mode(mode, kind):
     rows, params = test_named_axes.make(kind)
@@ -585,6 +597,7 @@ def collectives(f, stats, *at):
     return [c[:3] for c in hlo.collectives(jax.jit(both).lower(*at).compile().as_text())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axis_type", [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit], ids=str
 )
@@ -599,6 +612,7 @@ def test_sharded_arrays_take_the_collectives_of_batch_norm(axis_type):
     assert [c[0] for c in ours] == ["all-gather", "all-reduce"]
 
 
+@pytest.mark.slow
 def test_named_axes_take_the_collectives_of_batch_norm():
     data, params, stats = layer(cases.Case((ROWS, PLACES, CHANNELS)))
     specs = {"in_specs": (P("batch"), P(), P()), "out_specs": (P("batch"), P())}
@@ -612,6 +626,7 @@ def test_named_axes_take_the_collectives_of_batch_norm():
     assert collectives(sharded(run), stats, data.x, params, data.dy) == plain
 
 
+@pytest.mark.slow
 def test_local_statistics_may_not_leave_shard_map_as_replicated():
     data, params, stats = layer(cases.Case((ROWS, PLACES, CHANNELS)))
     run = jax.shard_map(
@@ -624,6 +639,7 @@ def test_local_statistics_may_not_leave_shard_map_as_replicated():
         jax.jit(run)(data.x)
 
 
+@pytest.mark.slow
 def test_a_backward_pass_keeps_x_and_vectors(one_device):
     data, params, stats = layer(cases.Case((16, 8, CHANNELS), dtype="bfloat16", mask="examples"))
 
@@ -692,6 +708,7 @@ def test_microbatches_make_one_step_and_pool_their_moments(microbatches):
     chex.assert_trees_all_equal_shapes_and_dtypes(new, state.stats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_devices_make_one_step_and_pool_their_moments(check_vma):
     step, state, x = training_step(axis_name="batch", microbatches=2)
@@ -701,6 +718,7 @@ def test_devices_make_one_step_and_pool_their_moments(check_vma):
     assert new.steps == 1
 
 
+@pytest.mark.slow
 def test_microbatches_in_turn_are_steps():
     step, state, x = training_step(microbatches=4, pool_stats=False)
     assert jax.jit(step)(state, x)[0].stats.steps == 4
@@ -752,11 +770,13 @@ def test_what_a_schedule_returns_is_checked_while_tracing(value):
         jax.jit(lambda: call(r_max=lambda _: value, d_max=0.0))()
 
 
+@pytest.mark.slow
 def test_a_schedule_that_fails_later_is_found_while_tracing():
     with pytest.raises(ValueError, match=r"d_max at step 1000 must be a number >= 0; got -1"):
         jax.jit(lambda: call(d_max=lambda s: jnp.where(s < 500, 0.0, -1.0)))()
 
 
+@pytest.mark.slow
 def test_the_points_of_a_schedule_are_limits():
     schedule = renorm.piecewise_linear((0, 70_000, 80_000), (1, 0.5, 3))
     with pytest.raises(ValueError, match=r"r_max at step 70000 must be a number >= 1; got 0.5"):
@@ -764,6 +784,7 @@ def test_the_points_of_a_schedule_are_limits():
     chex.assert_shape(call(r_max=1, d_max=schedule)[0], (4, 2))
 
 
+@pytest.mark.slow
 def test_a_schedule_may_use_traced_values():
     data, params, stats = layer()
 
@@ -785,6 +806,7 @@ def test_a_schedule_is_a_function_of_the_step_that_jax_can_trace():
             )
 
 
+@pytest.mark.slow
 def test_traced_limits_have_one_number():
     for bad in jnp.ones(2), jnp.ones((), bool), jnp.ones((), jnp.complex64):
         with pytest.raises(TypeError, match=r"r_max must be a real number, one for all features"):

@@ -69,6 +69,7 @@ def test_layer_computes_what_the_core_computes(skin, options):
     tolerance.assert_close(y, want, "float32", 1)
 
 
+@pytest.mark.slow
 @SKINS
 def test_mask_weights_and_residual_are_those_of_the_core(skin):
     mask, weights = X[..., :1] < 1.5, jnp.abs(X[..., :1])
@@ -79,6 +80,7 @@ def test_mask_weights_and_residual_are_those_of_the_core(skin):
     chex.assert_trees_all_close((y, stats), (want, named(new)), **LAYER)
 
 
+@pytest.mark.slow
 @SKINS
 def test_a_rule_adds_a_count(skin):
     rule = renorm.ema_of_std(0.9, epsilon=1e-5)
@@ -89,6 +91,7 @@ def test_a_rule_adds_a_count(skin):
     chex.assert_trees_all_close((y, stats), (want, named(new, "count")), **LAYER)
 
 
+@pytest.mark.slow
 @SKINS
 def test_without_correction_it_is_the_layer_of_batch_norm(skin):
     plain = (jbn.linen if skin is LINEN else jbn.nnx).BatchNorm
@@ -109,12 +112,14 @@ def test_init_computes_batch_norm_and_makes_no_step(skin):
     chex.assert_trees_all_equal_dtypes(stats, want)
 
 
+@pytest.mark.slow
 def test_init_of_linen_returns_y_of_batch_norm():
     layer = jbn.linen.BatchRenorm(use_running_average=False, axis_name="batch", groups=3, **LIMITS)
     y, _ = layer.init_with_output(jax.random.key(0), X)
     chex.assert_trees_all_close(y, jbn.normalize(X)[0], **LAYER)
 
 
+@pytest.mark.slow
 def test_variables_of_batch_norm_are_enough():
     x = normal(1, (8, 3))
     variables = jbn.linen.BatchNorm().init(jax.random.key(0), x, False)
@@ -125,6 +130,7 @@ def test_variables_of_batch_norm_are_enough():
     assert new["batch_stats"]["steps"] == 1
 
 
+@pytest.mark.slow
 def test_the_switch_of_linen():
     variables = jbn.linen.BatchRenorm().init(jax.random.key(0), X, False)
     for field, argument in (True, None), (None, True):
@@ -138,6 +144,7 @@ def test_the_switch_of_linen():
         jbn.linen.BatchRenorm(False, r_max=0.5).apply(variables, X, mutable=["batch_stats"])
 
 
+@pytest.mark.slow
 def test_intermediates_are_recorded_once():
     layer = jbn.linen.BatchRenorm(use_running_average=True)
     variables = layer.init(jax.random.key(0), X)
@@ -145,6 +152,7 @@ def test_intermediates_are_recorded_once():
     assert len(found["intermediates"]["__call__"]) == 1
 
 
+@pytest.mark.slow
 def test_nnx_modules_train_evaluate_split_and_merge():
     model = jbn.nnx.BatchRenorm(3, rngs=nnx.Rngs(0), r_max=3, d_max=5, warmup_steps=2)
 
@@ -164,6 +172,7 @@ def test_nnx_modules_train_evaluate_split_and_merge():
     assert nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))["steps"] == 3
 
 
+@pytest.mark.slow
 def test_classes_can_be_pickled_and_are_subclasses():
     for cls in jbn.linen.BatchRenorm, jbn.nnx.BatchRenorm, jbn.linen.crossq.BatchRenorm:
         assert pickle.loads(pickle.dumps(cls)) is cls
@@ -181,6 +190,7 @@ class Net(nn.Module):
         return self.norm(use_running_average=not train, axis_name="batch")(x)
 
 
+@pytest.mark.slow
 def test_vmap_with_a_named_axis():
     model, x = Net(), normal(2, (4, 6, 3))
     variables = model.init(jax.random.key(0), x[0])
@@ -210,6 +220,7 @@ class Scanned(nn.Module):
         return nn.scan(nn.remat(Block, prevent_cse=False), **own, length=2)()(x, None)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_microbatches_make_one_step_of_each_layer(microbatches):
     model, x = Scanned(), normal(3, (8, 3))
@@ -232,6 +243,7 @@ def test_microbatches_make_one_step_of_each_layer(microbatches):
     np.testing.assert_allclose(stats["mean"][0], 0.01 * h.mean(0), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_nnx_microbatches_make_one_step():
     model = jbn.nnx.BatchRenorm(3, rngs=nnx.Rngs(0), **LIMITS)
     graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
@@ -269,6 +281,7 @@ def of_sbx(x, mean, var, steps, warmup, epsilon, r_max=3.0, d_max=5.0):
 
 # With CrossQ's epsilon the formulas differ by the order of epsilon / var; sbx's own layer (0.28.0)
 # differs from jbn's by up to 1.5e-4 of the largest y here, and from `of_sbx` by 7e-7 of it.
+@pytest.mark.slow
 @pytest.mark.parametrize(("epsilon", "rtol", "rtol_dx"), [(1e-6, 2e-6, 4e-6), (1e-3, 2e-4, 2e-3)])
 def test_crossq_computes_what_sbx_computes(epsilon, rtol, rtol_dx):
     layer = jbn.linen.crossq.BatchRenorm(use_running_average=False, epsilon=epsilon, warmup_steps=2)
@@ -329,6 +342,7 @@ def test_crossq_has_the_fields_and_variables_of_sbx():
         assert layer.apply(given, X, use_running_average=True).shape == y.shape
 
 
+@pytest.mark.slow
 def test_crossq_takes_its_limits_from_its_variables():
     layer = jbn.linen.crossq.BatchRenorm(use_running_average=False, warmup_steps=0)
     variables = layer.init(jax.random.key(0), X)
@@ -342,6 +356,7 @@ def test_crossq_takes_its_limits_from_its_variables():
         chex.assert_trees_all_equal_structs(new["batch_stats"], variables["batch_stats"])
 
 
+@pytest.mark.slow
 def test_a_step_of_crossq_is_compiled_once():
     layer = jbn.linen.crossq.BatchRenorm(use_running_average=False)
     variables = layer.init(jax.random.key(0), X)

@@ -130,6 +130,7 @@ def assert_oracle(rows, params, stats, results, dtype="float32", offset=2.0, **_
     assert not dx[outside].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("support_of", "orders"),
     [
@@ -188,6 +189,7 @@ def test_groups_have_statistics_of_their_own_in_each_set(groups):
     chex.assert_trees_all_close(new, run(x, index=index)[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sets_of_a_named_axis_and_groups_of_instances():
     rows, params, stats = make()
     groups = [[0, 3], [1, 2]]
@@ -204,6 +206,7 @@ def test_sets_of_a_named_axis_and_groups_of_instances():
             )
 
 
+@pytest.mark.slow
 def test_an_instance_may_be_one_example():
     rows, params, stats = make()
     run = functools.partial(sets.split_batch_norm, params=params, stats=stats, axis_name=AXIS)
@@ -213,6 +216,7 @@ def test_an_instance_may_be_one_example():
     chex.assert_trees_all_close(jax.tree.map(lambda v: v[0], new), after, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [1, (1, 3), 0])
 def test_features_and_examples_along_any_axes(axis):
     rng = np.random.default_rng(0)
@@ -250,6 +254,7 @@ def test_what_belongs_to_no_set_may_be_anything():
         chex.assert_trees_all_equal(results, expected)
 
 
+@pytest.mark.slow
 def test_a_value_that_is_not_finite_stays_in_its_set():
     rows, params, stats = make()
     x = jnp.asarray(rows["x"]).at[0, 0, 1].set(jnp.nan)  # of set 0
@@ -264,6 +269,7 @@ def test_a_value_that_is_not_finite_stays_in_its_set():
         np.testing.assert_array_equal(value[1:], healthy[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("junk", ["inf", "overflow", "nan under a mask", "outlier"])
 def test_what_the_core_does_with_hard_data(junk):
     rows, params, stats = make()
@@ -291,6 +297,7 @@ def test_what_the_core_does_with_hard_data(junk):
         chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 2), (1, 4, 2)])
 def test_a_set_of_one_example(shape):
     """Normalises a single value to the bias, and lets only its mean enter, as the core does."""
@@ -308,6 +315,7 @@ def test_a_set_of_one_example(shape):
         chex.assert_trees_all_close(jax.tree.map(lambda v, s=s: v[s], new), after, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_empty_batch_and_constants():
     params, stats = sets.init_params(2, 3), sets.init_stats(2, 3)
     y, new = sets.split_batch_norm(jnp.zeros((0, 4, 3)), params, stats, jnp.zeros(0, jnp.int32))
@@ -318,6 +326,7 @@ def test_an_empty_batch_and_constants():
     chex.assert_tree_all_finite(new)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.usefixtures("one_device")
 def test_a_backward_pass_keeps_x_and_vectors(dtype):
@@ -333,6 +342,7 @@ def test_a_backward_pass_keeps_x_and_vectors(dtype):
     assert sorted(str(a.dtype) for a in large) == [dtype, dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [P("a"), P(("a", "b")), P("a", "b")], ids=str)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_sharded_arrays(axis_type, spec):
@@ -433,6 +443,7 @@ def test_one_set_is_batch_norm_bit_for_bit_and_the_others_stay(kind):
         np.testing.assert_array_equal(np.delete(value, 2, 0), np.delete(before, 2, 0))
 
 
+@pytest.mark.slow
 def test_sets_that_are_not_used_stay_whatever_they_hold():
     rows, params, stats = make()
     odd = jnp.array([jnp.nan, jnp.inf, -0.0, 1e-45, 3e38])
@@ -467,6 +478,7 @@ def test_a_traced_index_out_of_range_is_no_set(index, affine):
     chex.assert_trees_all_equal(new, stats)
 
 
+@pytest.mark.slow
 def test_a_loop_over_the_steps_of_an_unrolled_network():
     rows, params, stats = make()
 
@@ -510,6 +522,7 @@ def test_inference_by_each_kind_of_index(dtype):
     tolerance.assert_close(of_examples[outside], expected[outside], dtype, 1)
 
 
+@pytest.mark.slow
 def test_inference_exports_with_a_symbolic_batch():
     rows, params, stats = make()
     run = jax.jit(lambda x, i: sets.split_batch_norm_inference(x, params, stats, i))
@@ -522,6 +535,7 @@ def test_inference_exports_with_a_symbolic_batch():
     chex.assert_trees_all_close(exported.call(rows["x"], INDEX), run(rows["x"], INDEX), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [1, INDEX], ids=["one", "each"])
 def test_shared_params_are_those_of_every_set(index):
     rows, params, stats = make()
@@ -559,6 +573,7 @@ def test_a_rule_of_the_users_sees_one_set_at_a_time():
         np.testing.assert_array_equal(new.mean[2], stats.mean[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["each", "traced"])
 def test_microbatches_pool_in_each_set(kind, x64):
     rows, params, stats = make("float64")
@@ -685,6 +700,7 @@ def nnx_layer(**options):
 LAYERS = pytest.mark.parametrize("skin", [linen_layer, nnx_layer], ids=["linen", "nnx"])
 
 
+@pytest.mark.slow
 @LAYERS
 @pytest.mark.parametrize("index", ["adversarial", 1, "traced", "each"])
 @pytest.mark.parametrize("update", [None, jbn.cumulative()], ids=["momentum", "update"])
@@ -710,6 +726,7 @@ def test_a_layer_computes_the_pure_function(skin, index, update):
     chex.assert_trees_all_equal(same, new)
 
 
+@pytest.mark.slow
 @LAYERS
 @pytest.mark.parametrize("shared", [True, False])
 def test_parameters_of_a_layer(skin, shared):
@@ -727,6 +744,7 @@ def test_parameters_of_a_layer(skin, shared):
     assert step({"params": {}, **variables}, Z, 1)[0].dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 @LAYERS
 def test_a_layer_under_jit_scan_and_named_axes(skin):
     variables, step = skin(update=jbn.cumulative())
@@ -760,6 +778,7 @@ def test_errors_of_a_layer(skin):
         step(variables, jnp.ones((6, 4, 3), jnp.int32), 0)
 
 
+@pytest.mark.slow
 def test_a_linen_block_with_dynamic_sets_keeps_its_state_types():
     class Net(nn.Module):
         @nn.compact

@@ -144,6 +144,7 @@ def test_zca_changes_x_least_of_all_whitenings():
     assert all(distance(other) > 1.0001 * least for other in others)
 
 
+@pytest.mark.slow
 def test_permuting_examples_and_features_permutes_y():
     x, rng = data((32, 6), seed=5), np.random.default_rng(6)
     rows, features = rng.permutation(32), rng.permutation(6)
@@ -162,6 +163,7 @@ def test_newton_schulz_is_the_printed_algorithm(x64):
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_newton_schulz_comes_close_to_zca():
     x = data((256, 16))
     exact = np.asarray(run(x)[0], np.float64)
@@ -174,6 +176,7 @@ def test_newton_schulz_comes_close_to_zca():
     assert_close(errors[4:], np.zeros(2), "float32", 256)
 
 
+@pytest.mark.slow
 def test_the_documented_variance_that_newton_schulz_leaves():
     shares = np.array([1 / 4, 1 / 16, 1 / 64, 1 / 256, 1e-3, 1e-4])
     table = {  # of the docstring of newton_schulz
@@ -260,6 +263,7 @@ def test_derivatives_of_orders_one_to_three_against_float64(case, method, x64):
         np.testing.assert_allclose(a, b, rtol=1e-4 * 10**k, atol=1e-5 * 10**k)
 
 
+@pytest.mark.slow
 def test_forward_and_reverse_mode_agree(x64):
     x = data((7, 3), dtype="float64")
 
@@ -302,6 +306,7 @@ def test_y_and_gradient_are_finite_without_variance(kind, method, epsilon):
         np.testing.assert_allclose(rates[:4], 0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_gradient_at_equal_eigenvalues_is_that_beside_them():
     x = (2.0 * hadamard(16)[:, 1:6]).astype(np.float32)  # its covariance is 4 I
     dy = np.random.default_rng(9).normal(size=x.shape).astype(np.float32)
@@ -329,6 +334,7 @@ def test_float32_keeps_its_digits_with_fewer_examples_than_features(size, x64):
         np.testing.assert_allclose(found, expected, atol=5e-3 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_the_backward_pass_keeps_x_and_matrices():
     x = jnp.asarray(data((64, 6)), jnp.bfloat16)
     params = jbn.init_params(6)
@@ -368,6 +374,7 @@ def test_masked_values_take_no_part(group_size, junk):
     assert_close(clean[0], expected, "float32", 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1.0, 1e30])
 def test_weights_against_the_oracle(factor):
     weights = np.float32(factor) * np.random.default_rng(11).random((30, 1)).astype(np.float32)
@@ -379,6 +386,7 @@ def test_weights_against_the_oracle(factor):
     assert_close(y, oracle.whiten(x.astype(np.float64), weights=weights), "float32", 30)
 
 
+@pytest.mark.slow
 def test_integer_weights_repeat_examples():
     x, times = data((10, 3)), np.random.default_rng(12).integers(0, 4, 10)
     repeated, _ = run(np.repeat(x, times, 0))
@@ -424,6 +432,7 @@ def test_a_group_that_is_not_finite_keeps_its_statistics():
     assert np.isfinite(np.asarray(y)[:, 2:]).all()
 
 
+@pytest.mark.slow
 def test_a_batch_without_data_or_of_one_example():
     x, old = data((8, 4)), init_stats(4)._replace(mean=jnp.arange(4.0), count=jnp.ones(1))
     bias = np.float32([1, 2, 3, 4])
@@ -435,6 +444,7 @@ def test_a_batch_without_data_or_of_one_example():
     chex.assert_trees_all_equal(stats, old._replace(mean=jnp.asarray(x[3])))
 
 
+@pytest.mark.slow
 def test_a_rule_of_the_user():
     def keep_largest(stats, moments):
         return stats._replace(
@@ -462,6 +472,7 @@ def test_inference_is_training_by_the_statistics(axis, method):
     assert_close(single, np.asarray(again, np.float64)[:1], "float32", 1)
 
 
+@pytest.mark.slow
 def test_inference_is_differentiable_in_its_statistics_and_can_be_exported():
     x, params = data((4, 6)), jbn.init_params(6)
     _, stats = run(data((32, 6)), 3)
@@ -481,6 +492,7 @@ def test_inference_is_differentiable_in_its_statistics_and_can_be_exported():
 # --- Affine, activation, composition -----------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group_size", [None, 2])
 def test_a_coloring_matrix(group_size):
     rng = np.random.default_rng(16)
@@ -497,6 +509,7 @@ def test_a_coloring_matrix(group_size):
     assert_close(masked, np.asarray(y, np.float64), "float32", 32)
 
 
+@pytest.mark.slow
 def test_scale_bias_activation_and_residual():
     rng = np.random.default_rng(17)
     x, residual = data((32, 4)), rng.normal(size=(32, 4)).astype(np.float32)
@@ -516,6 +529,7 @@ def test_scale_bias_activation_and_residual():
         assert_close(found, exact, "float32", 32)
 
 
+@pytest.mark.slow
 def test_vmap_scan_and_remat():
     xs = np.stack([data((16, 4), seed=s) for s in range(3)])
     stats = init_stats(4, group_size=2)
@@ -536,6 +550,7 @@ def test_vmap_scan_and_remat():
     )
 
 
+@pytest.mark.slow
 def test_the_method_of_a_user():
     def cholesky(cov, epsilon):
         eye = jnp.eye(cov.shape[-1])
@@ -659,6 +674,7 @@ def test_a_layer_is_the_function(skin):
     chex.assert_trees_all_equal(state()[1], stats._asdict())
 
 
+@pytest.mark.slow
 @LAYERS
 def test_a_layer_with_coloring_and_an_update_rule(skin):
     x = data((16, 4))
@@ -671,6 +687,7 @@ def test_a_layer_with_coloring_and_an_update_rule(skin):
     assert_close(stats["cov"], own.cov, "float32", 16)
 
 
+@pytest.mark.slow
 def test_train_and_eval_switch_an_nnx_layer():
     layer, x = jbn.nnx.Whitening(4, rngs=nnx.Rngs(0)), data((16, 4))
     layer.eval()
@@ -682,6 +699,7 @@ def test_train_and_eval_switch_an_nnx_layer():
     np.testing.assert_array_equal(layer.count[...], 1)
 
 
+@pytest.mark.slow
 def test_a_network_trains():
     class Net(nn.Module):
         @nn.compact
@@ -742,6 +760,7 @@ def test_microbatches_pool(skin, rule):
     np.testing.assert_array_equal(found["count"], [1, 1])
 
 
+@pytest.mark.slow
 def test_two_calls_in_a_deferred_step_and_a_pass_over_a_data_set():
     x, rule = data((12, 4)), jbn.ema(0.9)
 

@@ -113,7 +113,7 @@ def pooled_by_set(m: ShiftedMoments, sets: int) -> Moments:
 
 def _widened(inputs: Inputs) -> Inputs:
     """Widens x, and makes the residual harmless where masked."""
-    x, _, _, weights, residual = inputs
+    x, weights, residual = inputs.x, inputs.weights, inputs.residual
     if residual is not None:
         residual = harmless(residual, residual, weights)
     return inputs._replace(x=x.astype(accumulator(x.dtype)), residual=residual)
@@ -163,7 +163,7 @@ def _chosen(x: Array, member: Array, *tables: Array) -> list[Array]:
 
 def _transformed(spec: Spec, inputs: Inputs, member: Array, at: Affine) -> Array:
     """Computes y by the affine map of each example's set; `at` is [sets, C]."""
-    x, _, _, weights, residual = inputs
+    x, weights, residual = inputs.x, inputs.weights, inputs.residual
     at = _of_examples(spec.axes, x, member, at)
     z = displaced(x, weights, at)
     y = _only_of_sets(spec.axes, transform(z, at.a, at.c), member)

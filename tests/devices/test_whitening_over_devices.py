@@ -74,6 +74,7 @@ def test_every_execution_gives_the_oracles_results(mode, support):
         assert_close(of_instance.mean, own.mean, "float32", 48, condition=1.0)
 
 
+@pytest.mark.slow
 def test_second_derivatives_over_devices():
     rows, mode = _rows(), executions.NAMED[3]  # shard_map
 
@@ -99,6 +100,7 @@ PLACES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "spec", "back"), PLACES, ids=str)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_one_collective_each_way(axis_type, shape, spec, back):
@@ -147,6 +149,7 @@ def test_features_over_devices(axis_type, group_size):
     assert_close(stats.cov, oracle.covariance(x, group_size).cov, "float32", 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatches", [1, 2])
 @pytest.mark.parametrize("sharing", ["instance", "all"])
 def test_a_step_pools_the_statistics_of_devices(sharing, microbatches):
@@ -168,6 +171,7 @@ def test_a_step_pools_the_statistics_of_devices(sharing, microbatches):
     np.testing.assert_array_equal(new.stats.count, [1, 1])
 
 
+@pytest.mark.slow
 def test_statistics_of_instances_do_not_leave_shard_map_as_if_they_agreed():
     f = jax.shard_map(
         lambda x: whiten(x, NONE, init_stats(6))[1],
