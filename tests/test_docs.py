@@ -29,6 +29,7 @@ def test_the_pages_with_code_are_found():
     ],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
+@pytest.mark.usefixtures("cheap_programs")
 def test_code_runs(page):
     text = page.read_text()
     namespace = {"__name__": page.stem}

@@ -331,6 +331,7 @@ def test_vmap_scan_cond_and_checkpoint(skin):
     skin.both(lambda cls: jax.grad(jax.checkpoint(lambda x: (output(x, cls) * dy).sum()))(X))
 
 
+@pytest.mark.slow
 @SKINS
 def test_named_axes_of_vmap_and_pmap(skin):
     def named(cls, transform, **options):
@@ -349,6 +350,7 @@ def test_named_axes_of_vmap_and_pmap(skin):
     chex.assert_trees_all_close(jax.tree.map(lambda s: s[0], stats), expected, **LAYER)
 
 
+@pytest.mark.slow
 @SKINS
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map(skin, check_vma):

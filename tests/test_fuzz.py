@@ -31,6 +31,7 @@ def fresh():
     clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", RIGHT)
 def test_the_library_passes(line):
     assert fuzz.check(fuzz_cases.parse(line)) == []

@@ -84,6 +84,7 @@ def state(model):
     return nnx.to_pure_dict(nnx.state(model))
 
 
+@pytest.mark.slow
 def test_resnet_has_the_trees_of_flax():
     ours, theirs = trained(BatchNorm), trained(nnx.BatchNorm)
     chex.assert_trees_all_equal(ours[0], theirs[0])  # every name, shape, dtype and random draw

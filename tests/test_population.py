@@ -166,6 +166,7 @@ def wide(params):
     return [(np.asarray(kernel, np.float64), None, None) for kernel in params]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer_by_layer", [False, True], ids=["one_pass", "layer_by_layer"])
 @pytest.mark.parametrize("variance", ["pooled", "paper"])
 def test_a_whole_data_set(variance, layer_by_layer):
@@ -663,6 +664,7 @@ def test_the_model_compiles_once_a_shape():
 GROUPS = [[0, 2], [1, 3]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer_by_layer", [False, True], ids=["one_pass", "layer_by_layer"])
 @pytest.mark.usefixtures("x64")
 def test_sharded_batches(layer_by_layer):
@@ -699,6 +701,7 @@ def test_shard_map(name, layer_by_layer):
         chex.assert_trees_all_close(local[1], exact[1], **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", ["pooled", pytest.param("paper", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("x64")
 def test_groups_of_devices(variance):

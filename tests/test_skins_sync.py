@@ -52,6 +52,7 @@ def mapped(layer, **options):
     return jax.jit(run)(X, MASK)
 
 
+@pytest.mark.slow
 @SKINS
 @pytest.mark.parametrize(
     "options",

@@ -95,6 +95,7 @@ def test_the_output_is_uncorrelated_with_unit_variance_at_any_offset(offset, gro
     assert_close(stats.cov, exact.cov, "float32", 512, condition=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", ["none", "mask", "weights"])
 def test_groups_of_one_feature_are_batch_normalization(support):
     rng = np.random.default_rng(2)
@@ -654,6 +655,7 @@ def nnx_layer(x, coloring=False, **options):
 LAYERS = pytest.mark.parametrize("skin", [linen_layer, nnx_layer], ids=["linen", "nnx"])
 
 
+@pytest.mark.slow
 @LAYERS
 def test_a_layer_is_the_function(skin):
     x, mask = data((16, 4)), np.arange(16)[:, None] % 4 > 0

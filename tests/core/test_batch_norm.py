@@ -189,6 +189,7 @@ def test_scan_is_a_loop(rule):
     chex.assert_trees_all_close(final, stats, **tolerance.tol("float32", 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["nothing_saveable", "everything_saveable"])
 def test_remat_changes_nothing(policy):
     data, params, stats = layer(cases.Case((16, 5), mask="features"))

@@ -69,6 +69,7 @@ def test_microbatches_pool(microbatches):
     chex.assert_trees_all_close(new, of_whole(stats, batch), **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_deeper_layers_pool_what_their_microbatches_saw():
     batch = nets.batch(0, 12, np.float64)
@@ -275,6 +276,7 @@ def scanned(model, x):
     return forward(model, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forward", [plain, twice, rematerialised, scanned])
 def test_nnx(forward):
     if forward is scanned:

@@ -235,6 +235,7 @@ def test_every_order_where_values_equal_the_mean(case, activation, x64):
         tolerance.assert_close(a, e, "float32", 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("over", ["groups", "instances"])
 def test_every_order_in_groups_and_over_instances_where_values_equal_the_mean(over, x64):
     data = cases.make(cases.Case((8, 3), dtype="float64", values="integer"))
@@ -284,6 +285,7 @@ def test_second_order_through_nan_under_a_mask(kind, x64):
     np.testing.assert_array_equal(np.asarray(expected[0])[~clean.valid], 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modes", [["fwd"], ["rev"]], ids=str)
 def test_finite_differences(modes, x64):
     data = cases.make(cases.Case((5, 3), dtype="float64", mask="features"))

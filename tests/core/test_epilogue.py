@@ -77,6 +77,7 @@ def test_value_and_gradient_are_those_of_the_composition(form, case, groups):
     chex.assert_trees_all_close(actual, expected, rtol=2e-6, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["add silu", pytest.param("silu", marks=pytest.mark.slow)])
 def test_every_order_is_that_of_the_composition(form, x64):
     case = cases.Case((4, 3, 3), dtype="float64", mask="examples")

@@ -547,6 +547,7 @@ def shard_mapped(f, check_vma=True):
     return lambda: jax.shard_map(f, mesh=MESH, check_vma=check_vma, **specs)(X, STATS)
 
 
+@pytest.mark.slow
 def test_local_statistics_may_not_leave_shard_map_as_replicated():
     words = "axes 'data'", "bound axes: 'data', 'model'", "axis_name='data'", "pcast", "P('data')"
     fails(ValueError, shard_mapped(lambda x, stats: train(x, stats=stats)()), *words)

@@ -103,6 +103,7 @@ def test_a_group_without_data_shows_the_bias_and_changes_nothing():
         np.testing.assert_array_equal(y[2:], np.broadcast_to(params.bias, (2, 6, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", ["one", "each group", "each feature"])
 def test_pool_is_merge_of_all_and_the_moments_of_the_whole(count):
     case = cases.Case((12, 5), offset=1e3)
@@ -130,6 +131,7 @@ def test_order_of_groups_is_that_of_the_batch():
     np.testing.assert_array_equal(jbn.moments(x, groups=4).mean[:, 0], [0.5, 2.5, 4.5, 6.5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [2, 4, 8])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_groups_of_a_sharded_batch_may_span_or_share_devices(axis_type, groups):

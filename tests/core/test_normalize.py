@@ -222,6 +222,7 @@ def test_a_negative_or_nan_weight_counts_as_none():
 # --- other dtypes and complex numbers ----------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("result", ["float32", "bfloat16", "float16"])
 def test_y_in_another_dtype_is_rounded_once(dtype, result):

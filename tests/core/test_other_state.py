@@ -247,6 +247,7 @@ def of_linen(net):
     return loss_fn, variables["params"], variables["batch_stats"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["jit", "pmap", "shard_map", "shard_map_unchecked", "vmap"])
 def test_other_layers_keep_their_state(mode):
     expected = one_step(*of_linen(Discriminator()))

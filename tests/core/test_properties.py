@@ -46,6 +46,7 @@ def broadcasting(draw, shape):
     return tuple(n if draw(st.booleans()) else 1 for n in shape)
 
 
+@pytest.mark.slow
 @hypothesis.given(inputs())
 def test_forward_and_backward_are_the_oracle(example):
     x, scale, bias, dy, given = example
@@ -72,6 +73,7 @@ def test_forward_and_backward_are_the_oracle(example):
     close(dbias, backward[2], "float32", x.size, magnitude=np.sum(dy))
 
 
+@pytest.mark.slow
 @hypothesis.given(inputs(dtypes=["float32"]), st.sampled_from([np.nan, np.inf, -np.inf, 3e38]))
 def test_what_is_masked_has_no_influence(example, junk):
     x, scale, bias, dy, given = example
@@ -84,6 +86,7 @@ def test_what_is_masked_has_no_influence(example, junk):
     chex.assert_tree_all_finite((m, gradient))
 
 
+@pytest.mark.slow
 @hypothesis.given(inputs(dtypes=["float32"], support=False), st.integers(0, 2**32 - 1))
 def test_the_order_of_the_examples_does_not_matter(example, seed):
     x, scale, bias, _, given = example
@@ -99,6 +102,7 @@ def test_the_order_of_the_examples_does_not_matter(example, seed):
     chex.assert_trees_all_close(same, m, **tolerance.tol("float32", x.size))
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=15)  # each compiles twice: epsilon is static
 @hypothesis.given(
     inputs(dtypes=["float32"]), st.sampled_from([0.25, 2.0, 1024.0]), st.integers(-8, 8)
@@ -116,6 +120,7 @@ def test_y_is_invariant_to_shift_and_scale_of_x(example, a, b):
     chex.assert_trees_all_close(same.var, a * a * m.var, rtol=1e-5, atol=1e-6 * a * a)
 
 
+@pytest.mark.slow
 @hypothesis.given(inputs(dtypes=["float32"], support=False), st.integers(0, 4))
 def test_moments_of_two_parts_merge_to_those_of_the_whole(example, where):
     x, _, _, _, given = example

@@ -126,6 +126,7 @@ def test_one_odd_token_in_every_sequence(kind):
     assert_as_good_as_two_passes(odd, support)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SUPPORTS)
 @pytest.mark.parametrize(("examples", "tokens"), [(7, 64), (14, 64), (28, 64), (8, 47), (9, 23)])
 def test_one_odd_token_in_every_sequence_of_a_flattened_batch(examples, tokens, kind):

@@ -70,6 +70,7 @@ def test_params_sharded_otherwise_than_x():
     chex.assert_trees_all_close(sharded, expected, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", SUPPORT)
 def test_tangents_may_lie_elsewhere_than_x_on_an_explicit_mesh(support):
     def tangent(x, dx):
@@ -218,6 +219,7 @@ def test_groups_and_second_derivatives_wherever_the_batch_lies(shape, spec, grou
     assert_close(got, on_one_device(second, groups))
 
 
+@pytest.mark.slow
 @TYPES
 @pytest.mark.parametrize("spec", [P(), P("a", "b")], ids=str)
 def test_weights_that_lie_elsewhere_than_x(spec, axis_type):
@@ -229,6 +231,7 @@ def test_weights_that_lie_elsewhere_than_x(spec, axis_type):
         assert_close(run(*arrays, jax.device_put(weights, NamedSharding(where, spec))), expected)
 
 
+@pytest.mark.slow
 @TYPES
 def test_vmap_of_a_sharded_batch(axis_type):
     where, arrays = placed((4, 2), axis_type, P(None, "a", "b"), *TRIPLE[:2])

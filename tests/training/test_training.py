@@ -114,6 +114,7 @@ def train(mode, net, optimizer, microbatches, dtype="float64", steps=STEPS):
     return jax.tree.map(np.asarray, (state, metrics))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode",
     [pmap, shard_map, pytest.param(shard_map_unchecked, marks=pytest.mark.slow), sharded_jit],

@@ -101,6 +101,7 @@ def test_one_bad_value_spoils_its_channel_alone(bad):
         assert np.isposinf(var[4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [None, 2])
 @pytest.mark.parametrize("offset", [2.0, 300.0])
 def test_y_and_gradient_on_other_platforms(offset, groups, elsewhere):
