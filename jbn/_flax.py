@@ -24,7 +24,6 @@ from jbn._core.running import RunningStats, UpdateRule, ema, ema_of_flax
 from jbn._core.types import Moments
 from jbn._devices.named_axes import AxisName, Scope, scope
 from jbn._devices.placement import join
-from jbn.whitening import Method, WhiteningStats, whiten, whiten_inference
 
 
 class Layer(NamedTuple):
@@ -113,84 +112,36 @@ def run(
     others: tuple[Any, ...],
     *,
     inference: bool,
+    training: Sequence[str] = ("groups",),
     **options: Any,
-) -> tuple[Array, RunningStats | None]:
+) -> tuple[Array, Any]:
     """Calls the functions of a variant, for training and for inference, by a module's fields.
 
     Args:
-      module: has the fields of `Layer`.
+      module: has the fields axis, epsilon, activation, momentum, update, axis_name,
+        axis_index_groups and those of `training`.
       functions: (training, inference); they take x, `others` and keywords.
       given: x, and the arrays that are given by keyword.
-      others: what comes behind x.
+      others: the arguments behind x.
       inference: which function.
+      training: further fields that only training takes.
       options: further keywords of both.
 
     Returns:
       y, and the new statistics; None in inference.
     """
-    layer, (x, mask, weights, residual) = Layer.of(module), given
+    x, mask, weights, residual = given
     train, infer = functions
-    options |= {field: getattr(layer, field) for field in ("axis", "epsilon", "activation")}
+    options |= {field: getattr(module, field) for field in ("axis", "epsilon", "activation")}
     if inference:
         return infer(x, *others, residual=residual, **options), None
-    fields = ("axis_name", "axis_index_groups", "groups")
-    options |= {field: getattr(layer, field) for field in fields}
-    rule = layer.update or ema(layer.momentum)
+    fields = ("axis_name", "axis_index_groups", *training)
+    options |= {field: getattr(module, field) for field in fields}
+    if module.axis_name is None:  # as in Flax
+        options["axis_index_groups"] = None
+    rule = module.update or ema(module.momentum)
     support = {"mask": mask, "weights": weights, "residual": residual}
     return train(x, *others, update=rule, **support, **options)
-
-
-class WhiteningLayer(NamedTuple):
-    """The fields that the Whitening modules of linen and of nnx have in common, and document."""
-
-    axis: int | Sequence[int]
-    group_size: int | None
-    method: Method
-    momentum: float
-    epsilon: float
-    update: UpdateRule | None
-    axis_name: AxisName | None
-    axis_index_groups: Sequence[Sequence[int]] | None
-    activation: Activation | None
-
-    @classmethod
-    def of(cls, module: Any) -> "WhiteningLayer":
-        """Reads the fields from a module."""
-        return cls(*(getattr(module, field) for field in cls._fields))
-
-
-def call_whitening(
-    layer: WhiteningLayer,
-    given: Given,
-    params: Params,
-    stats: WhiteningStats,
-    *,
-    inference: bool,
-    dtype: DTypeLike,
-) -> tuple[Array, WhiteningStats]:
-    """Computes `whiten` or `whiten_inference`; inference does not change the statistics."""
-    options: dict[str, Any] = {
-        "axis": layer.axis,
-        "epsilon": layer.epsilon,
-        "method": layer.method,
-        "activation": layer.activation,
-        "residual": given.residual,
-        "dtype": dtype,
-    }
-    if inference:
-        return whiten_inference(given.x, params, stats, **options), stats
-    return whiten(
-        given.x,
-        params,
-        stats,
-        group_size=layer.group_size,
-        update=ema(layer.momentum) if layer.update is None else layer.update,
-        mask=given.mask,
-        weights=given.weights,
-        axis_name=layer.axis_name,
-        axis_index_groups=None if layer.axis_name is None else layer.axis_index_groups,
-        **options,
-    )
 
 
 def identity_init(

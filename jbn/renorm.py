@@ -258,15 +258,20 @@ def batch_renorm(
     )
     stats = _checked(stats)
     clips = Clips(r_max, d_max, warmup_steps)
-    before = stats.running
-    old = check.stats(read(before), spec.axes, training=True)
-    check.same_field(old, inputs.x, training=True)
-    if core.fixed_statistics(spec, old, before) is None:
+    y, new = _step(x, spec, inputs, stats, clips, update)
+    return y, RenormStats(*new, advanced(stats.steps))
+
+
+def _step(
+    x: Array, spec: Spec, inputs: Inputs, stats: RenormStats, clips: "Clips", update: UpdateRule
+) -> tuple[Array, RunningStats]:
+    """Computes y and the new statistics; fixed ones normalise as in `batch_norm`."""
+    old = check.stats(read(stats.running), spec.axes, x, training=True)
+    if core.fixed_statistics(spec, old, stats.running) is None:
         y, m = train(clips, stats.steps, spec, inputs, old)
     else:
         y, m = core.train(spec, inputs, old)
-    y, new = core.finish(x, spec, y, m, old, before, update)
-    return y, RenormStats(*new, advanced(stats.steps))
+    return core.finish(x, spec, y, m, old, stats.running, update)
 
 
 def batch_renorm_inference(

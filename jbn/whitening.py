@@ -14,6 +14,7 @@ over it.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from jbn._core import check
 from jbn._core.affine import Activation, where_data
 from jbn._core.axes import Axes, integer, resolve
 from jbn._core.covariance import covariance, with_one
-from jbn._core.deferral import Deferred, Update, absorb, waits
+from jbn._core.deferral import Update, absorb, read, waits
 from jbn._core.export import serializable
 from jbn._core.inverse_root import multiply, newton_schulz_root, roots
 from jbn._core.normalize import Params
@@ -93,7 +94,7 @@ def init_stats(
     """
     dtype, shape = check.stats_dtype(dtype), check.number_of_features(features)
     _real(jnp.zeros((), dtype))
-    groups, size = _divide(int(np.prod(shape)), group_size)
+    groups, size = _divide(shape, group_size)
     eye = jnp.broadcast_to(jnp.eye(size, dtype=dtype), (groups, size, size))
     return WhiteningStats(jnp.zeros(shape, dtype), eye, jnp.zeros(groups, dtype))
 
@@ -261,7 +262,7 @@ def whiten(
     check.reduction_axis(axes, over.names)
     if not over.names:
         check.several_values(axes)
-    layout = _Layout(axes, *_divide(axes, group_size))
+    layout = _Layout(axes, *_divide(axes.feature_shape, group_size))
     old = _statistics(stats, layout, training=True)
     taking_part = check.participation(axes, mask, weights, accumulator(x.dtype))
     spec, inputs = _plan(layout, x, params, method, epsilon, activation, residual, dtype)
@@ -321,7 +322,7 @@ def whiten_inference(
     axes = resolve(x.shape, axis)
     shape = getattr(getattr(stats, "cov", None), "shape", ())
     size = shape[-1] if len(shape) == 3 else None
-    layout = _Layout(axes, *_divide(axes, size, "stats.cov has groups of"))
+    layout = _Layout(axes, *_divide(axes.feature_shape, size, "stats.cov has groups of"))
     spec, inputs = _plan(layout, x, params, method, epsilon, activation, residual, dtype)
     return _infer(spec, inputs, _statistics(stats, layout, training=False))
 
@@ -520,10 +521,9 @@ def _real(x: Array) -> Array:
     return x
 
 
-def _divide(features: int | Axes, size: int | None, what: str = "group_size=") -> tuple[int, int]:
-    """Returns (number of groups, their size)."""
-    if isinstance(features, Axes):
-        features = int(np.prod(features.feature_shape))
+def _divide(shape: Sequence[int], size: int | None, what: str = "group_size=") -> tuple[int, int]:
+    """Returns (number of groups, their size) for features of this shape."""
+    features = math.prod(shape)
     if size is None:
         return 1, features
     number = integer(size)
@@ -559,7 +559,7 @@ def _method(method: Any) -> Any:
 
 
 def _scale(scale: Array, axes: Axes) -> Array:
-    features = int(np.prod(axes.feature_shape))
+    features = math.prod(axes.feature_shape)
     if scale.shape in (axes.feature_shape, (features, features)):
         return scale
     raise ValueError(
@@ -585,10 +585,10 @@ def _statistics(stats: Any, layout: _Layout, *, training: bool) -> RunningStats:
             f"stats must be WhiteningStats(mean, cov, count), such as "
             f"jbn.whitening.init_stats(C, group_size=...); got {type(stats).__name__}."
         )
-    for cell in stats:
-        if isinstance(cell, Update):  # of an earlier call in the same step
-            return cell.settled()
-    stats = WhiteningStats(*(v.value if isinstance(v, Deferred) else v for v in stats))
+    arrays = read(stats)
+    if any(isinstance(cell, Update) for cell in stats):  # of an earlier call in the same step
+        return arrays
+    stats = WhiteningStats(*arrays)
     groups, size = layout.groups, layout.size
     shapes = {
         "mean": layout.axes.feature_shape,
@@ -602,7 +602,7 @@ def _statistics(stats: Any, layout: _Layout, *, training: bool) -> RunningStats:
             raise ValueError(
                 f"stats.{name} has shape {value.shape}, but x, of shape {layout.axes.shape}, needs "
                 f"{shape} for {groups} groups of {size} features. Write "
-                f"jbn.whitening.init_stats({int(np.prod(layout.axes.feature_shape))}, "
+                f"jbn.whitening.init_stats({math.prod(layout.axes.feature_shape)}, "
                 f"group_size={size}), with the same group_size as here."
             )
         if training or name != "count":

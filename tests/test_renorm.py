@@ -274,7 +274,7 @@ def test_without_correction_it_is_batch_norm_bit_for_bit(case, options, limits, 
         return
     (y, grads, new), (y_plain, grads_plain, new_plain) = ours, theirs
     chex.assert_trees_all_equal((y, new), (y_plain, new_plain))
-    # What the compiler fuses in the backward pass decides about last bits, with jax 0.10.0.
+    # With jax 0.10.0 last bits depend on the operations that the compiler fuses in backward.
     ulp = tolerance.eps(case.dtype)
     chex.assert_trees_all_close(grads, grads_plain, rtol=2 * ulp, atol=2 * ulp)
 
@@ -469,7 +469,7 @@ def test_ema_of_std_leaves_out_what_other_rules_leave_out():
 # Computed by Keras 2.15.0 (TensorFlow 2.15.1) on CPU, for the arrays of the test:
 #   tf.compat.v1.keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-3, renorm=True,
 #       renorm_momentum=0.9, renorm_clipping={"rmin": 1 / 1.5, "rmax": 1.5, "dmax": 0.5})
-# Of each step: y and dx of the first two rows, dgamma, renorm_mean, renorm_stddev.
+# A row for each step: y and dx of the first two rows, dgamma, renorm_mean, renorm_stddev.
 KERAS = (
     (
         [[0.192296982, -0.083535433, 1.737127542], [0.175421953, -0.909181595, 1.377511621]],

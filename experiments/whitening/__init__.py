@@ -1,1 +1,1 @@
-"""What whitening costs and brings beside Batch Normalization of each feature."""
+"""Measures the cost of whitening, and its statistics, beside those of Batch Normalization."""

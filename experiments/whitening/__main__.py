@@ -1,4 +1,4 @@
-"""What does it cost to whiten features jointly, and which statistics should be kept for inference?
+"""How much does it cost to whiten features jointly, and which statistics serve inference best?
 
 Parts (``--part``):
 

@@ -119,8 +119,7 @@ def batch_norm(
         residual=residual,
         dtype=dtype,
     )
-    old = check.stats(read(stats), spec.axes, training=True)
-    check.same_field(old, inputs.x, training=True)
+    old = check.stats(read(stats), spec.axes, x, training=True)
     y, m = train(spec, inputs, fixed_statistics(spec, old, stats))
     return finish(x, spec, y, m, old, stats, update)
 
@@ -166,8 +165,9 @@ def batch_norm_inference(
       ValueError: axis, params, stats or residual do not fit x's shape, epsilon < 0, or activation
         changes the shape or mixes elements.
     """
+    x = check.floating(x)
     spec, inputs = plan_inference(
-        check.floating(x),
+        x,
         check.params(params),
         axis=axis,
         epsilon=epsilon,
@@ -175,9 +175,7 @@ def batch_norm_inference(
         residual=residual,
         dtype=dtype,
     )
-    stats = check.stats(read(stats), spec.axes)
-    check.same_field(stats, inputs.x, training=False)
-    return infer(spec, inputs, stats)
+    return infer(spec, inputs, check.stats(read(stats), spec.axes, x))
 
 
 def train(spec: Spec, inputs: Inputs, given: RunningStats | None = None) -> tuple[Array, Moments]:

@@ -303,11 +303,11 @@ def params(values: Any) -> tuple[Any, Any]:
     return scale, bias
 
 
-def stats(values: Any, axes: Axes, *, training: bool = False) -> Any:
+def stats(values: Any, axes: Axes, x: Array | None = None, *, training: bool = False) -> Any:
     """Checks RunningStats: mean, var and count have the feature shape, and dtypes that fit.
 
     In training no dtype may be narrower than float32. The count may be an integer, because other
-    libraries have such counts.
+    libraries have such counts. With x, `same_field` is checked too.
     """
     fields = ("mean", "var", "count")
     if tuple(getattr(values, "_fields", ())) != fields:
@@ -328,7 +328,10 @@ def stats(values: Any, axes: Axes, *, training: bool = False) -> Any:
         if training:
             _not_narrow(f"stats.{name}", value.dtype)
         checked[name] = features(f"stats.{name}", value, axes)
-    return values._replace(**checked)
+    values = values._replace(**checked)
+    if x is not None:
+        same_field(values, x, training=training)
+    return values
 
 
 def real_statistic(name: str, value: Array, *, training: bool) -> None:

@@ -301,8 +301,10 @@ def _is_statistic(where: str, leaves: Mapping[str, tuple[Any, Any]]) -> bool:
     if name not in ("count", "cov"):
         return name in ("mean", "var")
     beside = {own[1]: v for p, v in leaves.values() if (own := _named(p))[0] == layer}
-    if name == "cov" or {"mean", "cov"} <= set(beside):
-        return "mean" in beside and (name == "cov" or jnp.ndim(leaf) + 2 == jnp.ndim(beside["cov"]))
+    if name == "cov":
+        return "mean" in beside
+    if {"mean", "cov"} <= set(beside):
+        return jnp.ndim(leaf) + 2 == jnp.ndim(beside["cov"])
     return {"mean", "var"} <= set(beside) and jnp.shape(beside["var"]) == jnp.shape(leaf)
 
 

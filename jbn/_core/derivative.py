@@ -102,10 +102,7 @@ def _differential(
     useless = lax.eq(rstd, np.asarray(0, rstd.dtype))
     mean_xhat_dx = replaced(rstd * half_dvar.astype(dx.dtype), useless, 0.0)
     (of_scale,) = materialize(dscale - a * mean_xhat_dx)  # transposed, the gradient of scale
-    v = rstd * of_scale  # (1, ..., C), or with a scale for each example (N, 1, ..., C)
-    v = replaced(
-        v, useless if v.shape == useless.shape else jnp.broadcast_to(useless, v.shape), 0.0
-    )
+    v = replaced(rstd * of_scale, useless, 0.0)  # (N, 1, ..., C) with a scale for each example
     u = dbias - a * mean_dx - mean * v
     if weights is not None:
         dx = harmless(dx, a * (x.astype(dx.dtype) - at.shift), weights)

@@ -219,8 +219,9 @@ def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningSt
         where = jax.typeof(moments.mean).sharding
         stats = jax.tree.map(lambda values: jax.sharding.reshard(values, where), stats)
     if isinstance(rule, _Ema | _Cumulative):
-        if isinstance(moments.mean, Tracer) and not has_traced_decay(rule):
-            return _absorb_once_a_shape(rule, stats, moments)  # constants make a shorter program
+        constant = not isinstance(getattr(rule, "decay", 0.0), Array)
+        if constant and isinstance(moments.mean, Tracer):  # constants make a shorter program
+            return _absorb_once_a_shape(rule, stats, moments)
         function, numbers = split(rule)
         return _absorb_once_a_shape(function, stats, moments, *numbers)
     new = rule(stats, moments)
@@ -243,11 +244,6 @@ def absorb(rule: UpdateRule, stats: RunningStats, moments: Moments) -> RunningSt
                 f"expected {getattr(stats, field).shape}."
             )
     return _keep_sound(stats, moments, new, seen=moments)
-
-
-def has_traced_decay(rule: UpdateRule) -> bool:
-    """Returns whether this is an average whose decay is an array, such as a traced schedule."""
-    return isinstance(rule, _Ema) and isinstance(rule.decay, Array)
 
 
 def for_sets(rule: UpdateRule) -> UpdateRule:
@@ -343,32 +339,39 @@ def _keep_sound(
     finite, so its moments are checked; the rules of jbn never do.
     """
     stored = RunningStats(*(jnp.asarray(n).astype(o.dtype) for n, o in zip(new, old, strict=True)))
-    covariances = old.var.shape != old.mean.shape
+    new = stored
+    if old.var.shape != old.mean.shape:
+        new = jax.tree.map(lambda n, o: jnp.broadcast_to(n, o.shape), stored, old)
+        stored, moments = _of_groups(new), _of_groups(moments)
+        seen = moments if seen else ()
     sound = lax.ge(stored.var, np.asarray(0, stored.var.dtype))
-    if covariances:  # only the diagonal holds variances
-        off = ~jnp.eye(stored.var.shape[-1], dtype=bool)
-        sound |= jnp.broadcast_to(off, stored.var.shape)
     for values in (*seen, *stored):
         is_finite = lax.is_finite if jnp.issubdtype(values.dtype, jnp.floating) else jnp.isfinite
-        if covariances:
-            values = jnp.broadcast_to(values, sound.shape)
         sound = lax.bitwise_and(sound, is_finite(values))
-    some = moments.count > 0
-    if covariances:
-        some = jnp.broadcast_to(some, sound.shape)
-    sound = lax.bitwise_and(sound, some)
-    if covariances:
-        sound = jnp.all(sound, (-2, -1), keepdims=True)
+    sound = lax.bitwise_and(sound, moments.count > 0)
     spread = sound if single_values else sound & ~((moments.var == 0) & (moments.count < _FEW))
-    if covariances:
-        spread = jnp.any(spread, (-2, -1), keepdims=True)
 
     def choose(where: Array, new: Array, old: Array) -> Array:
         where, new = (jnp.broadcast_to(v, old.shape) for v in (where, new))
         return lax.select(where, new, old)
 
     return old._replace(
-        mean=choose(sound, stored.mean, old.mean),
-        var=choose(spread, stored.var, old.var),
-        count=choose(spread, stored.count, old.count),
+        mean=choose(sound, new.mean, old.mean),
+        var=choose(spread, new.var, old.var),
+        count=choose(spread, new.count, old.count),
     )
+
+
+def _of_groups(values: Any) -> Any:
+    """Returns one number for each group of features, [..., 1, 1], in each field.
+
+    It is finite where all are, and 0 where all are; in `var` it is negative if a variance is.
+    """
+
+    def largest(v: Array) -> Array:
+        return jnp.max(jnp.abs(v), (-2, -1), keepdims=True)
+
+    least = jnp.min(jnp.diagonal(values.var, axis1=-2, axis2=-1), -1)[..., None, None]
+    var = jnp.where(least < 0, least, largest(values.var))
+    count = largest(jnp.broadcast_to(values.count, values.mean.shape))
+    return values._replace(mean=largest(values.mean), var=var, count=count)

@@ -11,7 +11,8 @@ from jax import Array, lax
 
 
 def replaced(values: Array, where: Array, by: float) -> Array:
-    """Replaces `values` by the number `by` where `where` is true; both arrays have one shape."""
-    if jax.typeof(where).sharding != jax.typeof(values).sharding:  # over Explicit mesh axes
+    """Replaces `values` by the number `by` where `where`, which broadcasts to them, is true."""
+    a, b = jax.typeof(where), jax.typeof(values)
+    if a.shape != b.shape or a.sharding != b.sharding:  # the latter over Explicit mesh axes
         return jnp.where(where, by, values)
     return lax.select(where, lax.full_like(values, by), values)

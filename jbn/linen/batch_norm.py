@@ -1,21 +1,16 @@
 """`BatchNorm`: Flax linen's BatchNorm with jbn's statistics and derivatives."""
 
-from collections.abc import Callable
-from typing import Any
-
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
-from flax.typing import Dtype
 from jax import Array
 
 from jbn import _flax
 from jbn._core import check
 from jbn._core.affine import Activation
 from jbn._core.axes import resolve
-from jbn._core.normalize import Params
-from jbn._core.running import RunningStats, UpdateRule
+from jbn._core.running import UpdateRule
+from jbn.linen import parts
 
 
 class BatchNorm(nn.BatchNorm):
@@ -87,19 +82,8 @@ class BatchNorm(nn.BatchNorm):
           y, of x's shape. `init` does not update the statistics, and ignores `axis_name`; for
           complex x, parameters or y it makes the mean complex.
         """
-        inference = inference_wanted(self, use_running_average)
+        inference = parts.inference_wanted(self, use_running_average)
         return normalized(self, _flax.Given(x, mask, weights, residual), inference=inference)
-
-
-# These are functions, not methods, because Flax wraps and records every method of a module.
-
-
-def inference_wanted(module: BatchNorm, use_running_average: bool | None) -> bool:
-    """Chooses between the field and the argument of the call."""
-    _flax.refuse_array_as_switch(use_running_average)
-    return _flax.inference_wanted(
-        nn.merge_param("use_running_average", module.use_running_average, use_running_average)
-    )
 
 
 def normalized(
@@ -109,53 +93,30 @@ def normalized(
     inference: bool,
     by: _flax.Train | None = None,
 ) -> Array:
-    """Normalises x, with the variables of the module; `by` replaces the core in training steps."""
-    given = given._replace(x=check.array(given.x, "x"))
-    x, initializing = given.x, module.is_initializing()
+    """Normalises x, with the variables of the module; `by` replaces the core in training steps.
+
+    A function, not a method, because Flax wraps and records every method of a module.
+    """
+    x, initializing = check.array(given.x, "x"), module.is_initializing()
     shape = resolve(x.shape, module.axis).feature_shape
-    counts = module.update is not None and (module.is_initializing() or not inference)
-    variables = _statistics(module, shape, x.dtype, counts)
-    params = _params(module, shape)
+    real = jnp.float32 if module.force_float32_reductions else module.param_dtype
+    affine = module.param_dtype if module.use_scale or module.use_bias else None
+    variables = parts.declare_statistics(
+        module, shape, x.dtype, module.dtype, affine, inference=inference, dtype=real
+    )
+    params = parts.declare_params(module, shape)
     dtype = canonicalize_dtype(x, *params, dtype=module.dtype)
-    mean, var, *count = (v.value for v in variables)
-    stats = RunningStats(mean, var, *(count or [jnp.zeros(var.shape, jnp.float32)]))
     layer = _flax.Layer.of(module, initializing=initializing)
     mask = None if inference or given.mask is None else jnp.asarray(given.mask, bool)
-    given, by = given._replace(mask=mask), None if initializing else by
-    y, stats = _flax.call(layer, given, params, stats, inference=inference, dtype=dtype, by=by)
-    if not (inference or initializing):
-        for variable, value in zip(variables, stats, strict=False):
-            variable.value = value
-    return y
-
-
-def _statistics(
-    module: BatchNorm, shape: tuple[int, ...], x: Dtype, counts: bool
-) -> list[nn.Variable[Array]]:
-    """Declares the variables for x of a dtype: mean, var and, if batches are counted, count.
-
-    A new count starts at 0.
-    """
-    dtype = jnp.float32 if module.force_float32_reductions else module.param_dtype
-    affine = module.param_dtype if module.use_scale or module.use_bias else None
-    mean = _flax.mean_dtype(dtype, x, module.dtype, affine)
-    initial: dict[str, tuple[Callable[..., Array], Any]]
-    initial = {"mean": (jnp.zeros, mean), "var": (jnp.ones, jnp.finfo(dtype).dtype)}
-    if counts:
-        initial["count"] = (jnp.zeros, jnp.float32)  # half precision could not count
-    return [
-        module.variable("batch_stats", name, init, shape, dtype)
-        for name, (init, dtype) in initial.items()
-    ]
-
-
-def _params(module: BatchNorm, shape: tuple[int, ...]) -> Params:
-    """Declares the parameters scale and bias, drawn in this order as in Flax."""
-
-    def param(name: str, used: bool, init: jax.nn.initializers.Initializer) -> Array | None:
-        return module.param(name, init, shape, module.param_dtype) if used else None
-
-    return Params(
-        param("scale", module.use_scale, module.scale_init),
-        param("bias", module.use_bias, module.bias_init),
+    y, stats = _flax.call(
+        layer,
+        given._replace(x=x, mask=mask),
+        params,
+        parts.read(variables),
+        inference=inference,
+        dtype=dtype,
+        by=None if initializing else by,
     )
+    if not (inference or initializing):
+        parts.store(variables, stats)
+    return y

@@ -14,7 +14,7 @@ from jbn._core.axes import resolve
 from jbn._core.running import UpdateRule
 from jbn._devices.named_axes import AxisName
 from jbn.conditional import conditional_batch_norm, conditional_batch_norm_inference
-from jbn.linen import statistics
+from jbn.linen import parts
 
 
 class ConditionalBatchNorm(nn.Module):
@@ -91,22 +91,18 @@ class ConditionalBatchNorm(nn.Module):
         Returns:
           y, of x's shape. `init` normalises by the initial statistics, and does not update them.
         """
-        _flax.refuse_array_as_switch(use_running_average)
-        inference = _flax.inference_wanted(
-            nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        )
+        inference = parts.inference_wanted(self, use_running_average)
         x = check.floating(x)
-        counts = self.update is not None and (self.is_initializing() or not inference)
         shape = resolve(x.shape, self.axis).feature_shape
-        variables = statistics.declare(self, shape, counts, x.dtype, self.dtype)
+        variables = parts.declare_statistics(self, shape, x.dtype, self.dtype, inference=inference)
         y, stats = _flax.run(
             self,
             (conditional_batch_norm, conditional_batch_norm_inference),
             _flax.Given(x, mask, weights, residual),
-            (scale, bias, statistics.read(variables)),
+            (scale, bias, parts.read(variables)),
             inference=inference or self.is_initializing(),
             one_plus_scale=self.one_plus_scale,
             dtype=canonicalize_dtype(x, scale, bias, dtype=self.dtype),
         )
-        statistics.store(variables, stats or ())
+        parts.store(variables, stats)
         return y

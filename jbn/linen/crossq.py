@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jbn import _flax, renorm
-from jbn.linen.batch_norm import inference_wanted
+from jbn.linen.parts import inference_wanted
 from jbn.linen.renorm import BatchRenorm as _BatchRenorm
 from jbn.linen.renorm import renormalized
 

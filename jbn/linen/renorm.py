@@ -8,7 +8,8 @@ from jax import Array
 
 from jbn import _flax, renorm
 from jbn._core.deferral import advanced
-from jbn.linen.batch_norm import BatchNorm, inference_wanted, normalized
+from jbn.linen.batch_norm import BatchNorm, normalized
+from jbn.linen.parts import inference_wanted
 
 
 class BatchRenorm(BatchNorm):

@@ -13,10 +13,9 @@ from jbn import _flax
 from jbn._core import check
 from jbn._core.affine import Activation
 from jbn._core.axes import resolve
-from jbn._core.normalize import Params
 from jbn._core.running import UpdateRule
 from jbn._devices.named_axes import AxisName
-from jbn.linen import statistics
+from jbn.linen import parts
 from jbn.sets import (
     Index,
     names_of,
@@ -108,37 +107,22 @@ class SplitBatchNorm(nn.Module):
         Returns:
           y, of x's shape. `init` normalises by the initial statistics, and does not update them.
         """
-        _flax.refuse_array_as_switch(use_running_average)
-        inference = _flax.inference_wanted(
-            nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        )
+        inference = parts.inference_wanted(self, use_running_average)
         x = check.floating(x)
-        counts = self.update is not None and (self.is_initializing() or not inference)
         shape = (number_of(self.sets), *resolve(x.shape, self.axis).feature_shape)
-        params = _params(self, shape[1:] if self.share_params else shape)
-        variables = statistics.declare(
-            self, shape, counts, x.dtype, self.dtype, *(p.dtype for p in params if p is not None)
+        params = parts.declare_params(self, shape[1:] if self.share_params else shape)
+        affine = (p.dtype for p in params if p is not None)
+        variables = parts.declare_statistics(
+            self, shape, x.dtype, self.dtype, *affine, inference=inference
         )
         y, stats = _flax.run(
             self,
             (split_batch_norm, split_batch_norm_inference),
             _flax.Given(x, mask, weights, residual),
-            (params, statistics.read(variables), index),
+            (params, parts.read(variables), index),
             inference=inference or self.is_initializing(),
             names=names_of(self.sets),
             dtype=canonicalize_dtype(x, *params, dtype=self.dtype),
         )
-        statistics.store(variables, stats or ())
+        parts.store(variables, stats)
         return y
-
-
-def _params(module: SplitBatchNorm, shape: tuple[int, ...]) -> Params:
-    """Declares the parameters scale and bias, drawn in this order as in Flax."""
-
-    def param(name: str, used: bool, init: jax.nn.initializers.Initializer) -> Array | None:
-        return module.param(name, init, shape, module.param_dtype) if used else None
-
-    return Params(
-        param("scale", module.use_scale, module.scale_init),
-        param("bias", module.use_bias, module.bias_init),
-    )

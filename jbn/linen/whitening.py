@@ -17,7 +17,15 @@ from jbn._core.axes import resolve
 from jbn._core.normalize import Params
 from jbn._core.running import UpdateRule
 from jbn._devices.named_axes import AxisName
-from jbn.whitening import Method, WhiteningStats, init_stats, zca
+from jbn.linen import parts
+from jbn.whitening import (
+    Method,
+    WhiteningStats,
+    init_stats,
+    whiten,
+    whiten_inference,
+    zca,
+)
 
 
 class Whitening(nn.Module):
@@ -95,24 +103,22 @@ class Whitening(nn.Module):
         Returns:
           y, of x's shape. `init` does not update the statistics, and whitens by the initial ones.
         """
-        _flax.refuse_array_as_switch(use_running_average)
-        inference = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
-        inference = self.is_initializing() or _flax.inference_wanted(inference)
+        inference = parts.inference_wanted(self, use_running_average)
         x = check.array(x, "x")
         shape = resolve(x.shape, self.axis).feature_shape
         variables = _statistics(self, shape)
         params = _params(self, shape)
-        dtype = canonicalize_dtype(x, *params, dtype=self.dtype)
-        stats = WhiteningStats(*(v.value for v in variables))
-        layer, given = _flax.WhiteningLayer.of(self), _flax.Given(x, mask, weights, residual)
-        y, stats = _flax.call_whitening(
-            layer, given, params, stats, inference=inference, dtype=dtype
+        y, stats = _flax.run(
+            self,
+            (whiten, whiten_inference),
+            _flax.Given(x, mask, weights, residual),
+            (params, WhiteningStats(*(v.value for v in variables))),
+            inference=inference or self.is_initializing(),
+            training=("group_size",),
+            method=self.method,
+            dtype=canonicalize_dtype(x, *params, dtype=self.dtype),
         )
-        if not inference:
-            for variable, value in zip(variables, stats, strict=True):
-                variable.value = value
+        parts.store(variables, stats)
         return y
 
 

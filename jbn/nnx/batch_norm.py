@@ -6,24 +6,22 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.module import first_from
 from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax import Array
 
 from jbn import _flax
-from jbn._core import check
+from jbn._core import check, deferral
 from jbn._core.affine import Activation
-from jbn._core.deferral import read
 from jbn._core.normalize import Params
-from jbn._core.running import RunningStats, UpdateRule
+from jbn._core.running import UpdateRule
 from jbn._devices.named_axes import AxisName
-from jbn.nnx.statistics import store
+from jbn.nnx.parts import WithStatistics, inference_wanted, read, store
 
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
-class BatchNorm(nnx.BatchNorm):
+class BatchNorm(nnx.BatchNorm, WithStatistics):
     """Batch Normalization: `flax.nnx.BatchNorm` over `jbn.batch_norm`.
 
     It is a subclass of Flax's class, with all its arguments, variables and dtype rules. The page
@@ -122,12 +120,6 @@ class BatchNorm(nnx.BatchNorm):
         if mean != jnp.float32:
             self.mean = nnx.BatchStat(jnp.zeros(num_features, mean))
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute; an update rule, also on an existing layer, adds a `count` of 0."""
-        super().__setattr__(name, value)
-        if name == "update" and value is not None and not hasattr(self, "count"):
-            self.count = nnx.BatchStat(jnp.zeros(self.mean.shape, jnp.float32))
-
     def __call__(
         self,
         x: Array,
@@ -150,27 +142,17 @@ class BatchNorm(nnx.BatchNorm):
         Returns:
           y, of x's shape.
         """
-        _flax.refuse_array_as_switch(use_running_average)
-        inference = first_from(
-            use_running_average,
-            self.use_running_average,
-            error_msg="BatchNorm needs use_running_average=True or False, in the constructor or in "
-            "the call; or call model.train() or model.eval() first, or nnx.view(model, ...).",
-        )
+        inference = inference_wanted(self, use_running_average)
         x = check.array(x, "x")
-        variables = [self.mean, self.var]
-        if self.update is not None and not inference:
-            variables += [self.count]
-        mean, var, *count = (v.get_value() for v in variables)
-        stats = RunningStats(mean, var, *(count or [jnp.zeros(var.shape, jnp.float32)]))
+        variables = self.statistics(counts=not inference)
+        stats = read(variables)
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
-        mean, var, _ = read(stats)
+        mean, var, _ = deferral.read(stats)
         dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)  # Flax's error comes first
         _flax.refuse_loss(self.dtype, x, scale, bias)
         x, _, _, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
         params = Params(scale, bias)
         dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
-        inference = _flax.inference_wanted(inference)
         if not inference and mask is not None and check.array(mask, "mask").dtype != jnp.bool_:
             raise ValueError(f"mask must be bool; got {jnp.asarray(mask).dtype}.")
         layer, given = _flax.Layer.of(self), _flax.Given(x, mask, weights, residual)

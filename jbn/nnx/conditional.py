@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from flax.nnx.module import first_from
 from flax.nnx.nn import dtypes
 from flax.typing import Dtype
 from jax import Array
@@ -13,7 +12,7 @@ from jbn._core.affine import Activation
 from jbn._core.running import UpdateRule
 from jbn._devices.named_axes import AxisName
 from jbn.conditional import conditional_batch_norm, conditional_batch_norm_inference
-from jbn.nnx.statistics import WithStatistics, read, store
+from jbn.nnx.parts import WithStatistics, inference_wanted, read, store
 
 
 class ConditionalBatchNorm(WithStatistics):
@@ -103,14 +102,7 @@ class ConditionalBatchNorm(WithStatistics):
         Returns:
           y, of x's shape.
         """
-        _flax.refuse_array_as_switch(use_running_average)
-        inference = first_from(
-            use_running_average,
-            self.use_running_average,
-            error_msg="ConditionalBatchNorm needs use_running_average=True or False, in the "
-            "constructor or in the call; or call model.train() or model.eval() first.",
-        )
-        inference = _flax.inference_wanted(inference)
+        inference = inference_wanted(self, use_running_average)
         x = check.floating(x)
         variables = self.statistics(counts=not inference)
         y, stats = _flax.run(
@@ -122,5 +114,5 @@ class ConditionalBatchNorm(WithStatistics):
             one_plus_scale=self.one_plus_scale,
             dtype=dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype),
         )
-        store(variables, stats or ())
+        store(variables, stats)
         return y

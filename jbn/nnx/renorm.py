@@ -12,7 +12,7 @@ from jbn._core.plan import Inputs, Spec
 from jbn._core.running import RunningStats
 from jbn._core.types import Moments
 from jbn.nnx.batch_norm import BatchNorm
-from jbn.nnx.statistics import store
+from jbn.nnx.parts import store
 
 
 class BatchRenorm(BatchNorm):

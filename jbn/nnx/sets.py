@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.module import first_from
 from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer
 from jax import Array
@@ -15,7 +14,7 @@ from jbn._core.affine import Activation
 from jbn._core.normalize import Params
 from jbn._core.running import UpdateRule
 from jbn._devices.named_axes import AxisName
-from jbn.nnx.statistics import WithStatistics, read, store
+from jbn.nnx.parts import WithStatistics, inference_wanted, read, store
 from jbn.sets import (
     Index,
     names_of,
@@ -128,14 +127,7 @@ class SplitBatchNorm(WithStatistics):
         Returns:
           y, of x's shape.
         """
-        _flax.refuse_array_as_switch(use_running_average)
-        inference = first_from(
-            use_running_average,
-            self.use_running_average,
-            error_msg="SplitBatchNorm needs use_running_average=True or False, in the constructor "
-            "or in the call; or call model.train() or model.eval() first.",
-        )
-        inference = _flax.inference_wanted(inference)
+        inference = inference_wanted(self, use_running_average)
         x = check.floating(x)
         variables = self.statistics(counts=not inference)
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
@@ -148,5 +140,5 @@ class SplitBatchNorm(WithStatistics):
             names=names_of(self.sets),
             dtype=dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype),
         )
-        store(variables, stats or ())
+        store(variables, stats)
         return y

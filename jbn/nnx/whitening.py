@@ -5,7 +5,6 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.module import first_from
 from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer
 from jax import Array
@@ -16,7 +15,15 @@ from jbn._core.affine import Activation
 from jbn._core.normalize import Params
 from jbn._core.running import UpdateRule
 from jbn._devices.named_axes import AxisName
-from jbn.whitening import Method, WhiteningStats, init_stats, zca
+from jbn.nnx.parts import inference_wanted, store
+from jbn.whitening import (
+    Method,
+    WhiteningStats,
+    init_stats,
+    whiten,
+    whiten_inference,
+    zca,
+)
 
 
 class Whitening(nnx.Module):
@@ -116,28 +123,21 @@ class Whitening(nnx.Module):
         Returns:
           y, of x's shape.
         """
-        _flax.refuse_array_as_switch(use_running_average)
-        inference = first_from(
-            use_running_average,
-            self.use_running_average,
-            error_msg="Whitening needs use_running_average=True or False, in the constructor or in "
-            "the call; or call model.train() or model.eval() first, or nnx.view(model, ...).",
-        )
-        inference = _flax.inference_wanted(inference)
+        inference = inference_wanted(self, use_running_average)
         x = check.array(x, "x")
         variables = self.mean, self.cov, self.count
         stats = WhiteningStats(*(v.get_value() for v in variables))
         own: tuple[Any, Any] = (self.scale if self.coloring is None else self.coloring, self.bias)
         params = Params(*(None if p is None else p[...] for p in own))
-        dtype = dtypes.canonicalize_dtype(x, *params, dtype=self.dtype)
-        layer, given = _flax.WhiteningLayer.of(self), _flax.Given(x, mask, weights, residual)
-        y, stats = _flax.call_whitening(
-            layer, given, params, stats, inference=inference, dtype=dtype
+        y, stats = _flax.run(
+            self,
+            (whiten, whiten_inference),
+            _flax.Given(x, mask, weights, residual),
+            (params, stats),
+            inference=inference,
+            training=("group_size",),
+            method=self.method,
+            dtype=dtypes.canonicalize_dtype(x, *params, dtype=self.dtype),
         )
-        if not inference:
-            for variable, value in zip(variables, stats, strict=True):
-                if isinstance(value, Array):
-                    variable[...] = value
-                else:  # a deferred update
-                    variable.set_value(value)
+        store(variables, stats)
         return y

@@ -1,15 +1,29 @@
-"""Running statistics as variables of an nnx module: made, read and stored."""
+"""Parts that the nnx modules share: the switch, and the running statistics as variables."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.module import first_from
 from flax.typing import Dtype
 from jax import Array
 
 from jbn import _flax
 from jbn._core.running import RunningStats
+
+
+def inference_wanted(module: Any, use_running_average: bool | None) -> bool:
+    """Chooses between the argument of the call and that of the constructor."""
+    _flax.refuse_array_as_switch(use_running_average)
+    inference = first_from(
+        use_running_average,
+        module.use_running_average,
+        error_msg=f"{type(module).__name__} needs use_running_average=True or False, in the "
+        f"constructor or in the call; or call model.train() or model.eval() first, or "
+        f"nnx.view(model, ...).",
+    )
+    return _flax.inference_wanted(inference)
 
 
 class WithStatistics(nnx.Module):
@@ -39,9 +53,9 @@ def read(variables: Sequence[nnx.BatchStat]) -> RunningStats:
     return RunningStats(mean, var, *(count or [jnp.zeros(var.shape, jnp.float32)]))
 
 
-def store(variables: Sequence[nnx.BatchStat], stats: Sequence[Array]) -> None:
+def store(variables: Sequence[nnx.BatchStat], stats: Sequence[Array] | None) -> None:
     """Stores the statistics, if there are new ones, in the variables."""
-    for variable, value in zip(variables, stats, strict=False):
+    for variable, value in zip(variables, stats or (), strict=False):
         if isinstance(value, Array) and variable.dtype == value.dtype:
             variable[...] = value
         else:  # the mean of the first complex batch, or a deferred update
