@@ -83,15 +83,19 @@ def pytest_collection_modifyitems(config, items):
             known |= values
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cheap_programs():
-    """XLA compiles with few optimisations: for tests of values, most of whose time is compiling.
+    """LLVM optimises little in a module's tests, most of whose time is compiling.
 
-    Random inputs (`tests/fuzz.py`) run as users' programs do, with derivatives of all orders.
+    XLA's own passes, and so its programs, remain as they are. Processes that a test starts do the
+    same. Random inputs (`tests/fuzz.py`) and most tests of the core run as users' programs do.
     """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    name = "jax_disable_most_optimizations"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name.upper(), "1")
+        jax.config.update(name, True)
+        yield
+        jax.config.update(name, False)
 
 
 @pytest.fixture

@@ -233,6 +233,8 @@ def test_activation_and_residual():
 def usual_programs(cheap_programs):
     """XLA compiles with all optimisations, in which last bits depend on what is fused."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def never(least):

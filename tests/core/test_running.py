@@ -15,6 +15,8 @@ from jbn import training
 from jbn._core import running
 from tests import compiled, oracle, tolerance
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 STEPS, ROWS, CHANNELS = 6, 9, 4
 RULES = [
     (kind, decay, debias, unbiased)

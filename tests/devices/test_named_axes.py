@@ -18,6 +18,8 @@ import jbn
 from tests import cases, executions, oracle, tolerance
 from tests.core.test_derivatives import textbook
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 ROWS, PLACES, CHANNELS = 16, 3, 5
 SHARE = ROWS // executions.INSTANCES
 
@@ -179,7 +181,6 @@ SECOND = [k for k in KINDS if k.name in ("masked", "groups_masked", "index_group
 
 
 @matrix(SECOND, quick=("vmap", "shard_map", "jit"))
-@pytest.mark.usefixtures("cheap_programs")
 def test_second_derivatives_are_those_of_the_textbook(mode, kind, x64):
     rows, params = jax.tree.map(jnp.asarray, make(kind._replace(dtype="float64")))
     direction = jnp.asarray(np.random.default_rng(1).normal(size=rows["x"].shape))
@@ -219,7 +220,6 @@ def test_second_derivatives_are_those_of_the_textbook(mode, kind, x64):
 
 
 @matrix(KINDS[1:2], executions.NAMED, quick=("vmap", "shard_map"))
-@pytest.mark.usefixtures("cheap_programs")
 def test_derivatives_of_the_moments(mode, kind, x64):
     rows, params = jax.tree.map(jnp.asarray, make(kind._replace(dtype="float64")))
 

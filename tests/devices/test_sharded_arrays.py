@@ -20,6 +20,8 @@ import jbn.linen
 from experiments.common import hlo
 from tests import executions, oracle, tolerance
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 X = jax.random.normal(jax.random.key(0), (8, 6, 4)) + 3
 DY = jax.random.normal(jax.random.key(1), X.shape)
 SUPPORT = {
