@@ -504,7 +504,7 @@ def _plan(
     scale, bias = check.params(params)
     scale = None if scale is None else _scale(check.array(scale, "scale"), layout.axes)
     if bias is not None:
-        bias = check.features("bias", check.array(bias, "bias"), layout.axes)
+        bias = check.features("bias", bias, layout.axes)
     activation = check.activation(activation, x.shape, accumulator(x.dtype))
     residual = check.residual(residual, x)
     dtype = check.output_dtype(dtype, x, scale=scale, bias=bias, residual=residual)

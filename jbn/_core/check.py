@@ -50,20 +50,16 @@ def _is_signed(dtype: DTypeLike) -> bool:
     return bool(jnp.finfo(dtype).min < 0)
 
 
-def _is_complex(dtype: DTypeLike) -> bool:
-    return jnp.issubdtype(dtype, jnp.complexfloating)
-
-
 def output_dtype(dtype: DTypeLike | None, x: Array, **others: ArrayLike | None) -> np.dtype:
     """Checks the dtype of y, which must hold a result of x and `others` (scale, bias, residual)."""
-    wanted = _dtype("dtype", x.dtype if dtype is None else dtype)
-    if not jnp.issubdtype(wanted, jnp.inexact) or not _is_signed(wanted):
+    wanted = x.dtype if dtype is None else _dtype("dtype", dtype)
+    if dtype is not None and not (jnp.issubdtype(wanted, jnp.inexact) and _is_signed(wanted)):
         raise TypeError(
             f"dtype is that of y, which is floating point; got dtype={wanted}. Pass "
             f"dtype=jnp.float32, or convert y by a rule of your own: round, scale, clip, astype."
         )
-    if _is_complex(x.dtype):
-        if not _is_complex(wanted):
+    if jnp.iscomplexobj(x):
+        if not jnp.issubdtype(wanted, jnp.complexfloating):
             raise TypeError(
                 f"x is {x.dtype}, and y of dtype={wanted} would lose the imaginary part. Leave "
                 f"dtype out, or take the part that you want of x first: x.real, abs(x)."
@@ -126,8 +122,7 @@ def number_of_features(value: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _not_narrow(name: str, dtype: np.dtype) -> None:
-    info = jnp.iinfo(dtype) if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype)
-    if info.bits < 32:
+    if dtype.itemsize < 4:
         raise TypeError(
             f"{name} is {dtype}, in which small steps of a running average are lost and large "
             f"variances are infinite: training keeps statistics in float32 or float64, whatever "
@@ -182,7 +177,7 @@ def _static(function: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
             f"{getattr(result, 'shape', result)}. Apply it behind the layer: activation(y)."
         )
     if not jnp.issubdtype(result.dtype, jnp.inexact) or (
-        _is_complex(result.dtype) and not _is_complex(dtype)
+        jnp.iscomplexobj(result) and not jnp.issubdtype(dtype, jnp.complexfloating)
     ):
         raise TypeError(
             f"activation must return floating point, real for real numbers; {function!r} made "
@@ -277,8 +272,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
-def features(name: str, values: Array, axes: Axes) -> Array:
-    """Checks that `values` has exactly the feature shape."""
+def features(name: str, values: ArrayLike, axes: Axes) -> Array:
+    """Converts `values` to an array, which must have exactly the feature shape."""
+    values = array(values, name)
     if values.shape != axes.feature_shape:
         axes = axes.whole
         raise ValueError(
@@ -318,7 +314,7 @@ def stats(values: Any, axes: Axes, x: Array | None = None, *, training: bool = F
     kinds = {"mean": jnp.inexact, "var": jnp.floating, "count": jnp.number}
     checked = {}
     for name, kind in kinds.items():
-        value = array(getattr(values, name), f"stats.{name}")
+        value = checked[name] = features(f"stats.{name}", getattr(values, name), axes)
         if not jnp.issubdtype(value.dtype, kind) or (name == "count" and jnp.iscomplexobj(value)):
             raise TypeError(
                 f"stats.{name} must be {'real' if kind is jnp.number else 'floating point'}; got "
@@ -327,7 +323,6 @@ def stats(values: Any, axes: Axes, x: Array | None = None, *, training: bool = F
             )
         if training:
             _not_narrow(f"stats.{name}", value.dtype)
-        checked[name] = features(f"stats.{name}", value, axes)
     values = values._replace(**checked)
     if x is not None:
         same_field(values, x, training=training)
@@ -344,13 +339,13 @@ def real_statistic(name: str, value: Array, *, training: bool) -> None:
 
 def same_field(values: Any, x: Array, *, training: bool) -> None:
     """Refuses a complex mean for real x, and in training a real mean for complex x."""
-    mean = values.mean.dtype
-    if training and _is_complex(x.dtype) and not _is_complex(mean):
+    mean, of_complex = values.mean.dtype, jnp.iscomplexobj(values.mean)
+    if training and jnp.iscomplexobj(x) and not of_complex:
         raise TypeError(
             f"x is {x.dtype} but stats.mean is {mean}, which cannot hold its mean. "
             f"Write jbn.init_stats(C, dtype={x.dtype})."
         )
-    if _is_complex(mean) and not _is_complex(x.dtype):
+    if of_complex and not jnp.iscomplexobj(x):
         raise TypeError(
             f"stats.mean is {mean} but x is {x.dtype}: these are statistics of complex numbers. "
             f"Write x.astype({mean}), or take stats of your own for real x: jbn.init_stats(C)."

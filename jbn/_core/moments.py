@@ -27,7 +27,7 @@ from jbn._core.axes import Axes
 from jbn._core.plan import Spec, plan_moments
 from jbn._core.pooling import pool_instances, restore
 from jbn._core.shift import shift_for
-from jbn._core.types import Moments, ShiftedMoments, dot, square
+from jbn._core.types import Moments, ShiftedMoments, dot
 from jbn._devices import placement
 from jbn._devices.named_axes import AxisName, scope
 from jbn._devices.sharded_arrays import measure_everywhere
@@ -129,7 +129,7 @@ def moments_by_shift(
     mean, mean_square = sums.sums(Batch(axes, x, weights), shift, count)
     # If squares overflow, var is inf, and not inf - inf = NaN: y is then the bias, and the running
     # statistics of this feature do not change.
-    var = lax.sub(mean_square, square(mean))
+    var = lax.sub(mean_square, dot(mean, mean))
     var = lax.select(lax.eq(mean_square, np.asarray(jnp.inf, var.dtype)), mean_square, var)
     return ShiftedMoments(shift, count, mean, lax.max(var, np.asarray(0, var.dtype)))
 

@@ -25,7 +25,6 @@ from jbn._core.derivative import Known, Saved, Tangents, differential, keep
 from jbn._core.moments import measure
 from jbn._core.plan import Inputs, Spec, plan
 from jbn._core.pooling import restore, restore_pooled
-from jbn._core.shift import accumulator
 from jbn._core.types import Moments, ShiftedMoments
 from jbn._devices import placement
 from jbn._devices.named_axes import AxisName, scope
@@ -168,7 +167,7 @@ def _forward(spec: Spec, inputs: Inputs) -> tuple[Array, Known]:
     x, scale, bias, weights, residual, measured = inputs
     # The moments have a name: a checkpoint policy can save them, and rematerialise only y.
     m = named(measure(spec.of_moments, x, weights)) if measured is None else measured
-    scale, bias = expanded(scale, bias, spec.axes, accumulator(x.dtype))
+    scale, bias = expanded(scale, bias, spec.axes, m.var.dtype)
     if weights is not None:
         scale = where_data(m.count, scale)  # without data y is the bias
     mean, rstd = location(m.mean, m.var, spec.epsilon)

@@ -133,8 +133,8 @@ def _with_affine(
     axes, (scale, bias) = spec.axes, params
     activation = check.activation(activation, inputs.x.shape, accumulator(x.dtype))
     residual = check.residual(residual, x)
-    scale = None if scale is None else check.features("scale", check.array(scale, "scale"), axes)
-    bias = None if bias is None else check.features("bias", check.array(bias, "bias"), axes)
+    scale = None if scale is None else check.features("scale", scale, axes)
+    bias = None if bias is None else check.features("bias", bias, axes)
     dtype = check.output_dtype(dtype, x, scale=scale, bias=bias, residual=residual)
     if residual is not None:
         residual = placement.divide(residual, axes)

@@ -29,7 +29,7 @@ import numpy as np
 from jax import Array, lax
 
 from jbn._core.axes import Axes
-from jbn._core.types import Moments, ShiftedMoments, square
+from jbn._core.types import Moments, ShiftedMoments, dot
 from jbn._devices.named_axes import vary
 from jbn._devices.placement import collect, side_by_side, together
 
@@ -206,10 +206,7 @@ def _pool(m: ShiftedMoments, *, gaps: bool) -> ShiftedMoments:
 
     With `gaps`, parts may be without data, and var is right where squares overflow, too.
     """
-
-    def total(values: Array) -> Array:
-        return jnp.sum(values, axis=0, keepdims=True)
-
+    total = functools.partial(jnp.sum, axis=0, keepdims=True)
     count = total(m.count)
     share = (m.count / jnp.where(count > 0, count, jnp.ones_like(count))).astype(m.var.dtype)
     # Keep the shift nearest to the mean: its differences to the other shifts are small and exact.
@@ -231,7 +228,7 @@ def _pool(m: ShiftedMoments, *, gaps: bool) -> ShiftedMoments:
 def _between(offset: Array, m: Moments | ShiftedMoments) -> Array:
     """Computes |offset|^2, or with covariances offset offset^T, (..., s, s), of (..., s, 1)."""
     if m.var.shape == m.mean.shape:
-        return square(offset)
+        return dot(offset, offset)
     return lax.mul(*jnp.broadcast_arrays(offset, jnp.swapaxes(offset, -1, -2)))
 
 

@@ -149,7 +149,8 @@ class _Ema:
         decay = self.decay
         if isinstance(decay, Array):  # traced; statistics carry no gradient
             decay = lax.stop_gradient(decay)
-        return 1 - decay, _log(decay)
+            return 1 - decay, jnp.log(decay)
+        return 1 - decay, math.log(decay) if decay > 0 else -math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,12 +179,6 @@ class _EmaForm:
 def ema_of_flax(decay: float) -> UpdateRule:
     """Makes `ema(decay)` as in Flax: the variance of a single value, 0, enters too."""
     return _Ema(check.decay(decay, False), debias=False, unbiased=False, single_values=True)
-
-
-def _log(decay: float | Array) -> float | Array:
-    if isinstance(decay, Array):  # traced
-        return jnp.log(decay)
-    return math.log(decay) if decay > 0 else -math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,15 +346,11 @@ def _keep_sound(
     sound = lax.bitwise_and(sound, moments.count > 0)
     spread = sound if single_values else sound & ~((moments.var == 0) & (moments.count < _FEW))
 
-    def choose(where: Array, new: Array, old: Array) -> Array:
-        where, new = (jnp.broadcast_to(v, old.shape) for v in (where, new))
-        return lax.select(where, new, old)
-
-    return old._replace(
-        mean=choose(sound, new.mean, old.mean),
-        var=choose(spread, new.var, old.var),
-        count=choose(spread, new.count, old.count),
+    chosen = (
+        lax.select(jnp.broadcast_to(where, o.shape), jnp.broadcast_to(n, o.shape), o)
+        for where, n, o in zip((sound, spread, spread), new, old, strict=True)
     )
+    return old._make(chosen)
 
 
 def _of_groups(values: Any) -> Any:

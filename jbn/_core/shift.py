@@ -11,6 +11,7 @@ it is within three standard deviations of the mean.)
 
 import functools
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -129,23 +130,25 @@ def _weighted_rows(x: Array, weights: Array, axes: Axes) -> list[Array]:
     rows = rows.reshape(math.prod(sizes), *(weights.shape[i] for i in kept))
     chosen, found = _draw(rows.astype(jnp.float32) if rows.dtype == jnp.bool_ else rows)
     index: dict[int, Array] = dict(zip(varying, jnp.unravel_index(chosen, sizes), strict=True))
-    out = []
-    for draw in range(_DRAWS):
-        at = [
-            index[i][draw] if i in index else _index(axes.shape[i], order, draw)
+    where: list[dict[int, Any]] = [
+        {
+            i: index[i][draw] if i in index else _index(axes.shape[i], order, draw)
             for order, i in enumerate(axes.reduction)
-        ]
-        out.append(_take(x, dict(zip(axes.reduction, at, strict=True)), kept, axes))
+        }
+        for draw in range(_DRAWS)
+    ]
+    if kept:
+        drawn = [_row_by_feature(x, at, kept, axes) for at in where]
+    else:  # the same indices for all features
+        zero = jnp.zeros((), jnp.int32)
+        starts = [[jnp.asarray(at.get(i, zero), jnp.int32) for i in range(x.ndim)] for at in where]
+        drawn = [lax.dynamic_slice(x, start, axes.per_feature) for start in starts]
     there = jnp.expand_dims(found, [i for i in range(len(axes.shape)) if i not in kept])
-    return [jnp.where(there, row, jnp.zeros_like(row)) for row in out]
+    return [jnp.where(there, row, jnp.zeros_like(row)) for row in drawn]
 
 
-def _take(x: Array, at: dict[int, Array | int], kept: list[int], axes: Axes) -> Array:
-    """Reads x at these indices of the reduction axes; the indices may differ along `kept`."""
-    zero = jnp.zeros((), jnp.int32)
-    if not kept:  # the same indices for all features
-        starts = [jnp.asarray(at.get(i, zero), jnp.int32) for i in range(x.ndim)]
-        return lax.dynamic_slice(x, starts, axes.per_feature)
+def _row_by_feature(x: Array, at: dict[int, Any], kept: list[int], axes: Axes) -> Array:
+    """Reads x at these indices of the reduction axes, which may differ along the axes `kept`."""
     places = []
     for i, n in enumerate(axes.per_feature):
         if i in at:

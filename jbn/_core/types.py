@@ -40,11 +40,6 @@ class ShiftedMoments(NamedTuple):
     var: Array
 
 
-def square(x: Array) -> Array:
-    """Computes |x|^2, which is real."""
-    return dot(x, x)
-
-
 def dot(x: Array, y: Array) -> Array:
-    """Computes x y, elementwise; for complex numbers Re(conj(x) y)."""
+    """Computes x y, elementwise; for complex numbers Re(conj(x) y), which is |x|^2 for y = x."""
     return lax.real(lax.conj(x) * y) if jnp.iscomplexobj(x) else lax.mul(x, y)

@@ -32,7 +32,7 @@ class Scope(NamedTuple):
 
     def gather(self, x: Array) -> Array:
         """Stacks x of every instance: [...] -> [n, ...]; some instances may not be `members`."""
-        if self._native_groups(checked=True):
+        if self.groups is not None and self._native_groups(checked=True):
             return lax.all_gather(x, self.names, axis_index_groups=self.groups)
         shape = x.shape
         mesh = tuple(name for name in self.names if name in _mesh_axes())

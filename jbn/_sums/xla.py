@@ -10,7 +10,7 @@ from jax import Array, lax
 from jbn._core.affine import Activation, Affine, displaced, harmless, transform
 from jbn._core.axes import Axes
 from jbn._core.shift import active
-from jbn._core.types import dot, square
+from jbn._core.types import dot
 from jbn._devices.named_axes import Scope, vary_as
 from jbn._devices.sharded_arrays import spread
 from jbn._sums.protocol import Batch, Line
@@ -29,7 +29,7 @@ class XlaSums(NamedTuple):
         # Each sum has an x - shift of its own: a compiler that takes the sums one by one would
         # store a shared one.
         apart = shifted(x, unshared(shift), weights)
-        return _average((z, square(apart)), count, weights, axes, Scope())
+        return _average((z, dot(apart, apart)), count, weights, axes, Scope())
 
     def pair(
         self, batch: Batch, over: Scope, shift: Array, count: Array, dx: Array

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 _NAME = "jbn.moments"
@@ -16,13 +16,14 @@ _policy = jax.checkpoint_policies.save_from_both_policies(
 
 def named(moments: Any) -> Any:
     """Gives `moments`, any tree of arrays, the name by which checkpoint policies know them."""
-
-    def name(values: Array) -> Array:
-        if jnp.iscomplexobj(values):  # jax.checkpoint (to 0.12) can save real arrays only
-            return lax.complex(name(values.real), name(values.imag))
-        return checkpoint_name(values, _NAME)
-
-    return jax.tree.map(name, moments)
+    leaves, tree = jax.tree.flatten(moments)
+    leaves = [
+        lax.complex(checkpoint_name(v.real, _NAME), checkpoint_name(v.imag, _NAME))
+        if jnp.iscomplexobj(v)  # jax.checkpoint (to 0.12) can save real arrays only
+        else checkpoint_name(v, _NAME)
+        for v in leaves
+    ]
+    return jax.tree.unflatten(tree, leaves)
 
 
 def checkpoint_policy(primitive: Any, *args: Any, **params: Any) -> Any:
