@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 import jbn
@@ -27,7 +28,8 @@ class ScaleAndBias(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", self.scale_init, x.shape[-1:])
-        return x * scale + self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return x * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(bias, x.shape)
 
 
 def by_image(layer: Any, **fixed: Any) -> Any:

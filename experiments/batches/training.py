@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 import jbn.training
 from experiments.batches.cases import Case, Config
@@ -36,8 +37,9 @@ def make_trainer(
 
     @optax.inject_hyperparams
     def optimizer(learning_rate: float) -> optax.GradientTransformation:
-        def rate(step: Any) -> Array:
-            return learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * step / config.steps))
+        def rate(step: ArrayLike) -> Array:
+            done = jnp.asarray(step, jnp.float32) / config.steps
+            return learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * done))
 
         return optax.sgd(rate, momentum=MOMENTUM)
 
