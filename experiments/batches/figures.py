@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from experiments.batches.cases import BY_IMAGE, STEP
 from experiments.common.figures import new_figure, save
@@ -19,6 +20,10 @@ NORMS = {  # name, colour, marker: distinct for colour-blind readers
     "ghost": ("ghost BN", "#e69f00", "D"),
     "renorm": ("Renorm", "#0072b2", "o"),
 }
+LOOKS = (
+    ("inference", "-", "by running statistics"),
+    ("training", (0, (3, 2)), "as in training"),
+)
 TITLES = {
     "iid": "(a) random images",
     "sorted parts": "(b) parts of one class",
@@ -39,8 +44,10 @@ def batches(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
         draw_order(axes, [row for row in results if row["order"] == order])
         axes.set_title(TITLES[order], loc="left")
     panels[0].set_ylabel("test accuracy [%]")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=9)
+    handles, _ = panels[0].get_legend_handles_labels()
+    styles = [Line2D([], [], color="gray", linestyle=style, label=label)
+              for _, style, label in LOOKS]  # fmt: skip
+    figure.legend(handles=[*handles, *styles], loc="outside right upper", fontsize=9)
     save(figure, path)
 
 
@@ -53,12 +60,12 @@ def draw_order(axes: Axes, results: Sequence[Mapping[str, Any]]) -> None:
             draw_level(axes, mine, label, color)
             continue
         parts = [row["part"] for row in mine]
-        for name, style in (("inference", "-"), ("training", (0, (3, 2)))):
+        for name, style, _ in LOOKS[: 1 if norm == "ghost" else 2]:  # ghost trains as batch does
             values = [100 * row[name] for row in mine]
-            shown = f"{label}, {'running' if name == 'inference' else 'as in training'}"
+            filled = name == "inference"
             axes.plot(parts, values, color=color, linestyle=style, marker=marker, markersize=4,
-                      markerfacecolor=color if name == "inference" else "white",
-                      linewidth=1.4, label=shown)  # fmt: skip
+                      markerfacecolor=color if filled else "white", linewidth=1.4,
+                      label=label if filled else None)  # fmt: skip
         for row in mine:
             seeds = [100 * value for value in row["inference_seeds"]]
             axes.plot([row["part"]] * len(seeds), seeds, ".", color=color, markersize=2.5)
