@@ -175,3 +175,10 @@ def painted_stripes(n_train: int, n_test: int, seed: int = 0) -> Photos:
     pixels = 128 + colours * waves + rng.normal(0, 20, (n, PHOTO_SIDE, PHOTO_SIDE, 3))
     images = pixels.clip(0, 255).astype(np.uint8)
     return Photos(images[:n_train], labels[:n_train], images[n_train:], labels[n_train:])
+
+
+def half_size(images: np.ndarray) -> np.ndarray:
+    """Averages squares of 2 x 2 pixels: ``[N, 2 H, 2 W, 3]`` uint8 to ``[N, H, W, 3]``."""
+    n, height, width, channels = images.shape
+    squares = images.reshape(n, height // 2, 2, width // 2, 2, channels)
+    return (squares.sum((2, 4), dtype=np.uint16) // 4).astype(np.uint8)

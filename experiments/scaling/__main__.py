@@ -43,14 +43,8 @@ import numpy as np
 from experiments.common import cluster
 from experiments.common.command import as_typed, at_least_one
 from experiments.common.records import Records
-from experiments.images.photos import (
-    CIFAR10_URL,
-    CIFAR10_WANTED,
-    Photos,
-    download_cifar10,
-    painted_stripes,
-    read_cifar10,
-)
+from experiments.images.options import add_image_options, check_image_options, load
+from experiments.images.photos import Photos
 from experiments.scaling import figures
 from experiments.scaling.cases import Case, Config, cases
 from experiments.scaling.judging import measure
@@ -117,17 +111,6 @@ def add_run_options(group: argparse._ArgumentGroup) -> None:
     add("--tag", metavar="WORD", help="call the files scaling-WORD.png and so on")
 
 
-def add_image_options(group: argparse._ArgumentGroup) -> None:
-    """Adds the options of the images."""
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--data-dir", metavar="DIR",
-        help="CIFAR-10: its binary files, or images in train/CLASS and test/CLASS")  # fmt: skip
-    add("--download", metavar="URL", nargs="?", const=CIFAR10_URL,
-        help=f"fetch CIFAR-10 once (170 MB, checked) from URL or {CIFAR10_URL}")  # fmt: skip
-    add("--smoke", action="store_true",
-        help="made-up stripes, a tiny network, few steps: to see that everything runs")  # fmt: skip
-
-
 def add_training_options(group: argparse._ArgumentGroup) -> None:
     """Adds the options that all runs share."""
     config, add = Config(), group.add_argument
@@ -142,15 +125,6 @@ def add_training_options(group: argparse._ArgumentGroup) -> None:
     add("--learning-rate", type=float, metavar="X",
         help="at 16 images a step, proportionally more or less at others "
         f"(default: {config.learning_rate})")  # fmt: skip
-
-
-def load(args: argparse.Namespace) -> tuple[Photos, str]:
-    """Reads the images that the options ask for; returns them and their description."""
-    if args.smoke:
-        return painted_stripes(1_600, 320), "made-up stripes, not CIFAR-10"
-    if args.download:
-        return read_cifar10(download_cifar10(args.download)), "CIFAR-10, downloaded"
-    return read_cifar10(args.data_dir), "CIFAR-10"
 
 
 def configure(args: argparse.Namespace) -> Config:
@@ -177,11 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the experiment with `argv`, or with the arguments of the command line."""
     argv = sys.argv[1:] if argv is None else argv
     args = (options := parser()).parse_args(argv)
-    if not (args.data_dir or args.download or args.smoke):
-        options.error(
-            f"no images. Expected --data-dir DIR with {CIFAR10_WANTED}; or --download, which "
-            "fetches them; or --smoke, which needs none."
-        )
+    check_image_options(options, args)
     config = configure(args)
     cluster.virtual_devices(max(config.devices))
     try:

@@ -1,0 +1,1 @@
+"""Small and sorted batches: ``python -m experiments.batches``."""
