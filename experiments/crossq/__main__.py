@@ -7,6 +7,7 @@ in its place. Parts (``--part``):
 
 updates  the critics' loss of the first updates from the same state, on the same batches
 units    where the outputs of both layers differ after the warm-up: units by their variance
+finite   steps until a network with tanh is NaN
 curves   return over steps, 5 seeds, with a warm-up that never ends (Batch Normalization) and with
          one of 500 steps
 cost     milliseconds of an update, in interleaved rounds
@@ -29,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -41,10 +43,11 @@ from tqdm import tqdm
 
 from experiments.common.command import as_typed, at_least_one
 from experiments.common.records import Records
-from experiments.crossq import cost, figures, report, units, updates
+from experiments.crossq import cost, figures, finite, report, units, updates
+from experiments.crossq.layers import LAYERS
 from experiments.crossq.training import TASK, Config, cases, train
 
-PARTS = ("updates", "units", "curves", "cost", "report")
+PARTS = ("updates", "units", "finite", "curves", "cost", "report")
 SMOKE = Config(steps=300, every=100, episodes=2, width=16, batch=32, warmups=(50,), seeds=(0, 1))
 PACKAGES = ("sbx-rl", "stable-baselines3", "gymnasium", "flax", "torch")
 
@@ -59,9 +62,17 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--part", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     add("--smoke", action="store_true", help="a few steps of a small network: does it run?")
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="of units, finite and curves (default: 0 to 4)",
+    )
     add("--rounds", type=at_least_one, default=15, help="rounds of times (default: %(default)s)")
     add("--out", type=Path, default=Path("results/crossq"), metavar="DIR",
         help="folder for the figure and the numbers (default: %(default)s)")  # fmt: skip
+    add("--tag", metavar="WORD", help="call the files curves-WORD.jsonl and so on")
     return p
 
 
@@ -76,6 +87,9 @@ def run_part(part: str, config: Config, args: argparse.Namespace, records: Recor
         for seed in config.seeds[:3]:
             for row in units.compare(config, seed):
                 records.write("units", **row)
+    elif part == "finite":
+        for seed, layer in tqdm(list(itertools.product(config.seeds, LAYERS)), desc="finite"):
+            records.write("finite", **finite.watch(config, seed, layer, 200 if smoke else 1_000))
     elif part == "curves":
         for case in tqdm(list(cases(config)), desc="curves"):
             records.write("curve", **case._asdict(), **train(config, case))
@@ -87,7 +101,8 @@ def run_part(part: str, config: Config, args: argparse.Namespace, records: Recor
 
 def run(args: argparse.Namespace, command: str) -> None:
     """Runs the parts that train, each into a file of its own."""
-    config = SMOKE if args.smoke else Config()
+    config, tag = SMOKE if args.smoke else Config(), f"-{args.tag}" if args.tag else ""
+    config = config._replace(seeds=tuple(args.seeds or config.seeds))
     header: dict[str, Any] = {name: metadata.version(name) for name in PACKAGES}
     header |= {"command": command, "task": TASK, **config._asdict()}
     with tempfile.TemporaryDirectory() as programs:
@@ -96,7 +111,7 @@ def run(args: argparse.Namespace, command: str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         for part in args.part:
             if part != "report":
-                with Records(args.out / f"{part}.jsonl", **header) as records:
+                with Records(args.out / f"{part}{tag}.jsonl", **header) as records:
                     run_part(part, config, args, records)
         jax.config.update("jax_compilation_cache_dir", None)
 

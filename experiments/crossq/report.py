@@ -28,6 +28,7 @@ def read(folder: Path) -> Rows:
 def curves(rows: Rows, warmup: int, layer: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns the steps and the mean returns of the seeds, ``[seeds, steps]``."""
     mine = [r for r in rows["curve"] if (r["warmup"], r["layer"]) == (warmup, layer)]
+    mine.sort(key=lambda r: r["seed"])
     return np.array(mine[0]["steps"]), np.array([r["returns"] for r in mine])
 
 
@@ -89,7 +90,8 @@ def update_summaries(rows: Rows) -> list[dict[str, Any]]:
 
 def tables(rows: Rows) -> str:
     """Formats a table of each kind of measurement that there is."""
-    parts = {"updates": update_table, "units": unit_table, "curve": curve_table, "cost": cost_table}
+    parts = {"updates": update_table, "units": unit_table, "finite": finite_table,
+             "curve": curve_table, "cost": cost_table}  # fmt: skip
     return "\n\n".join(table(rows) for kind, table in parts.items() if kind in rows)
 
 
@@ -110,6 +112,16 @@ def unit_table(rows: Rows) -> str:
         share = f"{r['units']} of {r['of']}"
         cells = [f"{r[name]:.1e}" if r["units"] else "" for name in ("median", "largest")]
         lines.append([r["variance"], str(r["seed"]), share, *cells])
+    return aligned(lines)
+
+
+def finite_table(rows: Rows) -> str:
+    """Formats the steps after which the loss was not finite."""
+    lines = [["tanh, seed", *LAYERS]]
+    found = {(r["seed"], r["layer"]): r["not_finite_at"] for r in rows["finite"]}
+    for seed in dict.fromkeys(r["seed"] for r in rows["finite"]):
+        each = [found[seed, layer] for layer in LAYERS]
+        lines.append([str(seed), *("finite" if n is None else f"NaN at {n}" for n in each)])
     return aligned(lines)
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax import linen as nn
 
@@ -54,6 +55,15 @@ def make_model(config: Config, seed: int, warmup: int, activation: str = "relu")
     return CrossQ("MlpPolicy", TASK, seed=seed, batch_size=config.batch, policy_kwargs=net)
 
 
+def forget_programs() -> None:
+    """Frees what JAX has compiled for models that are gone.
+
+    JAX keeps the programs of each model, some hundred mappings of memory in each. Linux allows a
+    process 65,530 of them (vm.max_map_count); without this the 40th model ended the process.
+    """
+    jax.clear_caches()
+
+
 def train(config: Config, case: Case) -> dict[str, Any]:
     """Trains one policy; returns the curve of its mean returns.
 
@@ -84,6 +94,7 @@ def train(config: Config, case: Case) -> dict[str, Any]:
     with using(case.layer):
         model = make_model(config, case.seed, case.warmup)
         model.learn(config.steps, callback=judge)
+    forget_programs()
     episodes = [rounded(float(episode["r"])) for episode in model.ep_info_buffer]
     seconds = time.perf_counter() - began
     return {"steps": steps, "returns": returns, "training_returns": episodes, "seconds": seconds}

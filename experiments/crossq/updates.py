@@ -16,7 +16,7 @@ from jax import Array
 
 from experiments.common.records import rounded
 from experiments.crossq.layers import using
-from experiments.crossq.training import Config, make_model
+from experiments.crossq.training import Config, forget_programs, make_model
 
 VARIANTS = {"sbx": ("sbx", 0.0), "control": ("sbx", 2.0**-23), "jbn": ("jbn", 0.0)}
 
@@ -85,8 +85,8 @@ def changed(params: Any, change: float, key: Array) -> Any:
 
 
 def learned(config: Config, steps: int, activation: str, seed: int) -> Start:
-    """Trains with sbx's layer to where the updates start."""
-    with using("sbx"):
+    """Trains to where the updates start; with jbn's layer, as sbx's may be NaN by then."""
+    with using("jbn"):
         model = make_model(config, seed, warmup=500, activation=activation)
         model.learn(steps)
     return start_of(model)
@@ -110,6 +110,7 @@ def losses(
         for _ in range(updates):
             model.train(gradient_steps=1, batch_size=config.batch)
             values.append(model.logger.name_to_value["train/critic_loss"])
+    forget_programs()
     return np.array(values)
 
 
