@@ -45,7 +45,7 @@ from experiments.common.command import as_typed, at_least_one
 from experiments.common.records import Records
 from experiments.crossq import cost, figures, finite, report, units, updates
 from experiments.crossq.layers import LAYERS
-from experiments.crossq.training import TASK, Config, cases, train
+from experiments.crossq.training import TASK, Config, cases, forget_programs, train
 
 PARTS = ("updates", "units", "finite", "curves", "cost", "report")
 SMOKE = Config(steps=300, every=100, episodes=2, width=16, batch=32, warmups=(50,), seeds=(0, 1))
@@ -108,11 +108,12 @@ def run(args: argparse.Namespace, command: str) -> None:
     with tempfile.TemporaryDirectory() as programs:
         # Each model makes JAX trace and compile again; programs that are equal come from here.
         jax.config.update("jax_compilation_cache_dir", programs)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         for part in args.part:
             if part != "report":
                 with Records(args.out / f"{part}{tag}.jsonl", **header) as records:
                     run_part(part, config, args, records)
+                forget_programs()
         jax.config.update("jax_compilation_cache_dir", None)
 
 

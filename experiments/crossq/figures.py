@@ -26,7 +26,8 @@ def crossq(path: Path, rows: Rows) -> bool:
     *lefts, right = figure.subplots(1, len(warmups) + 1)
     for letter, axes, warmup in zip("abcdefgh", lefts, warmups, strict=False):
         draw_curves(axes, rows, warmup)
-        axes.set_title(f"({letter}) return, warm-up of {warmup:,} steps", loc="left", fontsize=10)
+        title = f"({letter}) return, {warmup:,} steps of warm-up"
+        axes.set_title(title, loc="left", fontsize=10)
     lefts[0].set_ylabel("mean return of the same episodes")
     lefts[0].legend(loc="lower right", fontsize=9)
     draw_updates(right, rows)
@@ -35,11 +36,10 @@ def crossq(path: Path, rows: Rows) -> bool:
 
 
 def draw_curves(axes: Axes, rows: Rows, warmup: int) -> None:
-    """Draws the mean over the seeds, one standard deviation around it, and every seed."""
+    """Draws the mean over the seeds, and one standard deviation around it."""
     for layer, (color, dashes) in LAYERS.items():
         steps, returns = curves(rows, warmup, layer)
         mean, deviation = returns.mean(0), returns.std(0, ddof=int(len(returns) > 1))
-        axes.plot(steps, returns.T, color=color, linewidth=0.5, alpha=0.4)
         axes.fill_between(steps, mean - deviation, mean + deviation, color=color, alpha=0.15)
         axes.plot(steps, mean, color=color, linestyle=dashes, linewidth=2, label=layer)
     axes.set_xlabel("steps of the environment")

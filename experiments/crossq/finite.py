@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.crossq.layers import using
-from experiments.crossq.training import Config, forget_programs, make_model
+from experiments.crossq.training import Config, make_model
 
 WARMUP = 500  # steps
 
@@ -29,6 +29,5 @@ def watch(config: Config, seed: int, layer: str, steps: int) -> dict[str, Any]:
     with using(layer):
         model = make_model(config, seed, WARMUP, "tanh")
         model.learn(steps, callback=look)
-    forget_programs()
     return {"seed": seed, "layer": layer, "warmup": WARMUP, "steps": steps,
             "not_finite_at": found[0] if found else None}  # fmt: skip

@@ -94,7 +94,6 @@ def train(config: Config, case: Case) -> dict[str, Any]:
     with using(case.layer):
         model = make_model(config, case.seed, case.warmup)
         model.learn(config.steps, callback=judge)
-    forget_programs()
     episodes = [rounded(float(episode["r"])) for episode in model.ep_info_buffer]
     seconds = time.perf_counter() - began
     return {"steps": steps, "returns": returns, "training_returns": episodes, "seconds": seconds}

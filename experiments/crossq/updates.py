@@ -110,7 +110,6 @@ def losses(
         for _ in range(updates):
             model.train(gradient_steps=1, batch_size=config.batch)
             values.append(model.logger.name_to_value["train/critic_loss"])
-    forget_programs()
     return np.array(values)
 
 
@@ -129,6 +128,7 @@ def compare(config: Config, seeds: tuple[int, ...], updates: int) -> Iterator[di
                     "losses": short(values),
                     "differences": short(abs(values - of["sbx"]) / of["sbx"]),
                 }
+        forget_programs()
 
 
 def short(values: np.ndarray) -> list[float | None]:
