@@ -78,6 +78,16 @@ def test_the_largest_difference_over_the_seeds_counts(folder):
     np.testing.assert_allclose(summaries[1]["worst"], [2e-6, 4e-6, 8e-6])
 
 
+def test_the_first_step_that_is_not_finite_is_in_the_table():
+    found = {(7, "sbx"): 651, (7, "jbn"): None}
+    rows = [{"seed": seed, "layer": layer, "not_finite_at": at}
+            for (seed, layer), at in found.items()]  # fmt: skip
+    assert report.tables({"finite": rows}).splitlines()[1].split("  ")[-2:] == [
+        "NaN at 651",
+        "finite",
+    ]
+
+
 def test_the_report_needs_no_sbx(folder, capsys):
     crossq.main(["--part", "report", "--out", str(folder)])
     text = capsys.readouterr().out
@@ -138,5 +148,6 @@ def test_smoke(tmp_path):
         if summary["name"].startswith("BN"):  # the same formula: rounding, and its growth
             assert summary["worst"].max() < 1e-4
     assert rows["cost"][0]["sbx"] > 0
+    assert [r["layer"] for r in rows["finite"]] == ["sbx", "jbn"] * 2
     groups = rows["units"][: len(units.GROUPS)]
     assert sum(r["units"] for r in groups) == groups[0]["of"] == 2 * crossq.SMOKE.width
