@@ -57,7 +57,8 @@ def draw_updates(axes: Axes, rows: Rows) -> None:
                       label=name if ours else None)  # fmt: skip
     axes.plot([], [], color="black", linestyle=(0, (1, 1)), label="sbx, last bits changed")
     axes.set_yscale("log")
+    axes.set_ylim(1e-12, 1)  # the legend stands below the curves
     axes.set_xlabel("updates from the same state")
     axes.set_title("(c) relative difference of the loss from sbx's", loc="left", fontsize=10)
-    axes.legend(loc="best", fontsize=7.5)
+    axes.legend(loc="lower right", fontsize=7.5)
     axes.grid(alpha=0.3)
