@@ -20,7 +20,7 @@ agree within the spread of the seeds. With tanh sbx's layer can make a network N
 Command::
 
     pip install -e '.[experiments,crossq]'
-    python -m experiments.crossq            # all parts, half an hour on two CPU cores
+    python -m experiments.crossq            # all parts, twenty minutes on two CPU cores
     python -m experiments.crossq --smoke    # two minutes: does everything run?
 
 Expected: the tables in docs/experiments/crossq.md.
