@@ -80,10 +80,11 @@ def run_part(part: str, config: Config, args: argparse.Namespace, records: Recor
     smoke = args.smoke
     if part == "updates":
         seeds, n = ((0,), 4) if smoke else (updates.SEEDS, updates.UPDATES)
-        for row in tqdm(updates.compare(config, seeds, n), desc="updates"):
+        settings = updates.SETTINGS[:1] if smoke else updates.SETTINGS
+        for row in tqdm(updates.compare(config, seeds, n, settings), desc="updates"):
             records.write("updates", **row)
     elif part == "units":
-        for seed in config.seeds[:3]:
+        for seed in config.seeds[: 1 if smoke else 3]:
             for row in units.compare(config, seed):
                 records.write("units", **row)
     elif part == "finite":

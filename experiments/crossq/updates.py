@@ -7,7 +7,7 @@ measures how much: sbx's own layer, with every parameter changed by a unit in th
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -113,11 +113,13 @@ def losses(
     return np.array(values)
 
 
-def compare(config: Config, seeds: tuple[int, ...], updates: int) -> Iterator[dict[str, Any]]:
+def compare(
+    config: Config, seeds: tuple[int, ...], updates: int, settings: Sequence[Setting] = SETTINGS
+) -> Iterator[dict[str, Any]]:
     """Yields, for each setting and seed, losses and their differences relative to sbx's."""
     for seed in seeds:
         start = functools.cache(functools.partial(learned, config, seed=seed))
-        for setting in SETTINGS:
+        for setting in settings:
             at = start(setting.learned, setting.activation)
             of = {v: losses(config, setting, v, at, seed, updates) for v in VARIANTS}
             for variant, values in of.items():
