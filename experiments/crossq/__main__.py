@@ -21,7 +21,7 @@ Command::
 
     pip install -e '.[experiments,crossq]'
     python -m experiments.crossq            # all parts, twenty minutes on two CPU cores
-    python -m experiments.crossq --smoke    # two minutes: does everything run?
+    python -m experiments.crossq --smoke    # minutes, to compile: does all run?
 
 Expected: the tables in docs/experiments/crossq.md.
 """
