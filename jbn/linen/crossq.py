@@ -26,7 +26,8 @@ class BatchRenorm(_BatchRenorm):
 
     sbx adds epsilon to the variance of the batch divided by r^2, and leaves it out of the standard
     deviation that d is multiplied by. Here y is that of the paper, scale (r xhat + d) + bias. The
-    two differ by terms of the order of epsilon / var; the derivative of sbx is NaN where var = 0.
+    two differ by terms of the order of epsilon / var. Where var = 0, y of sbx leaves d out, and its
+    derivative is NaN.
 
     Attributes:
       r_max: the first value of the variable r_max, which holds what is used.

@@ -1,0 +1,1 @@
+"""CrossQ with sbx's layer and with jbn's: ``python -m experiments.crossq``."""
