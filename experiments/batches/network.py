@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 import jbn
@@ -14,32 +13,11 @@ import jbn.linen
 from experiments.batches.cases import STEP, Case, Config
 from experiments.images.photos import N_CLASSES
 from experiments.nets.convolution import matmul_conv
+from experiments.nets.norms import ScaleAndBias, by_image
 from experiments.nets.resnet import ResNet
 from jbn import renorm
 
 GROUP_SIZE = 8  # channels in a group of Group Normalization
-
-
-class ScaleAndBias(nn.Module):
-    """What is left of a normalisation layer without the normalisation: ``scale x + bias``."""
-
-    scale_init: nn.initializers.Initializer = nn.initializers.ones
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", self.scale_init, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        return x * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(bias, x.shape)
-
-
-def by_image(layer: Any, **fixed: Any) -> Any:
-    """Makes the maker of a layer that does the same in training and inference."""
-
-    def make(use_running_average: bool | None = None, **given: Any) -> nn.Module:
-        del use_running_average
-        return layer(**fixed, **given)
-
-    return make
 
 
 def network(config: Config, case: Case) -> ResNet:

@@ -15,7 +15,7 @@ import pytest
 import jbn
 from tests import oracle, tolerance
 
-pytestmark = pytest.mark.usefixtures("one_device", "cheap_programs")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 IMAGES, SEQUENCES, ROWS = (16, 28, 28, 2), (28, 40, 3), (4099, 2)
 SUPPORTS = ("plain", "mask", "weights")
