@@ -14,8 +14,8 @@ The images come in three orders: ``iid``, at random; ``sorted parts``, four clas
 images each, so that a part of up to eight images has one class; ``sorted steps``, one class a step.
 
 Claim: with random images BN is no better than no normalisation where 2 images share, better than
-Group Norm from 4 on, and best at 32; Renorm helps with 2. In parts of one class BN learns to use what
-a part says about its class, which inference does not have; Group and Layer Norm do not.
+Group Norm from 4 on, and best at 32; Renorm helps with 2. In parts of one class BN learns to use
+what a part says about its class, which inference does not have; Group and Layer Norm do not.
 
 Command::
 
