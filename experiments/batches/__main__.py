@@ -13,9 +13,9 @@ from 32 / b devices. Steps, images and optimiser are the same; only the normalis
 The images come in three orders: ``iid``, at random; ``sorted parts``, four classes a step of eight
 images each, so that a part of up to eight images has one class; ``sorted steps``, one class a step.
 
-Claim: with random images all normalisations by batch need parts of more than a few images;
-Renorm needs fewer. In sorted parts the network learns to use what a part says about its class,
-which inference does not have. Group and Layer Normalization depend on neither.
+Claim: with random images BN is no better than no normalisation where 2 images share, better than
+Group Norm from 4 on, and best at 32; Renorm helps with 2. In parts of one class BN learns to use
+what a part says about its class, which inference does not have; Group and Layer Norm do not.
 
 Command::
 
@@ -23,7 +23,9 @@ Command::
     python -m experiments.batches --download         # fetches it first, 170 MB
     python -m experiments.batches --smoke            # seconds, on made-up images: does it run?
 
-Expected test accuracy: docs/experiments/batches.md. It takes an hour on one CPU core.
+Expected test accuracy with random images: BN 52, 55, 57 and 59 % for b = 2, 4, 8 and 32, Group Norm
+53 %. In sorted parts of 2 to 8: BN 12 to 14 %, Renorm 20 to 33 %, Group Norm 54 %. It takes forty
+minutes on one CPU core.
 """
 
 from __future__ import annotations

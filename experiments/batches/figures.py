@@ -20,7 +20,7 @@ NORMS = {  # name, colour, marker: distinct for colour-blind readers
     "ghost": ("ghost BN", "#e69f00", "D"),
     "renorm": ("Renorm", "#0072b2", "o"),
 }
-LOOKS = (
+LOOKS: tuple[tuple[str, Any, str], ...] = (
     ("inference", "-", "by running statistics"),
     ("training", (0, (3, 2)), "as in training"),
 )

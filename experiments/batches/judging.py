@@ -31,7 +31,7 @@ def hits(
 
     def one_step(step: tuple[Array, Array]) -> tuple[Array, Array]:
         images, labels = as_input(step[0]), step[1]
-        running = net.apply(variables, images, False).argmax(-1) == labels
+        running = jnp.argmax(jnp.asarray(net.apply(variables, images, False)), -1) == labels
         if norm not in BY_BATCH:
             return running, running
         logits, _ = logits_and_stats(net, case, variables, images)

@@ -126,7 +126,7 @@ def test_judging_counts_by_running_statistics_and_by_parts(small):
             for i in range(0, cases.STEP, 2)
         ]
     )
-    by_running = plain.apply(variables, x, False)
+    by_running = jnp.asarray(plain.apply(variables, x, False))
     for name, logits in (("training", by_pairs), ("inference", by_running)):
         assert got[f"{name}_accuracy"] == pytest.approx(np.mean(logits.argmax(-1) == labels[rows]))
 
