@@ -13,11 +13,11 @@ from experiments.common import timing
 from experiments.common.records import Records
 from experiments.nets.inputs import as_input
 from experiments.whitening.networks import LAYERS, from_bits, resnet, sigmoids
-from experiments.whitening.training import Data, Task, order, programs, train
+from experiments.whitening.training import Data, Run, Task, order, programs, train
 
 TASKS = {
-    "mnist": Task(sigmoids, from_bits, 200, 4_000, 200, 1_000, (0.1, 0.3, 1.0, 3.0)),
-    "cifar": Task(resnet, as_input, 64, 1_000, 50, 300, (0.03, 0.1, 0.3), momentum=0.9),
+    "mnist": Task(sigmoids, from_bits, 200, 4_000, 200, 1_000, (0.3, 1.0, 3.0, 10.0)),
+    "cifar": Task(resnet, as_input, 64, 500, 50, 150, (0.03, 0.1, 0.3), momentum=0.9),
 }
 SEEDS = (0, 1, 2)
 
@@ -28,7 +28,7 @@ class Result(NamedTuple):
     layer: str
     rate: float
     step_ms: float  # milliseconds of a step, in turns with the other layers
-    accuracies: list[list[float]]  # for each seed, after every chunk
+    runs: list[Run]  # one for each seed
 
 
 def compare(
@@ -42,31 +42,31 @@ def compare(
     for layer, rate in rates.items():
         runs = []
         for seed in seeds:
-            accuracies, loss = train(task, layer, rate, seed, data, task.steps, every)
-            row = {"layer": layer, "rate": rate, "seed": seed, "last_loss": loss}
-            records.write("run", **row, chunk=task.chunk, accuracies=shortened(accuracies))
-            runs.append(accuracies)
+            run = train(task, layer, rate, seed, data, task.steps, every)
+            row = {"layer": layer, "rate": rate, "seed": seed, "last_loss": run.loss}
+            row |= {"settled": run.settled, "chunk": task.chunk}
+            records.write("run", **row, accuracies=[round(v, 4) for v in run.accuracies])
+            runs.append(run)
         records.write("time", layer=layer, step_ms=milliseconds[layer])
         results.append(Result(layer, rate, milliseconds[layer], runs))
     return results
 
 
-def shortened(values: Sequence[float]) -> list[float]:
-    """Rounds accuracies to four digits."""
-    return [round(value, 4) for value in values]
-
-
 def chosen_rate(task: Task, layer: str, data: Data, records: Records) -> float:
-    """Returns the rate with the best accuracy on training images that these runs do not see."""
+    """Returns the rate with the best accuracy on training images that these runs do not see.
+
+    It is judged by settled statistics: a short training says little about running averages.
+    """
     n = min(len(data.labels) // 6, len(data.test_labels))
     shuffled = np.random.default_rng(0).permutation(len(data.labels))
     unseen, seen = shuffled[:n], shuffled[n:]
     split = data._replace(test_images=data.images[unseen], test_labels=data.labels[unseen])
     found = {}
     for rate in task.rates:
-        accuracies, loss = train(task, layer, rate, SEEDS[0], split, task.tuning, seen)
-        found[rate] = accuracies[-1]
-        records.write("tuning", layer=layer, rate=rate, accuracy=found[rate], last_loss=loss)
+        run = train(task, layer, rate, SEEDS[0], split, task.tuning, seen)
+        found[rate] = run.settled
+        row = {"layer": layer, "rate": rate, "accuracy": run.accuracies[-1]}
+        records.write("tuning", **row, settled=run.settled, last_loss=run.loss)
     return max(found, key=lambda rate: found[rate])
 
 
@@ -90,22 +90,29 @@ def first_step(accuracies: Sequence[float], chunk: int, goal: float) -> int | No
 
 
 def table(task: Task, results: Sequence[Result]) -> str:
-    """Formats the results: accuracy at the end; steps and seconds to the best without a layer.
+    """Formats the results: accuracies at the end; steps and seconds of the mean over the seeds.
 
-    The goal is the mean final accuracy of the network without normalisation; a seed that does not
-    reach it makes the entry "never".
+    The goal is the mean final accuracy of the network without normalisation.
     """
-    goal = float(np.mean([run[-1] for run in results[0].accuracies]))
+    curves = {r.layer: np.mean([run.accuracies for run in r.runs], 0) for r in results}
+    goal = float(curves["none"][-1])
     lines = [
-        f"| layer | rate | accuracy at the end | ms a step | steps to {goal:.1%} | seconds |",
-        "|---|---|---|---|---|---|",
+        "| layer | rate | loss | test accuracy, running | settled | ms a step "
+        f"| steps to {goal:.1%} | seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
-        ends = np.array([run[-1] for run in r.accuracies])
-        firsts = [first_step(run, task.chunk, goal) for run in r.accuracies]
-        known = [f for f in firsts if f is not None]
-        steps = float(np.mean(known)) if len(known) == len(firsts) else None
-        reached = "never | " if steps is None else f"{steps:,.0f} | {steps * r.step_ms / 1e3:.1f}"
-        end = f"{ends.mean():.1%} ± {ends.std(ddof=1) if len(ends) > 1 else 0:.1%}"
-        lines.append(f"| {r.layer} | {r.rate:g} | {end} | {r.step_ms:.1f} | {reached} |")
+        loss = np.mean([run.loss for run in r.runs])
+        last = spread([run.accuracies[-1] for run in r.runs])
+        settled = spread([run.settled for run in r.runs])
+        steps = first_step(list(curves[r.layer]), task.chunk, goal)
+        reached = "never | " if steps is None else f"{steps:,} | {steps * r.step_ms / 1e3:.1f}"
+        row = f"| {r.layer} | {r.rate:g} | {loss:.3f} | {last} | {settled}"
+        lines.append(f"{row} | {r.step_ms:.1f} | {reached} |")
     return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Formats a mean and, of several values, the standard deviation."""
+    some = len(values) > 1
+    return f"{np.mean(values):.1%}" + (f" ± {np.std(values, ddof=1):.1%}" if some else "")

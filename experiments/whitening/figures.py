@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,27 +19,26 @@ COLOURS = {  # distinct for colour-blind readers
 NAMES = {"mnist": "MNIST, sigmoids", "cifar": "CIFAR-10, ResNet"}
 
 
-def accuracies(path: Path, results: Mapping[str, tuple[int, Sequence[Result]]]) -> None:
-    """Draws accuracy over steps and over seconds, a row for each task: (chunk, results)."""
-    figure = new_figure(8.6, 3.1 * len(results))
-    grid = figure.subplots(len(results), 2, squeeze=False, sharey="row")
-    for (over_steps, over_seconds), (task, (chunk, rows)) in zip(
-        grid, results.items(), strict=True
-    ):
-        for row in rows:
-            steps = chunk * np.arange(1, 1 + len(row.accuracies[0]))
-            draw_runs(over_steps, steps, row)
-            draw_runs(over_seconds, steps * row.step_ms / 1e3, row)
-        over_steps.set(xlabel="steps", ylabel="test accuracy [%]")
-        over_steps.set_title(NAMES[task], loc="left")
-        over_seconds.set(xlabel="seconds of training steps", xscale="log")
-        over_steps.legend(loc="lower right", fontsize=9)
+def accuracies(path: Path, name: str, chunk: int, results: Sequence[Result]) -> None:
+    """Draws errors over steps and over seconds; `chunk`: steps between two measurements."""
+    figure = new_figure(8.6, 3.3)
+    over_steps, over_seconds = figure.subplots(1, 2, sharey=True)
+    for row in results:
+        steps = chunk * np.arange(1, 1 + len(row.runs[0].accuracies))
+        draw_runs(over_steps, steps, row)
+        draw_runs(over_seconds, steps * row.step_ms / 1e3, row)
+    over_steps.set(xlabel="steps", ylabel="test error [%]", yscale="log")
+    over_steps.set_title(NAMES[name], loc="left")
+    over_seconds.set(xlabel="seconds of training steps", xscale="log")
+    over_steps.legend(loc="upper right", fontsize=9)
+    over_steps.yaxis.set_major_formatter("{x:g}")
+    over_steps.yaxis.set_minor_formatter("{x:g}")
     save(figure, path)
 
 
 def draw_runs(axes: Axes, at: np.ndarray, row: Result) -> None:
     """Draws the mean over the seeds, and a band from the lowest to the highest."""
-    values = 100 * np.asarray(row.accuracies)
+    values = 100 - 100 * np.asarray([run.accuracies for run in row.runs])
     colour = COLOURS[row.layer]
     axes.plot(at, values.mean(0), color=colour, linewidth=1.4, label=row.layer)
     axes.fill_between(at, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
@@ -63,6 +62,7 @@ def warning(path: Path, curves: Sequence[Curve]) -> None:
         left.set_ylabel("norm of the bias")
         left.set_yscale("symlog", linthresh=0.1)
         right.set_ylabel("loss [nats]")
+        right.set_yscale("linear" if trained == "bias" else "log")
         for axes in (left, right):
             axes.grid(alpha=0.3)
     grid[0, 0].legend(fontsize=8)

@@ -15,6 +15,8 @@ from jax import Array, lax
 
 import jbn.training
 
+SETTLING = 100  # batches
+
 
 class Data(NamedTuple):
     """Images and labels in two sets that share no image."""
@@ -44,6 +46,15 @@ class Programs(NamedTuple):
     init: Callable[..., Any]  # (key, rate, one image) -> state
     steps: Callable[..., Any]  # (state, images, labels, rows [steps, batch]) -> (state, loss)
     accuracy: Callable[..., Any]  # (state, images [k, n, ...], labels [k, n]) -> []
+    settle: Callable[..., Any]  # (state, images, rows) -> state with new statistics
+
+
+class Run(NamedTuple):
+    """The results of one training."""
+
+    accuracies: list[float]  # on the test set, by running statistics, after every chunk of steps
+    settled: float  # the last one by statistics of batches that all saw the final parameters
+    loss: float  # mean over the last chunk
 
 
 @functools.cache
@@ -72,13 +83,25 @@ def programs(task: Task, layer: str) -> Programs:
 
     def accuracy(state: Any, images: Array, labels: Array) -> Array:
         variables = {"params": state.params, "batch_stats": state.stats}
-        right = lax.map(
-            lambda at: net.apply(variables, task.prepare(at[0]), False).argmax(-1) == at[1],
-            (images, labels),
-        )
+
+        def right_of(part: tuple[Array, Array]) -> Array:
+            logits: Any = net.apply(variables, task.prepare(part[0]), False)
+            return logits.argmax(-1) == part[1]
+
+        right = lax.map(right_of, (images, labels))
         return right.mean(dtype=jnp.float32)
 
-    return Programs(*map(jax.jit, (init, steps, accuracy)))
+    def settle(state: Any, images: Array, rows: Array) -> Any:
+        def update(stats: Any, row: Array) -> Any:
+            variables = {"params": state.params, "batch_stats": stats}
+            _, new = net.apply(variables, task.prepare(images[row]), True, mutable=["batch_stats"])
+            return new.get("batch_stats", {}), None
+
+        # Debiased averages of count 0 start anew.
+        start = jax.tree.map(jnp.zeros_like, state.stats)
+        return state._replace(stats=lax.scan(update, start, rows)[0])
+
+    return Programs(*map(jax.jit, (init, steps, accuracy, settle)))
 
 
 def order(among: np.ndarray, task: Task, steps: int, seed: int) -> np.ndarray:
@@ -90,8 +113,8 @@ def order(among: np.ndarray, task: Task, steps: int, seed: int) -> np.ndarray:
 
 def train(
     task: Task, layer: str, rate: float, seed: int, data: Data, steps: int, among: np.ndarray
-) -> tuple[list[float], float]:
-    """Returns the test accuracies after every chunk of steps, and the loss of the last chunk.
+) -> Run:
+    """Trains a network and measures it.
 
     `among`: the images to train on, as indices. A subset compiles nothing new.
     """
@@ -103,7 +126,8 @@ def train(
     for first in range(0, steps, task.chunk):
         state, loss = run.steps(state, images, labels, rows[first : first + task.chunk])
         accuracies.append(float(run.accuracy(state, *tests)))
-    return accuracies, float(loss)
+    settled = run.settle(state, images, order(among, task, SETTLING, seed + 1))
+    return Run(accuracies, float(run.accuracy(settled, *tests)), float(loss))
 
 
 def parts(values: np.ndarray, size: int = 500) -> np.ndarray:
