@@ -22,7 +22,7 @@ VARIANTS = {"sbx": ("sbx", 0.0), "control": ("sbx", 2.0**-23), "jbn": ("jbn", 0.
 
 
 class Setting(NamedTuple):
-    """What normalises, and from which state the updates start."""
+    """Names the normalisation, and the state from which the updates start."""
 
     name: str
     learned: int  # steps of the environment before, of which the first 100 are without an update

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 
 class ScaleAndBias(nn.Module):
-    """What is left of a normalisation layer without the normalisation: ``scale x + bias``."""
+    """Computes ``scale x + bias``: a normalisation layer without the normalisation."""
 
     scale_init: nn.initializers.Initializer = nn.initializers.ones
 

@@ -1,4 +1,4 @@
-"""What would it bring to whiten features jointly, as the paper wanted to, and what does it cost?
+"""Does it pay to whiten features jointly, as the paper wanted to?
 
 Section 2 of the paper wants layers whose inputs are whitened, and section 3 simplifies that to the
 normalisation of each feature, because whitening is costly and not everywhere differentiable.

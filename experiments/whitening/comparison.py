@@ -23,7 +23,7 @@ SEEDS = (0, 1, 2)
 
 
 class Result(NamedTuple):
-    """What one layer made of a task."""
+    """Holds the trainings of a task with one layer, and the time of a step."""
 
     layer: str
     rate: float

@@ -1,4 +1,4 @@
-"""What happens where the gradient ignores that the statistics depend on the parameters?
+"""Does the bias grow where the gradient ignores that the statistics depend on the parameters?
 
 Section 2 of the paper: x = u + b, xhat = x - E[x]. If a gradient step ignores that E[x] depends on
 b, it moves b by -rate * dloss/dxhat, and the normalisation takes that away again: the loss is what

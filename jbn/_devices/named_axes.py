@@ -90,7 +90,8 @@ class Scope(NamedTuple):
         Collectives of vmap do not, nor does psum in a shard_map with check_vma (jax 0.12). Groups
         of unequal sizes do not work on every platform.
         """
-        if self.groups is None or len({len(group) for group in self.groups}) > 1:
+        assert self.groups is not None
+        if len({len(group) for group in self.groups}) > 1:
             return False
         if not all(name in _mesh_axes() for name in self.names):
             return False
